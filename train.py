@@ -1,7 +1,6 @@
 """Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
 
-import math
 import os
 import time
 from pathlib import Path
@@ -24,10 +23,10 @@ class Pairs(Dataset):
     """x+, x- = synth(x+) and the mask M: (3, size, size), (3, size, size) and (1, size, size) float32.
 
     Each pair is seeded by (seed, epoch, index), whatever the workers and the order. Small sets are repeated, so that
-    an epoch has at least EPOCH pairs. Decoded images are kept, up to CACHE bytes in all.
+    an epoch has about EPOCH pairs or more. Decoded images are kept, up to CACHE bytes in all.
     """
 
-    EPOCH, CACHE = 200, 4e9
+    EPOCH, CACHE = 100, 4e9
 
     def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int):
         self.size, self.seed, self.epoch, self.files, self.textures, self.cache = size, seed, 0, files, textures, {}
@@ -38,7 +37,7 @@ class Pairs(Dataset):
         return self.cache[path].astype(np.float32) if path in self.cache else read_image(path, self.size)
 
     def __len__(self) -> int:
-        return len(self.files) * math.ceil(self.EPOCH / len(self.files))
+        return len(self.files) * max(1, round(self.EPOCH / len(self.files)))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng([self.seed, self.epoch, index])
@@ -214,7 +213,7 @@ def options() -> argparse.ArgumentParser:
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
     add("--textures", help="folder of texture photographs to paint defects from, beside the normal images")
     add("--epochs", type=int, default=12)
-    add("--batch", type=int, default=16)
+    add("--batch", type=int, default=8)
     add("--lr", type=float, default=2e-3, help="peak learning rate of a one-cycle schedule")
     add("--size", type=int, default=256, help="images are resized to SIZE x SIZE pixels")
     add("--seed", type=int, default=0)
