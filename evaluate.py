@@ -1,16 +1,13 @@
-"""Measure a detector on a labelled category and draw what it found: python evaluate.py runs/bottle
-
-Metrics are taken over all test images at size x size; one that is undefined (one class only, masks missing) is None.
-"""
+"""Measure a detector on a labelled category and draw what it found: python evaluate.py runs/bottle"""
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,39 +15,28 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from clflow import CLFlow, image_score, reason, write_atomically
+from clflow import CLFlow, image_score
 from synth import InputError, list_images, read_image
 
 
-class Labelled(NamedTuple):
-    """A test image; `mask` is None for a good image, and where the file is missing."""
-    path: Path
-    defect: str  # its folder: "good", "ok", or the kind of defect
-    anomalous: bool
-    mask: Path | None
-
-
-def labelled_images(data: Path) -> list[Labelled]:
-    """Test images in MVTec AD or BTAD layout, with masks matched by stem, with or without `_mask`.
-
-    Raises InputError if there is no test folder, or nothing in it.
-    """
+def labelled_images(data: Path) -> list[tuple[Path, bool, Path | None]]:
+    """(image, anomalous, mask) of each test image in MVTec AD or BTAD layout; masks are matched by stem, with or
+    without `_mask`, and None for good images and where there is none. Raises InputError if there are no images."""
     found = []
     for folder in sorted(p for p in data.glob("test/*") if p.is_dir()):
-        anomalous, truth = folder.name not in ("good", "ok"), data / "ground_truth" / folder.name
-        masks = {p.stem.removesuffix("_mask"): p for p in list_images(truth)} if anomalous and truth.is_dir() else {}
-        found += [Labelled(p, folder.name, anomalous, masks.get(p.stem)) for p in list_images(folder)]
+        anomalous = folder.name not in ("good", "ok")
+        truth = list_images(data / "ground_truth" / folder.name) if anomalous else []
+        masks = {p.stem.removesuffix("_mask"): p for p in truth}
+        found += [(p, anomalous, masks.get(p.stem)) for p in list_images(folder)]
     if not found:
-        raise InputError(f"--data {data}: no test images; evaluation needs images in test/good and test/<defect>")
+        raise InputError(f"--data {data}: no test images; evaluation needs some in test/good and test/<defect>")
     return found
 
 
 def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     """True mask, bool of `shape` (H, W): resized by nearest neighbour, then > 0.5; all False for None."""
-    if path is None:
-        return np.zeros(shape, dtype=bool)
-    mask = Image.fromarray(read_image(path)[..., 0])
-    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 0.5
+    mask = np.zeros(shape, dtype=np.float32) if path is None else read_image(path)[..., 0]
+    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST)) > 0.5
 
 
 def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
@@ -78,7 +64,7 @@ def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
-    """Image AUROC, average precision, F1-max (an oracle: its threshold is chosen on these labels); labels: bool."""
+    """Image AUROC, average precision, F1-max (an oracle: its threshold is chosen on these labels); None if one class."""
     if labels.all() or not labels.any():
         return dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -102,18 +88,6 @@ def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tens
         yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def measure(model: CLFlow, tests: list[Labelled]) -> tuple[dict[str, float | None], np.ndarray]:
-    """Metrics of `model` on labelled images, and their maps (N, size, size)."""
-    maps = np.concatenate([model.anomaly_map(x).cpu().numpy() for x in batches([t.path for t in tests], model.size)])
-    scores = image_score(torch.from_numpy(maps)).numpy()
-    labels, masks = np.array([t.anomalous for t in tests]), np.zeros(maps.shape, dtype=bool)
-    if unmasked := [t.path for t in tests if t.anomalous and t.mask is None]:
-        print(f"no mask in ground_truth for {len(unmasked)} defect images, such as {unmasked[0]}: pixel metrics are n/a")
-    else:
-        masks = np.stack([read_mask(t.mask, maps.shape[1:]) for t in tests])
-    return {**image_metrics(labels, scores), **pixel_metrics(masks, maps)}, maps
-
-
 def time_per_image(model: CLFlow, batch: int = 8) -> float:
     """Milliseconds per image of backbone and flow, without decoding: the median of five batches."""
     images, seconds = torch.rand(batch, 3, model.size, model.size, device=model.levels.device), []
@@ -124,25 +98,15 @@ def time_per_image(model: CLFlow, batch: int = 8) -> float:
     return 1000 * statistics.median(seconds[1:]) / batch  # the first one warms up
 
 
-def heat_colours(level: np.ndarray) -> np.ndarray:
-    """(H, W) in 0..1 -> (H, W, 3): black, violet, red, orange, pale yellow."""
+def draw_result(image: np.ndarray, heat: np.ndarray, limit: float, title: str, mask: np.ndarray | None) -> Image.Image:
+    """One row: image (H, W, 3), outlined where heat (H, W) is over `limit`; heat map; true mask (H, W) if known. The
+    scale is the model's, so that good images stay dark: black is typically normal, red is at the limit, white at 1."""
+    edge = ndimage.binary_dilation(heat > limit, iterations=max(1, round(min(heat.shape) / 200))) & (heat <= limit)
     stops = np.array([(0, 0, 0), (0.32, 0.07, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64)])
-    return np.stack([np.interp(level, np.linspace(0, 1, len(stops)), channel) for channel in stops.T], axis=-1)
-
-
-def draw_result(image: np.ndarray, heat: np.ndarray, model: CLFlow, title: str,
-                mask: np.ndarray | None = None) -> Image.Image:
-    """One row: input outlined where heat (H, W) is over the threshold, heat map, true mask if known; image (H, W, 3).
-
-    The scale of the heat map is the model's, not the image's, so that good images stay dark: black is the typical
-    held-out normal pixel, mid-scale (red) is the threshold.
-    """
-    threshold = model.threshold(model.normal_peaks)
-    hot = heat > threshold
-    edge = ndimage.binary_dilation(hot, iterations=max(1, round(min(heat.shape) / 200))) & ~hot
-    heated = heat_colours(heat / (2 * threshold))
-    image, heated = (np.where(edge[..., None], colour, x) for x, colour in ((image, (1, 0.1, 0.1)), (heated, (1, 1, 1))))
-    panels = {"input": image, "anomaly map": heated}
+    places = [0, limit / 2, limit, (1 + limit) / 2, 1]
+    colours = np.stack([np.interp(heat, places, channel) for channel in stops.T], axis=-1)
+    panels = {"input": np.where(edge[..., None], (1, 0.1, 0.1), image),
+              "anomaly map": np.where(edge[..., None], 1, colours)}
     if mask is not None:
         panels["true mask"] = np.repeat(mask[..., None], 3, axis=-1)
     (height, width), gap = heat.shape, 6
@@ -156,32 +120,50 @@ def draw_result(image: np.ndarray, heat: np.ndarray, model: CLFlow, title: str,
     return sheet
 
 
-def draw_pictures(model: CLFlow, tests: list[Labelled], maps: np.ndarray, folder: Path) -> None:
+def draw_pictures(model: CLFlow, tests: list[tuple], scores: np.ndarray, maps: np.ndarray, folder: Path) -> None:
     """One picture per test image, at the image's own shape, as <defect>_<file name>.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for test, heat in zip(tests, maps, strict=True):
-        image = read_image(test.path)
-        shape = image.shape[:2]
-        score, threshold = image_score(torch.from_numpy(heat)[None]).item(), model.threshold(model.normal_scores)
-        verdict = "anomalous" if score > threshold else "normal"
-        title = f"{test.defect}/{test.path.name}: {verdict}, score {score:.2f} (threshold {threshold:.2f})"
-        heat = np.asarray(Image.fromarray(heat).resize(shape[::-1], Image.Resampling.BILINEAR))
-        mask = None if test.anomalous and test.mask is None else read_mask(test.mask, shape)
-        draw_result(image, heat, model, title, mask).save(folder / f"{test.defect}_{test.path.name}.png")
+    # thresholds of the score and of the map, which about 2 % of normal images should pass, by those held out
+    limit, peak_limit = (torch.quantile(x, 0.98).item() for x in (model.normal_scores, model.normal_peaks))
+    for (path, anomalous, truth), score, heat in zip(tests, scores, maps, strict=True):
+        image, defect = read_image(path), path.parent.name
+        heat = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
+        mask = None if anomalous and truth is None else read_mask(truth, heat.shape)
+        verdict = "anomalous" if score > limit else "normal"
+        title = f"{defect}/{path.name}: {verdict}, score {score:.2f} (threshold {limit:.2f})"
+        draw_result(image, heat, peak_limit, title, mask).save(folder / f"{defect}_{path.name}.png")
 
 
 def report(model: CLFlow, data: Path, out: Path) -> None:
     """Measure `model` on the test images of `data`; print the table, write metrics.json and pictures/ into `out`."""
     tests = labelled_images(data)
-    measured, maps = measure(model, tests)
-    metrics = {"category": data.resolve().name, **{k: model.settings[k] for k in ("backbone", "size", "seed", "epochs")},
-               **measured, "ms_per_image": time_per_image(model),
+    maps = torch.cat([model.anomaly_map(x).cpu() for x in batches([path for path, _, _ in tests], model.size)])
+    scores, maps = image_score(maps).numpy(), maps.numpy()
+    masks = np.stack([read_mask(mask, maps.shape[1:]) for _, _, mask in tests])
+    if unmasked := [path for path, anomalous, mask in tests if anomalous and mask is None]:
+        print(f"pixel metrics are n/a: no mask in ground_truth for {len(unmasked)} images, such as {unmasked[0]}")
+        masks[:] = False
+    labels, run_of = np.array([anomalous for _, anomalous, _ in tests]), ("backbone", "size", "seed", "epochs")
+    metrics = {"category": data.resolve().name, **{key: model.settings[key] for key in run_of},
+               **image_metrics(labels, scores), **pixel_metrics(masks, maps), "ms_per_image": time_per_image(model),
                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     for name, value in metrics.items():
         print(f"{name:14}", "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
     write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
-    draw_pictures(model, tests, maps, out / "pictures")
+    draw_pictures(model, tests, scores, maps, out / "pictures")
     print(f"wrote {out / 'metrics.json'} and {len(tests)} pictures into {out / 'pictures'}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error!r:.200})") from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -195,7 +177,7 @@ def pick_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not available here ({reason(error)})") from error
+        raise InputError(f"--device {name}: not available here ({error!r:.200})") from error
     return name
 
 
@@ -216,7 +198,7 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder with model.pt in it, or a checkpoint")
-    parser.add_argument("--data", type=Path, help="category with test/; what the checkpoint was trained on, if not given")
+    parser.add_argument("--data", type=Path, help="category with test/; if not given, the one it was trained on")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
     checkpoint = args.run / "model.pt" if args.run.is_dir() else args.run

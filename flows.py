@@ -15,13 +15,11 @@ class Coupling(nn.Module):
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
     The subnet need not be invertible: `a` passes unchanged and is there to recompute s and t from. The soft clamp of
-    s (as in the FrEIA library) bounds each step, so that no single feature can blow the likelihood up.
-    """
+    s (as in the FrEIA library) bounds each step, so that no single feature can blow the likelihood up."""
 
     def __init__(self, channels: int, kernel_size: int, hidden_ratio: float, clamp: float = 2.0):
         super().__init__()
-        self.active = channels // 2
-        self.passive, self.clamp = channels - self.active, clamp
+        self.active, self.passive, self.clamp = channels // 2, channels - channels // 2, clamp
         hidden = max(1, int(self.passive * hidden_ratio))
         self.subnet = nn.Sequential(nn.Conv2d(self.passive, hidden, kernel_size, padding="same"), nn.ReLU(),
                                     nn.Conv2d(hidden, 2 * self.active, kernel_size, padding="same"))
@@ -49,10 +47,8 @@ class Coupling(nn.Module):
 
 class Flow2D(nn.Module):
     """`steps` couplings on (B, C, H, W) maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps.
-
-    `forward(x) -> (z, log_det)`, shapes (B, C, H, W) and (B, H, W): the sum of log_det over the positions is the
-    log-determinant of the whole map, its terms are what the anomaly map is made of. `inverse(z) -> x` is exact.
-    """
+    `forward(x) -> (z, log_det)`: (B, C, H, W) and (B, H, W), the terms per position of the map's log-determinant.
+    `inverse(z) -> x` is exact."""
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: Sequence[int] = (3,), hidden_ratio: float = 1.0):
         super().__init__()

@@ -16,28 +16,24 @@ class InputError(Exception):
     """Something only the user can mend; the scripts print it as one line and exit with code 2."""
 
 
-def list_images(folder: Path | str) -> list[Path]:
-    """Image files directly inside `folder`, sorted by name."""
-    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+def list_images(folder: Path, pattern: str = "*") -> list[Path]:
+    """Image files in `folder`, sorted by path; none if there is no such folder. "**/*" looks into subfolders too."""
+    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
-def good_images(data: Path | str) -> list[Path]:
+def good_images(data: Path) -> list[Path]:
     """Normal training images of a category: `train/good` (MVTec AD) or `train/ok` (BTAD). Never looks into `test/`."""
-    if not Path(data).is_dir():
+    if not data.is_dir():
         raise InputError(f"--data {data}: no such folder")
-    folder = next((p for p in (Path(data, "train", "good"), Path(data, "train", "ok")) if p.is_dir()), None)
-    if folder is None:
-        raise InputError(f"--data {data}: there is no folder train/good in it; put the normal images there")
-    if not (files := list_images(folder)):
-        raise InputError(f"{folder}: no images in it ({' '.join(IMAGE_SUFFIXES)})")
+    files = list_images(data / "train" / "good") or list_images(data / "train" / "ok")
+    if not files:
+        raise InputError(f"--data {data}: no images in train/good; put normal ones there ({' '.join(IMAGE_SUFFIXES)})")
     return files
 
 
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Image file as (H, W, 3) float32 RGB in [0, 1], resized to size x size if given.
-
-    16-bit grey maps 0..65535 to 0..1, never stretched to the image's own range. InputError if it cannot be decoded.
-    """
+    """Image file as (H, W, 3) float32 RGB in [0, 1], resized to size x size if given. 16-bit grey maps 0..65535 to
+    0..1, never stretched to the image's own range. Raises InputError, naming the file, if it cannot be decoded."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)  # phones store the rotation, not the rotated pixels
@@ -53,9 +49,7 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
 
 def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Perlin noise, (height, width), about -1..1: `cells` (down, across) lattice cells, turned by U(-90, 90) degrees.
-
-    Gradients are looked up by coordinate, so that any shape and angle need neither padding nor resampling.
-    """
+    Gradients are looked up by coordinate, so that any shape and angle need neither padding nor resampling."""
     phase = rng.uniform(0, 2 * np.pi, (64, 64))
     gradients, angle = np.stack([np.sin(phase), np.cos(phase)], axis=-1), rng.uniform(-np.pi / 2, np.pi / 2)
     v, u = np.meshgrid(np.arange(height) / height - 0.5, np.arange(width) / width - 0.5, indexing="ij")
@@ -75,16 +69,12 @@ def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Gener
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
-    """Where the object is, (H, W) bool; everywhere, unless the image shows an object on a plain background.
-
-    Otsu's threshold splits the distances from the median colour of the image's border; the background is plain if
-    nearly the whole border is near that colour. Decided for each image, so that no category needs a setting.
-    """
+    """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
+    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
     border = np.pad(np.zeros(np.subtract(image.shape[:2], 16), dtype=bool), 8, constant_values=True)
     distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3)
     counts, edges = np.histogram(distance, bins=64)
-    share = np.cumsum(counts) / counts.sum()
-    mean = np.cumsum(counts * edges[1:]) / counts.sum()
+    share, mean = np.cumsum(counts) / counts.sum(), np.cumsum(counts * edges[1:]) / counts.sum()
     between = (mean[-1] * share - mean) ** 2 / np.maximum(share * (1 - share), 1e-9)  # Otsu: variance between classes
     far = distance > edges[np.argmax(between) + 1]
     if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
@@ -93,7 +83,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
 
 
 def thin_mask(height: int, width: int, centre: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A scratch (a curved chain of dots) or one to three spots from `centre` on: the small defects Perlin noise lacks."""
+    """A scratch (a curved chain of dots) or up to three spots from `centre` (y, x) on: what Perlin noise lacks."""
     scratch, image = rng.random() < 0.5, Image.new("1", (width, height))
     count, step = (rng.integers(10, 40), 2) if scratch else (rng.integers(1, 4), 10)  # lengths for 256 pixels
     radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0) if scratch else rng.uniform(1.5, 7, (count, 2))
@@ -139,22 +129,19 @@ def synthesize(image: np.ndarray, rng: np.random.Generator,
 
     image, other (a texture or a second normal image; default: the image itself): (H, W, 3) of one shape. Returns
     (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is never empty and lies on the
-    object where the background is plain; pixels outside it are untouched.
-    """
+    object where the background is plain; pixels outside it are untouched."""
     height, width = image.shape[:2]
     where = foreground(image)
     while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
         if rng.random() < 0.4:  # DRAEM's mask: 2^k cells per axis, k in 0..5
-            mask = perlin(height, width, tuple(2 ** rng.integers(0, 6, 2)), rng) > 0.5
+            mask = where & (perlin(height, width, tuple(2 ** rng.integers(0, 6, 2)), rng) > 0.5)
         else:
-            centre = np.unravel_index(rng.choice(np.flatnonzero(where)), where.shape)
-            mask = thin_mask(height, width, centre, rng)
-        mask = mask & where
+            mask = where & thin_mask(height, width, np.argwhere(where)[rng.integers(where.sum())], rng)
         if not 0 < mask.mean() < 0.3:
             continue
         # Opacity rises from the mask's rim inwards: sharp cut-outs are what a detector would learn instead of defects.
-        alpha = np.minimum(2 * ndimage.gaussian_filter(mask.astype(np.float32), rng.uniform(0.3, 1.5)), 1)
-        alpha *= mask * rng.uniform(0.5, 1)
+        soft = np.minimum(2 * ndimage.gaussian_filter(mask.astype(np.float32), rng.uniform(0.3, 1.5)), 1)
+        alpha = soft * mask * rng.uniform(0.5, 1)
         change = alpha[..., None] * (source(image, image if other is None else other, rng) - image)
         if np.abs(change[mask]).mean() > 0.03:
             break

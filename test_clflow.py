@@ -247,7 +247,7 @@ def test_classification_loss_by_hand_and_its_gradient():
 
 def test_info_nce_by_hand():
     loss = clflow.info_nce(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), temperature=0.5)
-    assert loss.item() == pytest.approx(-math.log(math.exp(4) / (math.exp(4) + math.exp(2) + 1)), rel=1e-6)
+    assert loss.item() == pytest.approx(-math.log(math.exp(4) / (math.exp(4) + math.exp(2) + 1)), rel=1e-5)
 
 
 def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
@@ -269,7 +269,7 @@ def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
 def test_contrast_energy_by_hand_and_its_gradient():
     anomalous, normal = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0, 0.5], requires_grad=True)
     loss = clflow.contrast_energy(anomalous, normal, temperature=1.0)
-    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1 + math.exp(0.5))), rel=1e-6)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1 + math.exp(0.5))), rel=1e-5)
     loss.backward()
     assert anomalous.grad.item() < 0 and normal.grad is None
 
@@ -311,7 +311,7 @@ def test_aupro_equals_brute_force(levels):
 
 
 def test_aupro_by_hand():
-    """Two regions of 1 and 3 pixels, 10 normal ones. In falling order: small region, 1 normal, 3 of the large one, rest.
+    """Two regions of 1 and 3 pixels, 10 normal ones. In falling order: the small region, 1 normal, the large one, rest.
 
     Overlap is 0.5 up to FPR 0.1 and 1.0 from there on: (0.1 * 0.5 + 0.2 * 1) / 0.3.
     """
@@ -334,8 +334,9 @@ def test_masks_are_matched_by_stem(tmp_path):
     for name in ("test/ok/0.bmp", "test/ko/1.bmp", "test/ko/2.png", "test/ko/3.jpg", "ground_truth/ko/1.png",
                  "ground_truth/ko/2_mask.bmp"):
         Image.new("L", (8, 8)).save(tmp_path / name)
-    found = {t.path.name: (t.anomalous, t.mask and t.mask.name) for t in evaluate.labelled_images(tmp_path)}
-    assert found == {"0.bmp": (False, None), "1.bmp": (True, "1.png"), "2.png": (True, "2_mask.bmp"), "3.jpg": (True, None)}
+    found = {p.name: (anomalous, mask and mask.name) for p, anomalous, mask in evaluate.labelled_images(tmp_path)}
+    assert found == {"0.bmp": (False, None), "1.bmp": (True, "1.png"), "2.png": (True, "2_mask.bmp"),
+                     "3.jpg": (True, None)}
 
 
 # ---------------------------------------------------------------- the scripts, end to end
@@ -438,19 +439,20 @@ def test_bad_training_input(category, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     expect_one_line(attempt("--data", tmp_path / "nowhere"), "--data", "nowhere")
-    expect_one_line(attempt("--data", tmp_path / "empty"), "train/good")
-    expect_one_line(attempt("--data", tmp_path / "bare"), "no images", "good")
+    expect_one_line(attempt("--data", tmp_path / "empty"), "empty", "train/good")
+    expect_one_line(attempt("--data", tmp_path / "bare"), "bare", "no images", "train/good")
     expect_one_line(attempt("--data", tmp_path / "broken", *LITE), "zz.png")
     expect_one_line(attempt("--data", category, "--backbone", "vgg"), "--backbone", "vgg", "resnet18")
     expect_one_line(attempt("--data", category, "--weights", tmp_path / "weights.pth"), "weights.pth")
     expect_one_line(attempt("--data", category, "--weights", tmp_path / "other.pth"), "other.pth", "fit")
     expect_one_line(attempt("--data", category, *LITE, "--textures", tmp_path / "empty"), "--textures")
-    for flag, value in (("--epochs", 0), ("--size", 63), ("--epochs", "many"), ("--device", "abacus"), ("--contrast", "x")):
+    for flag, value in (("--epochs", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"), ("--contrast", "x")):
         expect_one_line(attempt("--data", category, *LITE, flag, value), flag)
 
 
 def test_weights_that_cannot_be_downloaded(category, tmp_path):
-    env = {**os.environ, "TORCH_HOME": str(tmp_path), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    nowhere = "http://127.0.0.1:9"  # a proxy that refuses
+    env = {**os.environ, "TORCH_HOME": str(tmp_path), "http_proxy": nowhere, "https_proxy": nowhere}
     result = script("train.py", "--data", category, "--out", tmp_path / "out", env=env)
     expect_one_line(result, "--weights", "efficientnet_lite0")
 
@@ -482,5 +484,5 @@ def test_nothing_is_lost_when_a_write_fails(tmp_path):
         file.write_text("half")
         raise OSError(28, "No space left on device")
     with pytest.raises(synth.InputError, match="model.pt"):
-        clflow.write_atomically(target, fail)
+        evaluate.write_atomically(target, fail)
     assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]

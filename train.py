@@ -1,8 +1,8 @@
 """Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
-
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,16 @@ from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import clflow
 import evaluate
-from clflow import CLFlow, classification_loss, contrast_cosine, contrast_energy, energy, image_score
-from clflow import load_imagenet_weights, nll_loss, write_atomically
+from clflow import CLFlow
 from synth import InputError, good_images, list_images, read_image, synthesize
 
 
 class Pairs(Dataset):
-    """x+, x- = synth(x+) and the mask M: (3, size, size), (3, size, size) and (1, size, size) float32.
-
-    Each pair is seeded by (seed, epoch, index), whatever the workers and the order. Small sets are repeated, so that
-    an epoch has about EPOCH pairs or more. Decoded images are kept, up to CACHE bytes in all.
-    """
+    """x+, x- = synth(x+) and its mask: (3, size, size), (3, size, size) and (1, size, size) float32. Each is seeded by
+    (seed, epoch, index), whatever the workers and the order. Small sets are repeated, to about EPOCH pairs in an epoch.
+    Decoded images are kept, up to CACHE bytes in all."""
 
     EPOCH, CACHE = 100, 4e9
 
@@ -44,7 +42,8 @@ class Pairs(Dataset):
         image = self.image(self.files[index % len(self.files)])
         sources = self.textures if self.textures and rng.random() < 0.5 else self.files
         anomalous, mask, _ = synthesize(image, rng, self.image(sources[rng.integers(len(sources))]))
-        return tuple(torch.from_numpy(x.astype(np.float32)).permute(2, 0, 1) for x in (image, anomalous, mask[..., None]))
+        arrays = image, anomalous, mask[..., None].astype(np.float32)
+        return tuple(torch.from_numpy(x).permute(2, 0, 1) for x in arrays)
 
 
 def sample(values: Tensor, count: int = 512) -> Tensor:
@@ -52,25 +51,25 @@ def sample(values: Tensor, count: int = 512) -> Tensor:
     return values[torch.randint(len(values), (count,), device=values.device)]
 
 
-def losses(scales: list[tuple[Tensor, Tensor]], mask: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+def losses(scales: list[tuple[Tensor, Tensor]], mask: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
     """NLL, classification and contrast of a batch; scales: z and log_det of x+ and x-, stacked along the batch."""
     energies, classification, contrast = [], [], []
     for z, log_det in scales:
-        normal, anomalous = energy(z, log_det).chunk(2)
+        normal, anomalous = clflow.energy(z, log_det).chunk(2)
         coverage = F.adaptive_max_pool2d(mask, z.shape[2:])  # the maximum: a thin scratch still marks its positions
         touched, near = coverage[:, 0] > 0, F.max_pool2d(coverage, 3, stride=1, padding=1)[:, 0] > 0
         # What lies beside a defect is normal: the likelihood learns so, and the map does not spill over.
         energies.append(torch.cat((normal.flatten(), anomalous[~near])) if not os.environ.get("XPLUS") else normal)
         a, n = sample(anomalous[touched]), sample(normal.flatten())
-        classification.append(classification_loss(n, a, args.smoothing, args.temperature))
+        classification.append(clflow.classification_loss(n, a, args.smoothing, args.temperature))
         if args.contrast == "energy":
-            contrast.append(contrast_energy(a, n, args.temperature))
+            contrast.append(clflow.contrast_energy(a, n, args.temperature))
         else:
-            z_normal, z_anomalous = z.permute(0, 2, 3, 1).chunk(2)  # (B, h, w, C)
-            box = sample(touched.nonzero()).unbind(dim=1)
-            pull = sample(z_normal.flatten(0, 2))
-            contrast.append(contrast_cosine(z_normal[box], z_anomalous[box], pull, args.temperature))
-    return nll_loss(energies), torch.stack(classification).mean(), torch.stack(contrast).mean()
+            box = touched.any(dim=2, keepdim=True) & touched.any(dim=1, keepdim=True)
+            places, (z_normal, z_anomalous) = sample(box.nonzero()).unbind(dim=1), z.permute(0, 2, 3, 1).chunk(2)
+            contrast.append(clflow.contrast_cosine(
+                z_normal[places], z_anomalous[places], sample(z_normal.flatten(0, 2)), args.temperature))
+    return clflow.nll_loss(energies), torch.stack(classification).mean(), torch.stack(contrast).mean()
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ def calibrate(model: CLFlow, files: list[Path]) -> None:
     energies = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
     model.levels.copy_(torch.stack([torch.cat(e).median() for e in energies]))
     maps = torch.cat([model.anomaly_map(images) for images in evaluate.batches(files, model.size)])
-    model.normal_scores, model.normal_peaks = image_score(maps), maps.amax(dim=(1, 2))
+    model.normal_scores, model.normal_peaks = clflow.image_score(maps), maps.amax(dim=(1, 2))
 
 
 def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimizer,
@@ -108,54 +107,46 @@ def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimi
     return np.mean(rows, axis=0)
 
 
-def train(args: argparse.Namespace, data: Path, out: Path) -> CLFlow:
-    """Train on the good images of `data`, calibrate on a tenth of them held out, write model.pt and log.csv to `out`."""
-    files = good_images(data)
+def train(args: argparse.Namespace, out: Path) -> CLFlow:
+    """Train on good images, calibrate on a tenth of them that is held out, write model.pt and log.csv into `out`."""
+    files, textures = good_images(args.data), list_images(Path(args.textures), "**/*") if args.textures else []
     if len(files) < 2:
-        raise InputError(f"--data {data}: one good image is not enough; training takes two, and better twenty")
+        raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
+    if args.textures and not textures:
+        raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     order, held_out = np.random.default_rng(args.seed).permutation(len(files)), max(1, round(len(files) / 10))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     torch.manual_seed(args.seed)
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "weights", "textures", "device")}
-    model = CLFlow({**settings, "data": str(data.resolve()), "category": data.resolve().name})
-    load_imagenet_weights(model.backbone, args.backbone, args.weights)
-    pairs = Pairs(train_files, texture_images(args.textures), args.size, args.seed)
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "textures", "device")}
+    model = CLFlow({**options, "data": str(args.data.resolve()), "held_out": held_out})
+    clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
+    pairs = Pairs(train_files, textures, args.size, args.seed)
     fit_norms(model.to(args.device), train_files)
     loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
     optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.1)
-    log, start = [["epoch", "loss", "nll", "classification", "contrast", "images_per_second"]], time.perf_counter()
+    log = "epoch,loss,nll,classification,contrast,images_per_second\n"
     for epoch in range(1, args.epochs + 1):
-        pairs.epoch, began = epoch, time.perf_counter()
+        evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
+        pairs.epoch, start = epoch, time.perf_counter()
         means = train_epoch(model, loader, optimizer, schedule, args)
-        now = time.perf_counter()
-        log.append([epoch, *means.round(5).tolist(), round(len(pairs) / (now - began), 2)])
-        print("epoch {}/{}: loss {:.3f}, NLL per dimension {:.3f}, classification {:.3f}, contrast {:.3f}, {:.1f} images/s, "
-              "{:.0f} s left".format(epoch, args.epochs, *log[-1][1:], (now - start) / epoch * (args.epochs - epoch)), flush=True)
+        seconds = time.perf_counter() - start
+        log += ",".join(map(str, (epoch, *means.round(5), round(len(pairs) / seconds, 2)))) + "\n"
+        print(f"epoch {epoch}/{args.epochs}: loss {means[0]:.3f}, NLL per dimension {means[1]:.3f}, classification "
+              f"{means[2]:.3f}, contrast {means[3]:.3f}, {len(pairs) / seconds:.1f} images/s, "
+              f"{seconds * (args.epochs - epoch):.0f} s left", flush=True)
+    evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
     calibrate(model.eval(), held_files)
-    model.save(out / "model.pt")
-    write_atomically(out / "log.csv", lambda file: file.write_text("".join(",".join(map(str, row)) + "\n" for row in log)))
+    evaluate.write_atomically(out / "model.pt", model.save)
     return model
-
-
-def texture_images(folder: str | None) -> list[Path]:
-    """Images in `folder` and its subfolders (DTD has them by class); none without a folder."""
-    if folder is None:
-        return []
-    folders = [Path(folder), *sorted(p for p in Path(folder).rglob("*") if p.is_dir())]
-    if not Path(folder).is_dir() or not (files := [file for f in folders for file in list_images(f)]):
-        raise InputError(f"--textures {folder}: no such folder, or no images in it")
-    return files
 
 
 DEMO = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
 
 
 def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
-    """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect` (none for "good"), (256, 256) bool.
-
-    Drawn with code of its own: shared with synth.py, the demo would test nothing but what it was trained on.
-    """
+    """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect` ("good": none), (256, 256) bool.
+    Drawn with code of its own: shared with synth.py, the demo would test nothing but what it was trained on."""
     n = 512  # drawn at twice the size; the reduction smooths the edges
     y, x = np.mgrid[:n, :n] - (n / 2 + rng.uniform(-16, 16, 2))[:, None, None]
     radius, turn, place, reach = rng.uniform((184, 0, 0, 70), (192, np.pi, 2 * np.pi, 150))
@@ -193,15 +184,13 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
 def draw_demo(data: Path, counts: dict[str, int] = DEMO) -> None:
     """Draw the demo's category into `data`, in MVTec AD layout; the same images every time."""
     for k, (name, count) in enumerate(counts.items()):
-        defect = Path(name).name
+        folder, truth = data / name, data / "ground_truth" / Path(name).name
+        for path in (folder, truth):
+            path.mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            image, mask = draw_button(np.random.default_rng([k, i]), defect)
-            files = {data / name / f"{i:03}.png": image}
-            if mask.any():
-                files[data / "ground_truth" / defect / f"{i:03}_mask.png"] = mask
-            for path, pixels in files.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
+            image, mask = draw_button(np.random.default_rng([k, i]), folder.name)
+            Image.fromarray(image).save(folder / f"{i:03}.png")
+            Image.fromarray(mask).save(truth / f"{i:03}_mask.png")
 
 
 def options() -> argparse.ArgumentParser:
@@ -227,7 +216,6 @@ def options() -> argparse.ArgumentParser:
     add("--score", choices=("nll", "fastflow"), default="nll", help="anomaly map: exact likelihood, or FastFlow's form")
     add("--steps", type=int, default=8, help="flow steps per scale")
     add("--kernels", type=int, nargs="+", default=[3], help="odd kernel sizes, alternating over the steps")
-    add("--hidden-ratio", type=float, default=1.0, help="width of the subnets")
     return parser
 
 
@@ -240,13 +228,13 @@ def main() -> None:
     args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
     args.device = evaluate.pick_device(args.device)
     out = args.out or Path("runs", "demo" if demo else args.data.resolve().name)
-    data = out / "data" if demo else args.data
     if demo:
-        draw_demo(data)
-    model = train(args, data, out)
-    print(f"wrote {out / 'model.pt'}" + ("" if demo else f"; next: python evaluate.py {out}"))
+        args.data = out / "data"
+        draw_demo(args.data)
+    model = train(args, out)
+    print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
     if demo:
-        evaluate.report(model, data, out)
+        evaluate.report(model, args.data, out)
 
 
 if __name__ == "__main__":
