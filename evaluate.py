@@ -25,9 +25,8 @@ def labelled_images(data: Path) -> list[tuple[Path, bool, Path | None]]:
     found = []
     for folder in sorted(p for p in data.glob("test/*") if p.is_dir()):
         anomalous = folder.name not in ("good", "ok")
-        truth = list_images(data / "ground_truth" / folder.name) if anomalous else []
-        masks = {p.stem.removesuffix("_mask"): p for p in truth}
-        found += [(p, anomalous, masks.get(p.stem)) for p in list_images(folder)]
+        masks = {p.stem.removesuffix("_mask"): p for p in list_images(data / "ground_truth" / folder.name)}
+        found += [(p, anomalous, masks.get(p.stem) if anomalous else None) for p in list_images(folder)]
     if not found:
         raise InputError(f"--data {data}: no test images; evaluation needs some in test/good and test/<defect>")
     return found
@@ -58,13 +57,14 @@ def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     last_of_tie = np.append(np.diff(maps[keep][order]) != 0, True)
     fpr = np.append(0, np.cumsum(~masks[keep][order])[last_of_tie] / normal.size)
     overlap = np.append(0, np.cumsum(weights[keep][order], dtype=np.float64)[last_of_tie] / regions)
-    inside = fpr < limit
-    fpr, overlap = np.append(fpr[inside], limit), np.append(overlap[inside], np.interp(limit, fpr, overlap))
+    end = np.searchsorted(fpr, limit)  # the first point at or past the limit; what comes after it does not count
+    at_limit = np.interp(limit, fpr[:end + 1], overlap[:end + 1])
+    fpr, overlap = np.append(fpr[:end], limit), np.append(overlap[:end], at_limit)
     return float(np.trapezoid(overlap, fpr) / limit)
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
-    """Image AUROC, average precision, F1-max (an oracle: its threshold is chosen on these labels); None if one class."""
+    """Image AUROC, average precision, F1-max (an oracle, its threshold chosen on these labels); None if one class."""
     if labels.all() or not labels.any():
         return dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -100,7 +100,7 @@ def time_per_image(model: CLFlow, batch: int = 8) -> float:
 
 def draw_result(image: np.ndarray, heat: np.ndarray, limit: float, title: str, mask: np.ndarray | None) -> Image.Image:
     """One row: image (H, W, 3), outlined where heat (H, W) is over `limit`; heat map; true mask (H, W) if known. The
-    scale is the model's, so that good images stay dark: black is typically normal, red is at the limit, white at 1."""
+    scale is the model's, so that good images stay dark: black is typically normal, red at the limit, yellow certain."""
     edge = ndimage.binary_dilation(heat > limit, iterations=max(1, round(min(heat.shape) / 200))) & (heat <= limit)
     stops = np.array([(0, 0, 0), (0.32, 0.07, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64)])
     places = [0, limit / 2, limit, (1 + limit) / 2, 1]
@@ -121,17 +121,16 @@ def draw_result(image: np.ndarray, heat: np.ndarray, limit: float, title: str, m
 
 
 def draw_pictures(model: CLFlow, tests: list[tuple], scores: np.ndarray, maps: np.ndarray, folder: Path) -> None:
-    """One picture per test image, at the image's own shape, as <defect>_<file name>.png in `folder`."""
+    """One picture per test image, at the image's own shape, as <defect>_<stem>.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     # thresholds of the score and of the map, which about 2 % of normal images should pass, by those held out
     limit, peak_limit = (torch.quantile(x, 0.98).item() for x in (model.normal_scores, model.normal_peaks))
     for (path, anomalous, truth), score, heat in zip(tests, scores, maps, strict=True):
-        image, defect = read_image(path), path.parent.name
+        image, file = read_image(path), folder / f"{path.parent.name}_{path.stem}.png"
         heat = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
         mask = None if anomalous and truth is None else read_mask(truth, heat.shape)
-        verdict = "anomalous" if score > limit else "normal"
-        title = f"{defect}/{path.name}: {verdict}, score {score:.2f} (threshold {limit:.2f})"
-        draw_result(image, heat, peak_limit, title, mask).save(folder / f"{defect}_{path.name}.png")
+        verdict = f"{'anomalous' if score > limit else 'normal'}, score {score:.2f} (threshold {limit:.2f})"
+        draw_result(image, heat, peak_limit, f"{path.parent.name}/{path.name}: {verdict}", mask).save(file)
 
 
 def report(model: CLFlow, data: Path, out: Path) -> None:
@@ -140,8 +139,8 @@ def report(model: CLFlow, data: Path, out: Path) -> None:
     maps = torch.cat([model.anomaly_map(x).cpu() for x in batches([path for path, _, _ in tests], model.size)])
     scores, maps = image_score(maps).numpy(), maps.numpy()
     masks = np.stack([read_mask(mask, maps.shape[1:]) for _, _, mask in tests])
-    if unmasked := [path for path, anomalous, mask in tests if anomalous and mask is None]:
-        print(f"pixel metrics are n/a: no mask in ground_truth for {len(unmasked)} images, such as {unmasked[0]}")
+    if unmasked := [test[0] for test, mask in zip(tests, masks, strict=True) if test[1] and not mask.any()]:
+        print(f"pixel metrics are n/a: no mask, or an empty one, for {len(unmasked)} images, such as {unmasked[0]}")
         masks[:] = False
     labels, run_of = np.array([anomalous for _, anomalous, _ in tests]), ("backbone", "size", "seed", "epochs")
     metrics = {"category": data.resolve().name, **{key: model.settings[key] for key in run_of},
@@ -190,8 +189,8 @@ def run(main: Callable[[], None]) -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:  # one from a loader's worker comes with its traceback before it
+        print("error:", str(error).strip().splitlines()[-1].removeprefix("synth.InputError: "), file=sys.stderr)
         sys.exit(2)
 
 

@@ -2,8 +2,6 @@
 
 An invertible map x -> z with a cheap Jacobian determinant:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
 """
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +48,7 @@ class Flow2D(nn.Module):
     `forward(x) -> (z, log_det)`: (B, C, H, W) and (B, H, W), the terms per position of the map's log-determinant.
     `inverse(z) -> x` is exact."""
 
-    def __init__(self, channels: int, steps: int = 8, kernel_sizes: Sequence[int] = (3,), hidden_ratio: float = 1.0):
+    def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()
         self.steps = nn.ModuleList(
             Coupling(channels, kernel_sizes[i % len(kernel_sizes)], hidden_ratio) for i in range(steps))

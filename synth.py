@@ -130,8 +130,7 @@ def synthesize(image: np.ndarray, rng: np.random.Generator,
     image, other (a texture or a second normal image; default: the image itself): (H, W, 3) of one shape. Returns
     (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is never empty and lies on the
     object where the background is plain; pixels outside it are untouched."""
-    height, width = image.shape[:2]
-    where = foreground(image)
+    (height, width), where = image.shape[:2], foreground(image)
     while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
         if rng.random() < 0.4:  # DRAEM's mask: 2^k cells per axis, k in 0..5
             mask = where & (perlin(height, width, tuple(2 ** rng.integers(0, 6, 2)), rng) > 0.5)

@@ -1,6 +1,7 @@
 """Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ class Pairs(Dataset):
     """x+, x- = synth(x+) and its mask: (3, size, size), (3, size, size) and (1, size, size) float32. Each is seeded by
     (seed, epoch, index), whatever the workers and the order. Small sets are repeated, to about EPOCH pairs in an epoch.
     Decoded images are kept, up to CACHE bytes in all."""
-
     EPOCH, CACHE = 100, 4e9
 
     def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int):
@@ -58,9 +58,9 @@ def losses(scales: list[tuple[Tensor, Tensor]], mask: Tensor, args: argparse.Nam
         normal, anomalous = clflow.energy(z, log_det).chunk(2)
         coverage = F.adaptive_max_pool2d(mask, z.shape[2:])  # the maximum: a thin scratch still marks its positions
         touched, near = coverage[:, 0] > 0, F.max_pool2d(coverage, 3, stride=1, padding=1)[:, 0] > 0
-        # What lies beside a defect is normal: the likelihood learns so, and the map does not spill over.
-        energies.append(torch.cat((normal.flatten(), anomalous[~near])) if not os.environ.get("XPLUS") else normal)
-        a, n = sample(anomalous[touched]), sample(normal.flatten())
+        # Beside a defect features should still be likely: the map then does not spill over.
+        energies.append(torch.cat((normal.flatten(), clflow.tamed(anomalous[~near]))))
+        a, n = (clflow.tamed(sample(e)) for e in (anomalous[touched], normal.flatten()))
         classification.append(clflow.classification_loss(n, a, args.smoothing, args.temperature))
         if args.contrast == "energy":
             contrast.append(clflow.contrast_energy(a, n, args.temperature))
@@ -117,17 +117,17 @@ def train(args: argparse.Namespace, out: Path) -> CLFlow:
     order, held_out = np.random.default_rng(args.seed).permutation(len(files)), max(1, round(len(files) / 10))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     torch.manual_seed(args.seed)
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "textures", "device")}
-    model = CLFlow({**options, "data": str(args.data.resolve()), "held_out": held_out})
+    kept = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "textures", "device")}
+    model = CLFlow({**kept, "data": str(args.data.resolve()), "held_out": held_out})
     clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
     pairs = Pairs(train_files, textures, args.size, args.seed)
     fit_norms(model.to(args.device), train_files)
-    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
+    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
+    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=workers)
     optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
     log = "epoch,loss,nll,classification,contrast,images_per_second\n"
     for epoch in range(1, args.epochs + 1):
-        evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
         pairs.epoch, start = epoch, time.perf_counter()
         means = train_epoch(model, loader, optimizer, schedule, args)
         seconds = time.perf_counter() - start
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, out: Path) -> CLFlow:
         print(f"epoch {epoch}/{args.epochs}: loss {means[0]:.3f}, NLL per dimension {means[1]:.3f}, classification "
               f"{means[2]:.3f}, contrast {means[3]:.3f}, {len(pairs) / seconds:.1f} images/s, "
               f"{seconds * (args.epochs - epoch):.0f} s left", flush=True)
-    evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
+        evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
     calibrate(model.eval(), held_files)
     evaluate.write_atomically(out / "model.pt", model.save)
     return model
@@ -184,13 +184,13 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
 def draw_demo(data: Path, counts: dict[str, int] = DEMO) -> None:
     """Draw the demo's category into `data`, in MVTec AD layout; the same images every time."""
     for k, (name, count) in enumerate(counts.items()):
-        folder, truth = data / name, data / "ground_truth" / Path(name).name
-        for path in (folder, truth):
-            path.mkdir(parents=True, exist_ok=True)
+        defect = Path(name).name
         for i in range(count):
-            image, mask = draw_button(np.random.default_rng([k, i]), folder.name)
-            Image.fromarray(image).save(folder / f"{i:03}.png")
-            Image.fromarray(mask).save(truth / f"{i:03}_mask.png")
+            image, mask = draw_button(np.random.default_rng([k, i]), defect)
+            files = {f"{name}/{i:03}.png": image, f"ground_truth/{defect}/{i:03}_mask.png": mask}
+            for file, pixels in files.items() if mask.any() else [*files.items()][:1]:
+                (data / file).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(data / file)
 
 
 def options() -> argparse.ArgumentParser:
@@ -208,21 +208,22 @@ def options() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add = parser.add_argument_group("what the paper leaves open").add_argument
-    add("--classification-weight", type=float, default=0.02, help="weight a of the smoothed classification")
-    add("--contrast-weight", type=float, default=0.02, help="weight b of the contrastive loss")
+    add("--classification-weight", type=float, default=0.05, help="weight a of the smoothed classification")
+    add("--contrast-weight", type=float, default=0.05, help="weight b of the contrastive loss")
     add("--contrast", choices=("energy", "cosine"), default="energy", help="form of the InfoNCE loss")
     add("--smoothing", type=float, default=0.1, help="label smoothing of the classification")
     add("--temperature", type=float, default=1.0, help="temperature of both proxy tasks")
     add("--score", choices=("nll", "fastflow"), default="nll", help="anomaly map: exact likelihood, or FastFlow's form")
     add("--steps", type=int, default=8, help="flow steps per scale")
-    add("--kernels", type=int, nargs="+", default=[3], help="odd kernel sizes, alternating over the steps")
+    add("--kernels", type=int, nargs="+", default=[3], choices=range(1, 16, 2), help="alternate over the steps")
     return parser
 
 
 def main() -> None:
     args = options().parse_args()
     demo = args.data is None
-    for flag, low, high in (("epochs", 1, 10000), ("size", 64, 4096), ("batch", 1, 4096), ("steps", 1, 64)):
+    for flag, low, high in (("epochs", 1, 10000), ("size", 64, 4096), ("batch", 1, 4096), ("steps", 1, 64),
+                            ("seed", 0, 2**32 - 1), ("lr", 1e-9, 1), ("temperature", 1e-3, 1e3), ("smoothing", 0, 0.9)):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: out of range, give {low} to {high}")
     args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
