@@ -87,7 +87,7 @@ def energy(z: Tensor, log_det: Tensor) -> Tensor:
 
 def tamed(e: Tensor) -> Tensor:
     """E up to 1, 1 + log E above: on x- E knows no bounds, and few outliers would be all that clipped gradients see."""
-    return torch.where(e < 1, e, 1 + e.clamp(min=1).log())
+    return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
 def nll_loss(energies: list[Tensor]) -> Tensor:

@@ -142,8 +142,9 @@ def report(model: CLFlow, data: Path, out: Path) -> None:
     if unmasked := [test[0] for test, mask in zip(tests, masks, strict=True) if test[1] and not mask.any()]:
         print(f"pixel metrics are n/a: no mask, or an empty one, for {len(unmasked)} images, such as {unmasked[0]}")
         masks[:] = False
-    labels, run_of = np.array([anomalous for _, anomalous, _ in tests]), ("backbone", "size", "seed", "epochs")
-    metrics = {"category": data.resolve().name, **{key: model.settings[key] for key in run_of},
+    labels, trained = np.array([anomalous for _, anomalous, _ in tests]), model.settings
+    metrics = {"category": trained["category"] if data.resolve() == Path(trained["data"]) else data.resolve().name,
+               **{key: trained[key] for key in ("backbone", "size", "seed", "epochs")},
                **image_metrics(labels, scores), **pixel_metrics(masks, maps), "ms_per_image": time_per_image(model),
                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     for name, value in metrics.items():

@@ -2,7 +2,6 @@
 import csv
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -466,49 +465,68 @@ def test_demo_trains_and_evaluates_without_data(tmp_path):
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
 
-def expect_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+def refuse(main, monkeypatch, capsys, arguments: list, *words: str) -> None:
+    """`main` with these command-line arguments writes one line, with these words in it, and exits with code 2."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run(main)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
+    assert all(word in stderr for word in words), stderr
 
 
-def test_bad_training_input(category, tmp_path):
-    def attempt(*args):
-        return script("train.py", "--out", tmp_path / "out", *args)
+def test_bad_input_is_one_line_in_a_real_process(tmp_path):
+    result = script("train.py", "--data", tmp_path / "nowhere")
+    assert result.returncode == 2 and result.stderr == f"error: --data {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_bad_training_input(category, tmp_path, monkeypatch, capsys):
+    def attempt(*arguments, words):
+        refuse(train.main, monkeypatch, capsys, ["--out", tmp_path / "out", *arguments], *words)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare" / "train" / "good").mkdir(parents=True)
     shutil.copytree(category / "train", tmp_path / "broken" / "train")
     (tmp_path / "broken" / "train" / "good" / "zz.png").write_bytes(b"\x89PNG broken")
     (tmp_path / "weights.pth").write_bytes(b"not weights")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    expect_one_line(attempt("--data", tmp_path / "nowhere"), "--data", "nowhere")
-    expect_one_line(attempt("--data", tmp_path / "empty"), "empty", "train/good")
-    expect_one_line(attempt("--data", tmp_path / "bare"), "bare", "no images", "train/good")
-    expect_one_line(attempt("--data", tmp_path / "broken", *LITE), "zz.png")
-    expect_one_line(attempt("--data", category, "--backbone", "vgg"), "--backbone", "vgg", "resnet18")
-    expect_one_line(attempt("--data", category, "--weights", tmp_path / "weights.pth"), "weights.pth")
-    expect_one_line(attempt("--data", category, "--weights", tmp_path / "other.pth"), "other.pth", "fit")
-    expect_one_line(attempt("--data", category, *LITE, "--textures", tmp_path / "empty"), "--textures")
-    expect_one_line(script("train.py", "--out", tmp_path / "weights.pth", "--epochs", 1), "weights.pth")
+    attempt("--data", tmp_path / "empty", words=["--data", "empty", "train/good"])
+    attempt("--data", tmp_path / "bare", words=["bare", "no images", "train/good"])
+    attempt("--data", tmp_path / "broken", *LITE, words=["zz.png"])
+    attempt("--data", category, "--backbone", "vgg", words=["--backbone", "vgg", "resnet18"])
+    attempt("--data", category, "--weights", tmp_path / "weights.pth", words=["weights.pth", "--weights"])
+    attempt("--data", category, "--weights", tmp_path / "other.pth", words=["other.pth", "fit"])
+    attempt("--data", category, *LITE, "--textures", tmp_path / "empty", words=["--textures"])
+    attempt("--out", tmp_path / "weights.pth", words=["weights.pth"])
     for flag, value in (("--epochs", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"), ("--contrast", "x"),
                         ("--kernels", 2), ("--seed", -1), ("--lr", 0)):
-        expect_one_line(attempt("--data", category, *LITE, flag, value), flag)
+        attempt("--data", category, *LITE, flag, value, words=[flag])
 
 
-def test_weights_that_cannot_be_downloaded(category, tmp_path):
-    nowhere = "http://127.0.0.1:9"  # a proxy that refuses
-    env = {**os.environ, "TORCH_HOME": str(tmp_path), "http_proxy": nowhere, "https_proxy": nowhere}
-    result = script("train.py", "--data", category, "--out", tmp_path / "out", env=env)
-    expect_one_line(result, "--weights", "efficientnet_lite0")
+def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_path, monkeypatch, capsys):
+    shutil.copytree(category / "train", tmp_path / "data" / "train")
+    monkeypatch.setattr(train.Pairs, "CACHE", 0)  # so that the workers decode
+    monkeypatch.setattr(train, "fit_norms", lambda model, files: [
+        f.write_bytes(b"broken") for f in (tmp_path / "data" / "train" / "good").iterdir()])
+    refuse(train.main, monkeypatch, capsys,
+           ["--data", tmp_path / "data", "--out", tmp_path / "out", *LITE, "--size", 64], "error: ", "good", ".png")
 
 
-def test_bad_evaluation_input(run, category, tmp_path):
+def test_weights_that_cannot_be_downloaded(category, tmp_path, monkeypatch, capsys):
+    for name, value in (("TORCH_HOME", str(tmp_path)), ("http_proxy", "http://127.0.0.1:9"),
+                        ("https_proxy", "http://127.0.0.1:9")):  # a proxy that refuses
+        monkeypatch.setenv(name, value)
+    refuse(train.main, monkeypatch, capsys, ["--data", category, "--out", tmp_path / "out"],
+           "--weights", "efficientnet_lite0")
+
+
+def test_bad_evaluation_input(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    expect_one_line(script("evaluate.py", tmp_path), "model.pt")
-    expect_one_line(script("evaluate.py", tmp_path / "junk.pt"), "junk.pt")
-    expect_one_line(script("evaluate.py", tmp_path / "other.pt"), "other.pt")
-    expect_one_line(script("evaluate.py", run, "--data", tmp_path), "test")
+    torch.save({"format": 99}, tmp_path / "newer.pt")
+    for arguments, words in (([tmp_path], ["model.pt"]), ([tmp_path / "junk.pt"], ["junk.pt"]),
+                             ([tmp_path / "other.pt"], ["other.pt"]),
+                             ([tmp_path / "newer.pt"], ["newer.pt", "format", "99"]), ([run, "--data", tmp_path], ["--data", "test"])):
+        refuse(evaluate.main, monkeypatch, capsys, arguments, *words)
 
 
 def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path):

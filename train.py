@@ -228,7 +228,8 @@ def main() -> None:
             raise InputError(f"--{flag} {getattr(args, flag)}: out of range, give {low} to {high}")
     args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
     args.device = evaluate.pick_device(args.device)
-    out = args.out or Path("runs", "demo" if demo else args.data.resolve().name)
+    args.category = "demo" if demo else args.data.resolve().name
+    out = args.out or Path("runs", args.category)
     if demo:
         args.data = out / "data"
         draw_demo(args.data)
