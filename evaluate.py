@@ -103,8 +103,7 @@ def draw_result(image: np.ndarray, heat: np.ndarray, limit: float, title: str, m
     scale is the model's, so that good images stay dark: black is typically normal, red at the limit, yellow certain."""
     edge = ndimage.binary_dilation(heat > limit, iterations=max(1, round(min(heat.shape) / 200))) & (heat <= limit)
     stops = np.array([(0, 0, 0), (0.32, 0.07, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64)])
-    places = [0, limit / 2, limit, (1 + limit) / 2, 1]
-    colours = np.stack([np.interp(heat, places, channel) for channel in stops.T], axis=-1)
+    colours = np.stack([np.interp(heat, (0, limit / 2, limit, (1 + limit) / 2, 1), c) for c in stops.T], axis=-1)
     panels = {"input": np.where(edge[..., None], (1, 0.1, 0.1), image),
               "anomaly map": np.where(edge[..., None], 1, colours)}
     if mask is not None:

@@ -523,9 +523,9 @@ def test_bad_evaluation_input(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     torch.save({"format": 99}, tmp_path / "newer.pt")
-    for arguments, words in (([tmp_path], ["model.pt"]), ([tmp_path / "junk.pt"], ["junk.pt"]),
-                             ([tmp_path / "other.pt"], ["other.pt"]),
-                             ([tmp_path / "newer.pt"], ["newer.pt", "format", "99"]), ([run, "--data", tmp_path], ["--data", "test"])):
+    cases = [([tmp_path], ["model.pt"]), ([tmp_path / "junk.pt"], ["junk.pt"]), ([tmp_path / "other.pt"], ["other.pt"]),
+             ([tmp_path / "newer.pt"], ["newer.pt", "format", "99"]), ([run, "--data", tmp_path], ["--data", "test"])]
+    for arguments, words in cases:
         refuse(evaluate.main, monkeypatch, capsys, arguments, *words)
 
 

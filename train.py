@@ -1,7 +1,6 @@
 """Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -122,8 +121,7 @@ def train(args: argparse.Namespace, out: Path) -> CLFlow:
     clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
     pairs = Pairs(train_files, textures, args.size, args.seed)
     fit_norms(model.to(args.device), train_files)
-    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
-    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=workers)
+    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
     optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
     log = "epoch,loss,nll,classification,contrast,images_per_second\n"
@@ -164,6 +162,7 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
         disc = disc & ~mask
     elif defect == "blocked":
         mask = holes.pop(rng.integers(4))
+        body = np.where(mask, rng.uniform(0.55, 0.7), body)  # with glue
     elif defect == "stain":
         mask = disc & (to_spot < rng.uniform(14, 28) * (1 + 0.3 * np.sin(6 * angle)))
         body -= 0.2 * rng.uniform(0.6, 1) * ndimage.gaussian_filter(mask.astype(float), 3)
@@ -176,9 +175,8 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
         body = np.where(mask, body * rng.uniform(0.3, 0.6), body)
     hole = np.any(holes, axis=0)
     tint = rng.uniform(0.96, 1.04) * np.where(disc[..., None], (1.15, 0.95, 0.75), (0.98, 1.0, 1.02))
-    image = np.where(disc & ~hole, body, cloth - 0.25 * hole)[..., None] * tint
-    image = image.reshape(n // 2, 2, n // 2, 2, 3).mean(axis=(1, 3))
-    return (image.clip(0, 1) * 255).astype(np.uint8), mask[::2, ::2]
+    image = (np.where(disc & ~hole, body, cloth - 0.25 * hole)[..., None] * tint).reshape(n // 2, 2, n // 2, 2, 3)
+    return (image.mean(axis=(1, 3)).clip(0, 1) * 255).astype(np.uint8), mask[::2, ::2]
 
 
 def draw_demo(data: Path, counts: dict[str, int] = DEMO) -> None:
