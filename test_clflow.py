@@ -383,7 +383,7 @@ def run(category, tmp_path_factory) -> Path:
     hidden = category.with_name("hidden")
     shutil.move(category / "test", hidden)
     try:
-        result = script("train.py", "--data", category, "--out", out, *LITE, "--epochs", 3, "--size", 128)
+        result = script("train.py", "--data", category, "--out", out, *LITE, "--epochs", 3, "--size", 192)
     finally:
         shutil.move(hidden, category / "test")
     assert result.returncode == 0, result.stderr
@@ -457,7 +457,7 @@ def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
 
 
 def test_demo_trains_and_evaluates_without_data(tmp_path):
-    result = script("train.py", "--out", tmp_path / "demo", "--epochs", 2, "--size", 128)
+    result = script("train.py", "--out", tmp_path / "demo", "--epochs", 2, "--size", 192)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] >= 0.95
     assert (tmp_path / "demo" / "data" / "train" / "good").is_dir() and list((tmp_path / "demo" / "pictures").iterdir())
