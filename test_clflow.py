@@ -339,6 +339,14 @@ def test_aupro_by_hand():
     assert evaluate.aupro(mask.astype(np.float32), mask) == pytest.approx(1.0)
 
 
+def test_aupro_counts_diagonal_neighbours_as_one_region():
+    """Two regions, one of them two diagonal pixels, half of it found before all normal pixels: 1/2 of 1 of 2 regions."""
+    mask, maps = np.zeros((1, 4, 4), dtype=bool), np.ones((1, 4, 4), dtype=np.float32)
+    mask[0, [0, 1, 3], [0, 1, 3]] = True
+    maps[0, [0, 1, 3], [0, 1, 3]] = 9, 0, 0
+    assert evaluate.aupro(maps, mask) == pytest.approx(0.25)
+
+
 def test_aupro_stops_where_a_false_positive_rate_falls_on_the_limit():
     """Three of ten normal pixels come first, then a region: all the overlap is gained at 0.3, where the area ends."""
     maps = np.array([3, 9, 8, 7, 0, 0, 0, 0, 0, 0, 0, 5], dtype=np.float32).reshape(1, 1, 12)
