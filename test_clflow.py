@@ -340,7 +340,7 @@ def test_aupro_by_hand():
 
 
 def test_aupro_counts_diagonal_neighbours_as_one_region():
-    """Two regions, one of them two diagonal pixels, half of it found before all normal pixels: 1/2 of 1 of 2 regions."""
+    """Two regions, one of them two diagonal pixels; one of these comes before all else: half of one of two regions."""
     mask, maps = np.zeros((1, 4, 4), dtype=bool), np.ones((1, 4, 4), dtype=np.float32)
     mask[0, [0, 1, 3], [0, 1, 3]] = True
     maps[0, [0, 1, 3], [0, 1, 3]] = 9, 0, 0
