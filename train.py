@@ -41,8 +41,7 @@ class Pairs(Dataset):
         image = self.image(self.files[index % len(self.files)])
         sources = self.textures if self.textures and rng.random() < 0.5 else self.files
         anomalous, mask, _ = synthesize(image, rng, self.image(sources[rng.integers(len(sources))]))
-        arrays = image, anomalous, mask[..., None].astype(np.float32)
-        return tuple(torch.from_numpy(x).permute(2, 0, 1) for x in arrays)
+        return tuple(torch.from_numpy(x).permute(2, 0, 1) for x in (image, anomalous, np.float32(mask[..., None])))
 
 
 def sample(values: Tensor, count: int = 512) -> Tensor:
@@ -82,9 +81,10 @@ def fit_norms(model: CLFlow, files: list[Path]) -> None:
 @torch.no_grad()
 def calibrate(model: CLFlow, files: list[Path]) -> None:
     """What held-out normal images look like to the trained model: its `levels`, `normal_scores` and `normal_peaks`."""
-    energies = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
-    model.levels.copy_(torch.stack([torch.cat(e).median() for e in energies]))
-    maps = torch.cat([model.anomaly_map(images) for images in evaluate.batches(files, model.size)])
+    scales = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
+    energies = [torch.cat(scale) for scale in scales]
+    model.levels.copy_(torch.stack([e.median() for e in energies]))
+    maps = clflow.combine(energies, model.levels, model.size)[:, 0]
     model.normal_scores, model.normal_peaks = clflow.image_score(maps), maps.amax(dim=(1, 2))
 
 
