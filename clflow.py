@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.functional import gaussian_blur, normalize
 
 from flows import Flow2D
-from synth import InputError
+from synth import InputError, to_array
 
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
 LITE0 = "efficientnet_lite0"
-FORMAT = 1  # of the checkpoint
+FORMAT = 2  # of the checkpoint
 
 
 class SameConv2d(nn.Conv2d):
@@ -170,7 +171,7 @@ class CLFlow(nn.Module):
 
     def __init__(self, settings: dict):
         super().__init__()
-        self.settings, self.size = settings, settings["size"]
+        self.settings, self.size, self.progress = settings, settings["size"], None
         self.backbone = build_backbone(settings["backbone"]).eval().requires_grad_(False)
         channels = [x.shape[1] for x in self.backbone(torch.zeros(1, 3, 64, 64)).values()]
         self.norms = nn.ModuleList(map(Whitening, channels))
@@ -217,9 +218,19 @@ class CLFlow(nn.Module):
         """Image score (B,), a pure function of each image (3, H, W): that of its map at size x size."""
         return image_score(combine(self.energies(images), self.levels, self.size)[:, 0])
 
-    def save(self, file: Path) -> None:
-        """Write one self-contained checkpoint: settings, backbone, norms, flows, calibration."""
-        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict()}, file)
+    def predict(self, image: Image.Image | Tensor) -> tuple[float, Tensor]:
+        """Score and anomaly map (H, W) of one image: a PIL image of any mode, or a tensor (3, H, W) in [0, 1]."""
+        shape = image.shape[1:] if isinstance(image, Tensor) else ImageOps.exif_transpose(image).size[::-1]
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(to_array(image, self.size)).permute(2, 0, 1)
+        heat = self.anomaly_map(resize(image[None], (self.size, self.size)))
+        return image_score(heat).item(), resize(heat[None], shape)[0, 0]
+
+    def save(self, file: Path, progress: dict | None = None) -> None:
+        """Write one self-contained checkpoint: settings, backbone, norms, flows, calibration. `progress` is what an
+        unfinished training needs besides."""
+        checkpoint = {"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}
+        torch.save(checkpoint, file)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> "CLFlow":
@@ -230,6 +241,7 @@ class CLFlow(nn.Module):
                 raise ValueError(f"its format is {checkpoint['format']}, this version reads {FORMAT}")
             model = cls(checkpoint["settings"])
             model.load_state_dict(checkpoint["state"])
+            model.progress = checkpoint["progress"]
         except Exception as error:  # a wrong file can fail in many ways inside the unpickler
             raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
         return model.to(device).eval()

@@ -22,29 +22,36 @@ def list_images(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def good_images(data: Path) -> list[Path]:
-    """Normal training images of a category: `train/good` (MVTec AD) or `train/ok` (BTAD). Never looks into `test/`."""
+    """Normal images of a category: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself. Never opens `test/`."""
     if not data.is_dir():
         raise InputError(f"--data {data}: no such folder")
-    files = list_images(data / "train" / "good") or list_images(data / "train" / "ok")
-    if not files:
-        raise InputError(f"--data {data}: no images in train/good; put normal ones there ({' '.join(IMAGE_SUFFIXES)})")
-    return files
+    for folder in (data / "train" / "good", data / "train" / "ok", data):
+        if files := list_images(folder):
+            return files
+    raise InputError(f"--data {data}: no images there, nor in train/good; put normal ones ({' '.join(IMAGE_SUFFIXES)})")
 
 
-def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
-    """Image file as (H, W, 3) float32 RGB in [0, 1], resized to size x size if given. 16-bit grey maps 0..65535 to
-    0..1, never stretched to the image's own range. Raises InputError, naming the file, if it cannot be decoded."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # phones store the rotation, not the rotated pixels
-            deep = image.mode.startswith("I")
-            pixels = np.atleast_3d(np.asarray(image if deep else image.convert("RGB"), dtype=np.float32))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+def to_array(image: Image.Image, size: int | None = None) -> np.ndarray:
+    """PIL image of any mode as (H, W, 3) float32 RGB in [0, 1], turned by its EXIF tag, resized to size x size if
+    given. 16-bit grey maps 0..65535 to 0..1, never stretched to the image's own range. InputError below 32 pixels."""
+    if min(image.size) < 32:
+        raise InputError(f"an image of {image.width}x{image.height} pixels is too small, 32x32 is the least")
+    image = ImageOps.exif_transpose(image)  # phones store the rotation, not the rotated pixels
+    deep = image.mode.startswith("I")
+    pixels = np.atleast_3d(np.asarray(image if deep else image.convert("RGB"), dtype=np.float32))
     if size:  # band by band in float, so that the low bits of 16-bit files survive; the filter widens as it shrinks
         bands = [Image.fromarray(band) for band in pixels.transpose(2, 0, 1)]
         pixels = np.stack([band.resize((size, size), Image.Resampling.BILINEAR) for band in bands], axis=-1)
     return np.repeat(pixels / (65535 if deep else 255), 3 // pixels.shape[-1], axis=-1)
+
+
+def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
+    """`to_array` of an image file. Raises InputError, naming the file, if it cannot be decoded or is too small."""
+    try:
+        with Image.open(path) as image:
+            return to_array(image, size)
+    except (OSError, SyntaxError, ValueError, InputError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
 def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

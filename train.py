@@ -1,5 +1,6 @@
 """Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
+import json
 import os
 import time
 from functools import partial
@@ -88,10 +89,15 @@ def calibrate(model: CLFlow, files: list[Path]) -> None:
     model.normal_scores, model.normal_peaks = clflow.image_score(maps), maps.amax(dim=(1, 2))
 
 
+LOG = ("epoch", "loss", "nll", "classification", "contrast", "images_per_second")
+
+
 def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimizer,
-                schedule: torch.optim.lr_scheduler.LRScheduler, args: argparse.Namespace) -> np.ndarray:
-    """One pass over the pairs; means of loss, NLL, classification and contrast."""
-    rows = []
+                schedule: torch.optim.lr_scheduler.LRScheduler, args: argparse.Namespace, log: list) -> None:
+    """One pass over the pairs; appends its row, the means of the losses, to `log`."""
+    start, rows, epoch = time.perf_counter(), [], len(log) + 1
+    loader.dataset.epoch = epoch
+    torch.manual_seed(args.seed + 2**32 * epoch)  # so that --resume need not know the generator's state
     for normal, anomalous, mask in loader:
         nll, classification, contrast = losses(model(torch.cat((normal, anomalous))), mask.to(args.device), args)
         loss = nll + args.classification_weight * classification + args.contrast_weight * contrast
@@ -103,40 +109,99 @@ def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimi
         optimizer.step()
         schedule.step()
         rows.append([x.item() for x in (loss, nll, classification, contrast)])
-    return np.mean(rows, axis=0)
+    seconds, means = time.perf_counter() - start, np.mean(rows, axis=0).round(5).tolist()
+    log.append([epoch, *means, round(len(loader.dataset) / seconds, 2)])
+    print(f"epoch {epoch}/{args.epochs}: loss {means[0]:.3f}, NLL per dimension {means[1]:.3f}, classification "
+          f"{means[2]:.3f}, contrast {means[3]:.3f}, {log[-1][-1]:.1f} images/s, "
+          f"{seconds * (args.epochs - epoch):.0f} s left", flush=True)
 
 
-def train(args: argparse.Namespace, out: Path) -> CLFlow:
-    """Train on good images, calibrate on a tenth of them that is held out, write model.pt and log.csv into `out`."""
-    files, textures = good_images(args.data), list_images(Path(args.textures), "**/*") if args.textures else []
+def write_log(log: list, out: Path) -> None:
+    """log.csv and its picture, loss.png."""
+    text = "".join(",".join(map(str, row)) + "\n" for row in (LOG, *log))
+    evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=text))
+    lines = {name: [(row[0], row[k]) for row in log] for k, name in enumerate(LOG) if 1 < k < 5}
+    evaluate.save_picture(evaluate.draw_chart("losses by epoch", lines), out / "loss.png")
+
+
+def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
+    """The training loop, from the epoch that `model.progress` has reached. Until it ends, state.pt has all that
+    --resume needs; stopped by Ctrl-C, it leaves a calibrated model.pt too."""
+    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
+    optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
+    log, interrupt = [], None
+    if model.progress:
+        log = model.progress["log"]
+        optimizer.load_state_dict(model.progress["optimizer"])
+        schedule.load_state_dict(model.progress["schedule"])
+
+    def save() -> None:
+        state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        evaluate.write_atomically(out / "state.pt", partial(model.save, progress=state))
+
+    save()
+    try:
+        while len(log) < args.epochs:
+            train_epoch(model, loader, optimizer, schedule, args, log)
+            save()
+            write_log(log, out)
+            if args.keep_epochs:
+                calibrate(model, held_files)
+                evaluate.write_atomically(out / f"epoch_{len(log):02}.pt", model.save)
+    except KeyboardInterrupt as error:
+        interrupt = error
+        print(f"stopped; {out / 'model.pt'} gets what was learnt so far, --resume goes on after epoch {len(log)}")
+    calibrate(model, held_files)
+    evaluate.write_atomically(out / "model.pt", model.save)
+    if interrupt:
+        raise interrupt
+    (out / "state.pt").unlink()  # a run without it is finished
+
+
+def resumed(out: Path, settings: dict) -> CLFlow | None:
+    """What --resume goes on from: the unfinished run in `out`, or the finished one (without `progress`), or None.
+    Raises InputError if it was started with other options."""
+    for file in (out / "state.pt", out / "model.pt"):
+        if file.exists():
+            model = CLFlow.load(file)
+            if changed := [k for k, v in settings.items() if model.settings.get(k) != v]:
+                raise InputError(f"--resume: {out} was started with {changed[0]} {model.settings.get(changed[0])}, not "
+                                 f"{settings[changed[0]]}; give the same options, or another --out")
+            return model
+    return None
+
+
+def train(args: argparse.Namespace, out: Path) -> bool:
+    """Train on good images and calibrate on a tenth of them that is held out; model.pt, log.csv and loss.png in `out`.
+    Returns whether there was anything left to do."""
+    files = evaluate.usable(good_images(args.data), args.skip_bad)
+    textures = list_images(Path(args.textures), "**/*") if args.textures else []
     if len(files) < 2:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     order, held_out = np.random.default_rng(args.seed).permutation(len(files)), max(1, round(len(files) / 10))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
-    torch.manual_seed(args.seed)
-    kept = {k: v for k, v in vars(args).items() if k not in ("out", "weights", "textures", "device")}
-    model = CLFlow({**kept, "data": str(args.data.resolve()), "held_out": held_out})
-    clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
+    passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs")  # no part of what is learnt
+    settings = {**{k: v for k, v in vars(args).items() if k not in passing},
+                "data": str(args.data.resolve()), "held_out": held_out}
+    model = resumed(out, settings) if args.resume else None
+    if model and not model.progress:
+        print(f"{out} is finished already")
+        return False
     pairs = Pairs(train_files, textures, args.size, args.seed)
-    fit_norms(model.to(args.device), train_files)
-    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
-    optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
-    log = "epoch,loss,nll,classification,contrast,images_per_second\n"
-    for epoch in range(1, args.epochs + 1):
-        pairs.epoch, start = epoch, time.perf_counter()
-        means = train_epoch(model, loader, optimizer, schedule, args)
-        seconds = time.perf_counter() - start
-        log += ",".join(map(str, (epoch, *means.round(5), round(len(pairs) / seconds, 2)))) + "\n"
-        print(f"epoch {epoch}/{args.epochs}: loss {means[0]:.3f}, NLL per dimension {means[1]:.3f}, classification "
-              f"{means[2]:.3f}, contrast {means[3]:.3f}, {len(pairs) / seconds:.1f} images/s, "
-              f"{seconds * (args.epochs - epoch):.0f} s left", flush=True)
-        evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=log))
-    calibrate(model.eval(), held_files)
-    evaluate.write_atomically(out / "model.pt", model.save)
-    return model
+    if model:
+        print(f"resuming {out} after epoch {len(model.progress['log'])}")
+        model.to(args.device)
+    else:
+        torch.manual_seed(args.seed)
+        model = CLFlow(settings).eval()
+        clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
+        fit_norms(model.to(args.device), train_files)
+    fit(model, pairs, held_files, args, out)
+    print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
+    return True
 
 
 DEMO = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
@@ -194,7 +259,8 @@ def draw_demo(data: Path, counts: dict[str, int] = DEMO) -> None:
 def options() -> argparse.ArgumentParser:
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, help="category with train/good; without it, a demo is drawn, learnt and evaluated")
+    add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; without it, "
+        "a demo is drawn, learnt and evaluated")
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
     add("--backbone", help="a ResNet of torchvision, or efficientnet_lite0; resnet18 if not given (demo: the latter)")
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
@@ -204,6 +270,10 @@ def options() -> argparse.ArgumentParser:
     add("--lr", type=float, default=2e-3, help="peak learning rate of a one-cycle schedule")
     add("--size", type=int, default=256, help="images are resized to SIZE x SIZE pixels")
     add("--seed", type=int, default=0)
+    add("--seeds", type=int, default=1, help="train this many, from SEED on, and write the table of their results")
+    add("--resume", action="store_true", help="go on where a stopped run was after its last whole epoch")
+    add("--keep-epochs", action="store_true", help="keep epoch_NN.pt of each epoch, for evaluate.py --curve")
+    add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
     add = parser.add_argument_group("what the paper leaves open").add_argument
     add("--classification-weight", type=float, default=0.05, help="weight a of the smoothed classification")
@@ -217,24 +287,43 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
+    """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several."""
+    folders = sorted({p.parents[1] for p in args.data.glob("*/train/*") if p.name in ("good", "ok")}) or [args.data]
+    several, rows, runs = len(folders) > 1 or args.seeds > 1, [], []
+    for folder in folders:
+        good_images(folder)  # before hours of training: is there anything in each?
+    for folder in folders:
+        for seed in range(args.seed, args.seed + args.seeds):
+            target = out / folder.name / f"seed{seed}" if several else out
+            category = "demo" if demo else folder.resolve().name
+            one = argparse.Namespace(**{**vars(args), "data": folder, "seed": seed, "category": category})
+            runs.append((folder, target, train(one, target)))
+    for folder, target, fresh in runs if several or demo else []:
+        if not (folder / "test").is_dir():
+            print(f"{folder}: no test images, so nothing to evaluate")
+        elif fresh or not (target / "metrics.json").exists():
+            rows.append(evaluate.report(CLFlow.load(target / "model.pt", args.device), folder, target))
+        else:
+            rows.append(json.loads((target / "metrics.json").read_text()))
+    if several and rows:
+        evaluate.summarize(rows, out)
+
+
 def main() -> None:
     args = options().parse_args()
     demo = args.data is None
     for flag, low, high in (("epochs", 1, 10000), ("size", 64, 4096), ("batch", 1, 4096), ("steps", 1, 64),
-                            ("seed", 0, 2**32 - 1), ("lr", 1e-9, 1), ("temperature", 1e-3, 1e3), ("smoothing", 0, 0.9)):
+                            ("seed", 0, 2**31), ("seeds", 1, 1000), ("lr", 1e-9, 1), ("temperature", 1e-3, 1e3), ("smoothing", 0, 0.9)):
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: out of range, give {low} to {high}")
     args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
     args.device = evaluate.pick_device(args.device)
-    args.category = "demo" if demo else args.data.resolve().name
-    out = args.out or Path("runs", args.category)
+    out = args.out or Path("runs", "demo" if demo else args.data.resolve().name)
     if demo:
         args.data = out / "data"
         draw_demo(args.data)
-    model = train(args, out)
-    print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
-    if demo:
-        evaluate.report(model, args.data, out)
+    train_all(args, out, demo)
 
 
 if __name__ == "__main__":
