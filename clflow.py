@@ -1,7 +1,6 @@
 """CL-Flow (arXiv 2311.06794): frozen backbone -> one 2D flow per scale -> exact likelihood, sharpened by proxy tasks.
 
-Shapes: images (B, 3, H, W) in [0, 1]; features and latents z (B, C, h, w); energies (B, h, w), one per position.
-"""
+Shapes: images (B, 3, H, W) in [0, 1]; features and latents z (B, C, h, w); energies (B, h, w), one per position."""
 import contextlib
 import sys
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -91,26 +90,19 @@ def tamed(e: Tensor) -> Tensor:
     return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
-def nll_loss(energies: list[Tensor]) -> Tensor:
-    """NLL per dimension: the mean over positions, then over scales, so that they weigh alike; any shapes."""
-    return torch.stack([e.mean() for e in energies]).mean()
-
-
-def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float, temperature: float) -> Tensor:
-    """Smooth classification: cross-entropy of normal (N,) against anomalous (A,) energies, with label smoothing.
-
-        p(anomalous) = sigmoid((E - m) / temperature),    m = mean + 4 standard deviations of the normal energies
-
-    m passes no gradient. A smoothed label is met at a finite energy: an anomaly that is far enough pulls no more.
-    """
-    middle = normal.detach().mean() + 4 * normal.detach().std()
+def classification_loss(normal: Tensor, anomalous: Tensor, middle: Tensor, smoothing: float,
+                        temperature: float) -> Tensor:
+    """Smooth classification: cross-entropy of normal (N,) against anomalous (A,) energies, with label smoothing, where
+    p(anomalous) = sigmoid((E - middle) / temperature). A smoothed label is met at a finite energy: an anomaly that is
+    far enough pulls no more."""
     return sum(F.binary_cross_entropy_with_logits((e - middle) / temperature, torch.full_like(e, label)) / 2
                for e, label in ((normal, smoothing / 2), (anomalous, 1 - smoothing / 2)))
 
 
 def info_nce(positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (arXiv 1807.03748): mean over anchors of -log( e^(p/T) / (e^(p/T) + sum_k e^(n_k/T)) ); (A,), (A, K)."""
-    logits = torch.cat((positive[:, None], negatives), dim=1) / temperature
+    """InfoNCE (arXiv 1807.03748): mean over anchors of -log( e^(p/T) / (e^(p/T) + sum_k e^(n_k/T)) ); positive (A,),
+    negatives (A, K), or (K,) for all. On energies: each anomalous one is to stand out from all the normal ones."""
+    logits = torch.cat((positive[:, None], negatives.expand(len(positive), -1)), dim=1) / temperature
     return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
 
 
@@ -119,11 +111,6 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
     the anomaly's box (Box_s, Neg_Box_s), and of x+ at any places, towards which Box_s is pulled (globally)."""
     box, negative_box, normal = (F.normalize(z, dim=1) for z in (box, negative_box, normal))
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
-
-
-def contrast_energy(anomalous: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """InfoNCE on energies: each of (A,) anomalous ones is to stand out from all (K,) normal ones (without gradient)."""
-    return info_nce(anomalous, normal.detach().expand(len(anomalous), -1), temperature)
 
 
 class Whitening(nn.Conv2d):
@@ -198,7 +185,7 @@ class CLFlow(nn.Module):
             maps = self.backbone(x).values()
         return [F.avg_pool2d(m.float(), 3, stride=1, padding=1, count_include_pad=False) for m in maps]
 
-    def forward(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def latents(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Latents (B, C, h, w) and log-determinants (B, h, w) per scale, of images (B, 3, size, size) in [0, 1]."""
         whitened = [norm(x) for norm, x in zip(self.norms, self.features(images), strict=True)]
         with self.autocast():
@@ -208,27 +195,22 @@ class CLFlow(nn.Module):
     def energies(self, images: Tensor) -> list[Tensor]:
         """Energies (B, h, w) per scale of images (B, 3, H, W); with --score fastflow, without the log-determinant."""
         exact = self.settings["score"] == "nll"
-        return [energy(z, log_det * exact) for z, log_det in self(resize(images, (self.size, self.size)))]
+        return [energy(z, log_det * exact) for z, log_det in self.latents(resize(images, (self.size, self.size)))]
 
-    def anomaly_map(self, images: Tensor) -> Tensor:
-        """Anomaly map (B, H, W), higher is more anomalous, of images (B, 3, H, W) in [0, 1], any H and W."""
-        return resize(combine(self.energies(images), self.levels, self.size), images.shape[2:])[:, 0]
-
-    def score(self, images: Tensor) -> Tensor:
-        """Image score (B,), a pure function of each image (3, H, W): that of its map at size x size."""
-        return image_score(combine(self.energies(images), self.levels, self.size)[:, 0])
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,) of images (B, 3, H, W) in [0, 1]; those of
+        an image depend on nothing else. The score is that of the map at size x size."""
+        maps = combine(self.energies(images), self.levels, self.size)
+        return resize(maps, images.shape[2:])[:, 0], image_score(maps[:, 0])
 
     def predict(self, image: Image.Image | Tensor) -> tuple[float, Tensor]:
         """Score and anomaly map (H, W) of one image: a PIL image of any mode, or a tensor (3, H, W) in [0, 1]."""
-        shape = image.shape[1:] if isinstance(image, Tensor) else ImageOps.exif_transpose(image).size[::-1]
-        if not isinstance(image, Tensor):
-            image = torch.from_numpy(to_array(image, self.size)).permute(2, 0, 1)
-        heat = self.anomaly_map(resize(image[None], (self.size, self.size)))
-        return image_score(heat).item(), resize(heat[None], shape)[0, 0]
+        pixels = image if isinstance(image, Tensor) else torch.from_numpy(to_array(image)).permute(2, 0, 1)
+        heat, score = self(pixels[None])
+        return score.item(), heat[0]
 
     def save(self, file: Path, progress: dict | None = None) -> None:
-        """Write one self-contained checkpoint: settings, backbone, norms, flows, calibration. `progress` is what an
-        unfinished training needs besides."""
+        """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
         checkpoint = {"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}
         torch.save(checkpoint, file)
 

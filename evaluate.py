@@ -1,16 +1,10 @@
-"""Measure a detector and draw what it found, or let it judge new images, or export it:
-
-    python evaluate.py runs/bottle
-    python evaluate.py runs/bottle --images new/
-    python evaluate.py runs/bottle --export model.pt2
-"""
+"""Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 import argparse
 import csv
 import ctypes
 import io
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,29 +12,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from clflow import CLFlow, image_score
+from clflow import CLFlow
 from synth import InputError, list_images, read_image
 
-COLOURS = ("#2060c0", "#d03020", "#208040", "#9040a0", "#c08000", "#008090", "#805030", "#606060")  # of lines in charts
+COLOURS = ("#2060c0", "#d03020", "#208040", "#9040a0", "#c08000", "#008090", "#606060")  # of lines
 
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`, less the unreadable ones if `skip_bad`, which are named and counted; otherwise the first stops the
-    program, when its turn comes."""
-    good = []
+    """`files`; with `skip_bad` less the unreadable ones, named and counted; otherwise the first stops the program."""
+    bad = set()
     for path in files if skip_bad else []:
         try:
             read_image(path)
-            good.append(path)
         except InputError as error:
+            bad.add(path)
             print(f"skipped {error}")
-    if skip_bad and len(good) < len(files):
-        print(f"skipped {len(files) - len(good)} of {len(files)} images, which cannot be read")
-    return good if skip_bad else files
+    if bad:
+        print(f"skipped {len(bad)} of {len(files)} images")
+    return [path for path in files if path not in bad]
 
 
 def by_stem(files: list[Path]) -> dict[str, Path]:
@@ -64,7 +57,7 @@ def labelled_images(data: Path, skip_bad: bool = False) -> list[tuple[Path, bool
             by_stem(files)  # no two images may claim one mask
         found += [(p, anomalous, masks.get(p.stem)) for p in files]
     if not found:
-        raise InputError(f"--data {data}: no test images in test/good or test/<defect>; --images judges unlabelled ones")
+        raise InputError(f"--data {data}: no images in test/good or test/<defect>; --images judges unlabelled ones")
     return found
 
 
@@ -99,14 +92,28 @@ def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     return float(np.trapezoid(overlap, fpr) / limit)
 
 
-def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
-    """Image AUROC, average precision, F1-max (an oracle, its threshold chosen on these labels); None if one class."""
-    if labels.all() or not labels.any():
-        return dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
-    precision, recall, _ = precision_recall_curve(labels, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return {"image_auroc": float(roc_auc_score(labels, scores)),
-            "image_ap": float(average_precision_score(labels, scores)), "image_f1max": float(f1.max())}
+def ranking_metrics(name: str, truth: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
+    """AUROC and average precision of scores for bool truth, any shape; None where there is one class only."""
+    if truth.all() or not truth.any():
+        return {f"{name}_auroc": None, f"{name}_ap": None}
+    return {f"{name}_auroc": float(roc_auc_score(truth.ravel(), scores.ravel())),
+            f"{name}_ap": float(average_precision_score(truth.ravel(), scores.ravel()))}
+
+
+def all_metrics(labels: np.ndarray, scores: np.ndarray, masks: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
+    """Image metrics, with F1-max (an oracle: its threshold is chosen on these labels), and pixel metrics over all
+    pixels, which are None if a defective image has no mask, or an empty one."""
+    if unmasked := int((labels & ~masks.any(axis=(1, 2))).sum()):
+        print(f"pixel metrics are n/a: {unmasked} defective images have no mask, or an empty one")
+        masks = np.zeros_like(masks)
+    metrics = {**ranking_metrics("image", labels, scores), "image_f1max": None,
+               **ranking_metrics("pixel", masks, maps), "aupro": None}
+    if metrics["image_ap"] is not None:
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        metrics["image_f1max"] = float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
+    if metrics["pixel_ap"] is not None:
+        metrics["aupro"] = aupro(maps, masks)
+    return metrics
 
 
 def threshold_metrics(labels: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, float | None]:
@@ -116,14 +123,6 @@ def threshold_metrics(labels: np.ndarray, scores: np.ndarray, limit: float) -> d
     return {"threshold": limit, **{name: float(x.mean()) if x.size else None for name, x in shares.items()}}
 
 
-def pixel_metrics(masks: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
-    """Pixel AUROC and average precision over all pixels, AUPRO to 0.3; (N, H, W) bool and float32."""
-    if masks.all() or not masks.any():
-        return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
-    return {"pixel_auroc": float(roc_auc_score(masks.ravel(), maps.ravel())),
-            "pixel_ap": float(average_precision_score(masks.ravel(), maps.ravel())), "aupro": aupro(maps, masks)}
-
-
 def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tensor]:
     """Images of `files` in their order, as (<= batch, 3, size, size) tensors."""
     for start in range(0, len(files), batch):
@@ -131,35 +130,18 @@ def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tens
         yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def time_per_image(model: CLFlow, batch: int = 8) -> float:
-    """Milliseconds per image of backbone and flow, without decoding: the median of five batches."""
-    images, seconds = torch.rand(batch, 3, model.size, model.size, device=model.levels.device), []
-    for _ in range(6):
-        start = time.perf_counter()
-        model.score(images).cpu()  # .cpu() waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[1:]) / batch  # the first one warms up
-
-
 def threshold(normal: torch.Tensor, rate: float) -> float:
     """The value that a share `rate` of normal images exceeds, from those (n,) of held-out ones, all below 1.
 
     The k-th highest, k = rate (n + 1) rounded down (conformal prediction). A rate finer than 1 / (n + 1) has none: then
     Student's bound for one more draw, mean + t s sqrt(1 + 1/n), on -log(1 - value), an energy; at least the highest."""
-    values, k = normal.cpu().double().clamp(max=1 - 1e-6).sort(descending=True).values, int(rate * (len(normal) + 1))
+    values, k = normal.cpu().double().sort(descending=True).values, int(rate * (len(normal) + 1))
     if k > 0 or len(values) == 1:
         return values[max(k, 1) - 1].item()
-    bound = stats.t.ppf(1 - rate, len(values) - 1) * np.sqrt(1 + 1 / len(values))
-    energies = -torch.log1p(-values)
-    return max(values[0].item(), -np.expm1(-(energies.mean() + bound * energies.std()).item()))
-
-
-def thresholds(model: CLFlow, rate: float) -> tuple[float, float]:
-    """Of the image score and of the map, for a false-alarm rate; says so if the held-out images do not support it."""
-    if rate * (len(model.normal_scores) + 1) < 1:
-        print(f"--false-alarm {rate} is finer than 1 in {len(model.normal_scores) + 1}, which is all that the held-out "
-              "good images support: the threshold is extrapolated by Student's distribution")
-    return threshold(model.normal_scores, rate), threshold(model.normal_peaks, rate)
+    print(f"--false-alarm {rate} is finer than {len(values)} held-out good images support: extrapolated (Student's t)")
+    energies, t = -torch.log1p(-values.clamp(max=0.999)), stats.t.ppf(1 - rate, len(values) - 1)
+    bound = energies.mean() + t * np.sqrt(1 + 1 / len(values)) * energies.std()
+    return max(values[0].item(), -np.expm1(-min(bound.item(), 7)))  # below 1, whatever t: something must be flagged
 
 
 def find_defect(heat: np.ndarray, limit: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:
@@ -171,57 +153,50 @@ def find_defect(heat: np.ndarray, limit: float) -> tuple[np.ndarray, tuple[int, 
     return found, (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
 
 
-def draw_result(image: np.ndarray, heat: np.ndarray, limit: float, title: str, found: np.ndarray | None = None,
-                mask: np.ndarray | None = None) -> Image.Image:
-    """One row: image (H, W, 3), outlined where `found`; heat map (H, W); true mask, if known; colour bar. The scale is
-    the model's, so that good images stay dark: black is typically normal, red at `limit`, yellow certain."""
-    (height, width), gap = heat.shape, 6
-    line, thick = max(16, width // 16), max(1, round(min(heat.shape) / 200))
-    edge = ndimage.binary_dilation(found, iterations=thick) & ~found if found is not None else np.zeros_like(heat, bool)
+def colours(heat: np.ndarray, limit: float) -> np.ndarray:
+    """(H, W) -> (H, W, 3): black is typically normal, red at `limit`, yellow certain; the same scale in all images."""
     stops = np.array([(0, 0, 0), (0.32, 0.07, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64)])
+    return np.stack([np.interp(heat, (0, limit / 2, limit, (1 + limit) / 2, 1), c) for c in stops.T], axis=-1)
 
-    def colour(x: np.ndarray) -> np.ndarray:
-        return np.stack([np.interp(x, (0, limit / 2, limit, (1 + limit) / 2, 1), c) for c in stops.T], axis=-1)
 
+def draw_result(image: np.ndarray, heat: np.ndarray, found: np.ndarray, limit: float, title: str,
+                mask: np.ndarray | None) -> Image.Image:
+    """One row: image (H, W, 3), outlined where `found`; heat map (H, W); true mask, if known; colour bar."""
+    height, width = heat.shape
+    line, edge = max(16, width // 16), ndimage.binary_dilation(found, iterations=-(-height // 200)) & ~found
     panels = {"input": np.where(edge[..., None], (1, 0.1, 0.1), image),
-              "anomaly map": np.where(edge[..., None], 1, colour(heat))}
+              "anomaly map": np.where(edge[..., None], 1, colours(heat, limit))}
     if mask is not None:
-        panels["true mask"] = np.repeat(mask[..., None], 3, axis=-1)
-    left = len(panels) * (width + gap)
-    sheet = Image.new("RGB", (left + 5 * line, height + 2 * line), "white")
+        panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)))[..., None].repeat(3, axis=-1)
+    left = len(panels) * (width + 6)
+    panels[""] = colours(np.linspace(1, 0, height)[:, None].repeat(line, axis=1), limit)
+    row = np.hstack([np.pad(panel, ((0, 0), (0, 6), (0, 0)), constant_values=1) for panel in panels.values()])
+    sheet = ImageOps.expand(Image.fromarray((row * 255).astype(np.uint8)), (0, line, 4 * line, line), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(0.65 * line)
     draw.text((3, 0.1 * line), title, "black", font)
-    panels[""] = colour(np.linspace(1, 0, height)[:, None].repeat(line, axis=1))
-    for i, (name, panel) in enumerate(panels.items()):
-        sheet.paste(Image.fromarray((panel * 255).astype(np.uint8)), (i * (width + gap), line))
-        draw.text((i * (width + gap) + 3, height + 1.1 * line), name, "black", font)
+    for i, name in enumerate(panels):
+        draw.text((i * (width + 6) + 3, height + 1.1 * line), name, "black", font)
     for value, name in ((1, "1"), (limit, f"{limit:.2f} limit"), (0, "0")):
         draw.text((left + 1.2 * line, line + (1 - value) * (height - line)), name, "black", font)
     return sheet
 
 
-def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]], mark: float | None = None) -> Image.Image:
-    """Lines through (x, y) points, with a legend, and a vertical line at x = `mark`."""
-    points = np.array([point for line in lines.values() for point in line])
+def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Lines through (x, y) points, with a legend."""
+    points = np.concatenate([*lines.values()])
     low, high = points.min(axis=0), points.max(axis=0)
-    high = np.where(high > low, high, low + 1)
-    corner, extent = np.array([90, 360]), np.array([600, -310])  # of the plot, in pixels
+    scale = np.array([600, -310]) / np.where(high > low, high - low, 1)  # pixels per unit
     sheet = Image.new("RGB", (960, 420), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     draw.text((90, 10), title, "black", ImageFont.load_default(20))
-    for share in np.linspace(0, 1, 6):
-        (x, y), (x_label, y_label) = corner + share * extent, low + share * (high - low)
-        draw.line((90, y, 690, y), "#dddddd")
-        draw.text((80, y), f"{y_label:.3g}", "black", font, anchor="rm")
-        draw.text((x, 370), f"{x_label:.3g}", "black", font, anchor="mt")
+    for x, y in np.linspace(low, high, 6):
+        left, top = (90, 360) + ((x, y) - low) * scale
+        draw.line((90, top, 690, top), "#dddddd")
+        draw.text((80, top), f"{y:.3g}", "black", font, anchor="rm")
+        draw.text((left, 370), f"{x:.3g}", "black", font, anchor="mt")
     for i, (name, line) in enumerate(lines.items()):
-        place = corner + (np.array(line) - low) / (high - low) * extent
-        draw.line([tuple(point) for point in place], COLOURS[i % len(COLOURS)], 3)
+        draw.line([tuple(point) for point in (90, 360) + (line - low) * scale], COLOURS[i % len(COLOURS)], 3)
         draw.text((705, 50 + 20 * i), name, COLOURS[i % len(COLOURS)], font)
-    if mark is not None:
-        x = 90 + 600 * np.clip((mark - low[0]) / (high[0] - low[0]), 0, 1)
-        draw.line((x, 50, x, 360), "black", 2)
-        draw.text((x, 35), "threshold", "black", font, anchor="mt")
     return sheet
 
 
@@ -229,115 +204,99 @@ def draw_histogram(labels: np.ndarray, scores: np.ndarray, limit: float) -> Imag
     """Number of images per score, good and defective, with the threshold."""
     edges, lines = np.histogram_bin_edges(np.append(scores, limit), bins=40), {}
     for name, chosen in (("good", ~labels), ("defective", labels)):
-        counts = np.histogram(scores[chosen], edges)[0]
-        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *zip(edges.repeat(2)[1:-1], counts.repeat(2), strict=True)]
-    return draw_chart("test images by score", lines, limit)
+        steps = np.histogram(scores[chosen], edges)[0].repeat(2)
+        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *zip(edges.repeat(2)[1:-1], steps, strict=True)]
+    highest = max(count for line in lines.values() for _, count in line)
+    return draw_chart("number of test images by score", {**lines, "threshold": [(limit, 0), (limit, highest)]})
 
 
-def stack(pictures: list[Image.Image], width: int = 960) -> Image.Image:
-    """Pictures of any size below each other, each scaled to `width`."""
-    pictures = [p.resize((width, round(p.height * width / p.width)), Image.Resampling.LANCZOS) for p in pictures]
-    sheet = Image.new("RGB", (width, sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    return sheet
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda file: picture.save(file, "PNG"))
+def save_pictures(path: Path, *pictures: Image.Image) -> None:
+    """One picture as it is, or several below each other, each scaled to a width of 960 pixels, as PNG."""
+    if len(pictures) > 1:
+        scaled = [np.asarray(p.resize((960, round(p.height * 960 / p.width)))) for p in pictures]
+        pictures = [Image.fromarray(np.vstack(scaled))]
+    write_atomically(path, lambda file: pictures[0].save(file, "PNG"))
 
 
 def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: tuple[float, float],
           mask: np.ndarray | None = None) -> tuple[Image.Image, tuple[int, int, int, int] | None]:
     """The row for image `path` with map `heat`, at the image's own shape, and the defect's box, if there is one."""
-    image, anomalous = read_image(path), bool(score > limits[0])
+    image, anomalous = read_image(path), score > limits[0]
     heat = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-    found, box = find_defect(heat, limits[1]) if anomalous else (None, None)
+    found, box = find_defect(heat, limits[1]) if anomalous else (np.zeros_like(heat, dtype=bool), None)
     title = f"{name}: {'anomalous' if anomalous else 'normal'}, score {score:.3f} (threshold {limits[0]:.3f})"
-    mask = mask if mask is None else np.asarray(Image.fromarray(mask).resize(image.shape[1::-1]))
-    return draw_result(image, heat, limits[1], title, found, mask), box
+    return draw_result(image, heat, found, limits[1], title, mask), box
 
 
 def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool) -> None:
     """Judge an image, or those of a folder: a line each, scores.csv (box in the image's pixels, half-open) and a
     picture each, <file name>.png, in `out`."""
-    files, limits = usable(list_images(images) if images.is_dir() else [images], skip_bad), thresholds(model, rate)
+    files = usable(list_images(images) if images.is_dir() else [images], skip_bad)
+    limits = threshold(model.normal_scores, rate), threshold(model.normal_peaks, rate)
     if not files:
         raise InputError(f"--images {images}: no images there (subfolders are not searched)")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file", "score", "anomalous", "x0", "y0", "x1", "y1"))
-    for start in range(0, len(files), 8):
-        some = files[start:start + 8]
-        maps = model.anomaly_map(next(batches(some, model.size))).cpu()
-        for path, score, heat in zip(some, image_score(maps).tolist(), maps.numpy(), strict=True):
-            picture, box = judge(path, path.name, score, heat, limits)
-            save_picture(picture, out / f"{path.name}.png")
-            writer.writerow((path.name, f"{score:.6f}", int(box is not None), *(box or [""] * 4)))
-            print(f"{path.name}: {'anomalous' if box else 'normal'}, score {score:.3f}" + (f", box {box}" if box else ""))
+    results = (pair for x in batches(files, model.size) for pair in zip(*(y.cpu() for y in model(x)), strict=True))
+    for path, (heat, score) in zip(files, results, strict=True):
+        heat, score = heat.numpy(), score.item()
+        picture, box = judge(path, path.name, score, heat, limits)
+        save_pictures(out / f"{path.name}.png", picture)
+        writer.writerow((path.name, f"{score:.6f}", int(score > limits[0]), *(box or [""] * 4)))
+        print(f"{path.name}: {f'anomalous, box {box}' if box else 'normal'}, score {score:.3f}", flush=True)
     write_atomically(out / "scores.csv", lambda file: file.write_text(table.getvalue(), encoding="utf-8"))
     print(f"wrote {out / 'scores.csv'} and {len(files)} pictures into {out}; threshold {limits[0]:.3f}")
-
-
-class Exported(torch.nn.Module):
-    """What --export writes: images (B, 3, size, size) in [0, 1] -> maps (B, size, size) and scores (B,)."""
-
-    def __init__(self, model: CLFlow):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        maps = self.model.anomaly_map(images)
-        return maps, image_score(maps)
 
 
 def export(model: CLFlow, file: Path) -> None:
     """Write the detector as a torch.export program for a batch of any size; torch.export.load reads it."""
     images = torch.zeros(2, 3, model.size, model.size, device=model.levels.device)
     with torch.no_grad():
-        program = torch.export.export(Exported(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    write_atomically(file, lambda temporary: torch.export.save(program, temporary))
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    buffer = io.BytesIO()  # a path would have to end in .pt2
+    torch.export.save(program, buffer)
+    write_atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
 
 
-def measure(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple[dict, list[tuple], np.ndarray, np.ndarray]:
-    """Image and pixel metrics on the test images of `data`; and these, their maps (N, size, size) and masks."""
-    tests = labelled_images(data, skip_bad)
-    maps = torch.cat([model.anomaly_map(x).cpu() for x in batches([path for path, _, _ in tests], model.size)])
+def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
+    """Test images of `data` as `labelled_images` gives them; labels and scores (N,), masks and maps (N, size, size);
+    median milliseconds per image, of backbone and flow, without decoding."""
+    tests, results, times = labelled_images(data, skip_bad), [], []
+    for images in batches([path for path, _, _ in tests], model.size):
+        start = time.perf_counter()
+        results.append([x.cpu().numpy() for x in model(images)])
+        times.append(1000 * (time.perf_counter() - start) / len(images))
+    maps, scores = (np.concatenate(parts) for parts in zip(*results, strict=True))
     masks = np.stack([read_mask(mask, maps.shape[1:]) for _, _, mask in tests])
-    if unmasked := [test[0] for test, mask in zip(tests, masks, strict=True) if test[1] and not mask.any()]:
-        print(f"pixel metrics are n/a: no mask, or an empty one, for {len(unmasked)} images, such as {unmasked[0]}")
-    labels = np.array([anomalous for _, anomalous, _ in tests])
-    pixel = pixel_metrics(masks & (not unmasked), maps.numpy())
-    return {**image_metrics(labels, image_score(maps).numpy()), **pixel}, tests, maps.numpy(), masks
+    return tests, np.array([test[1] for test in tests]), scores, masks, maps, float(np.median(times))
 
 
 def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> dict:
     """Measure `model` on the test images of `data`; print the table, write metrics.json, sheet.png (the worst misses
     first), histogram.png and pictures/ into `out`. Returns the metrics."""
-    trained, limits = model.settings, thresholds(model, rate)
-    measured, tests, maps, masks = measure(model, data, skip_bad)
-    scores, labels = image_score(torch.from_numpy(maps)).numpy(), np.array([anomalous for _, anomalous, _ in tests])
-    metrics = {"category": trained["category"] if data.resolve() == Path(trained["data"]) else data.resolve().name,
-               **{key: trained[key] for key in ("backbone", "size", "seed", "epochs")}, **measured,
-               "ms_per_image": time_per_image(model),
+    limits = threshold(model.normal_scores, rate), threshold(model.normal_peaks, rate)
+    tests, labels, scores, masks, maps, milliseconds = judge_tests(model, data, skip_bad)
+    metrics = {"category": data.resolve().name,
+               **{name: model.settings[name] for name in ("backbone", "size", "seed", "epochs")},
+               **all_metrics(labels, scores, masks, maps), "ms_per_image": milliseconds,
                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "false_alarm": rate, **threshold_metrics(labels, scores, limits[0])}
     for name, value in metrics.items():
         print(f"{name:14}", "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
     write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     wrong = np.where(labels, limits[0] - scores, scores - limits[0])  # how far on the wrong side of the threshold
-    rows = {}
+    rows = []
     for i in np.argsort(-wrong, kind="stable"):  # missed defects and false alarms first, then the closest calls
         path, anomalous, truth = tests[i]
-        name = f"{path.parent.name}/{path.name}"
+        miss = "" if wrong[i] <= 0 else "MISSED " if anomalous else "FALSE ALARM "
         mask = None if anomalous and truth is None else masks[i]
-        rows[i], _ = judge(path, f"{'MISSED ' if labels[i] else 'FALSE ALARM '}{name}" if wrong[i] > 0 else name, scores[i], maps[i], limits, mask)
-        save_picture(rows[i], out / "pictures" / f"{path.parent.name}_{path.name}.png")
-        if len(rows) > 12:
-            del rows[i]
-    save_picture(stack(list(rows.values())), out / "sheet.png")
-    save_picture(draw_histogram(labels, scores, limits[0]), out / "histogram.png")
+        picture, _ = judge(path, f"{miss}{path.parent.name}/{path.name}", scores[i], maps[i], limits, mask)
+        save_pictures(out / "pictures" / f"{path.parent.name}_{path.name}.png", picture)
+        rows += [picture][:12 - len(rows)]
+    save_pictures(out / "sheet.png", *rows)
+    save_pictures(out / "histogram.png", draw_histogram(labels, scores, limits[0]))
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(tests)} pictures into {out}")
     return metrics
 
@@ -345,37 +304,33 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
 def curve(run: Path, device: str) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json, and curve.png, a chart each for
     image AUROC, pixel AUROC and AUPRO with a line per run."""
-    lines: dict[str, dict[str, list]] = {name: {} for name in ("image_auroc", "pixel_auroc", "aupro")}
-    files = sorted(run.glob("**/epoch_*.pt"))
-    if not files:
-        raise InputError(f"{run}: no epoch_NN.pt in it; train with --keep-epochs")
-    for file in files:
-        model, epoch = CLFlow.load(file, device), int(file.stem.removeprefix("epoch_"))
-        metrics = measure(model, Path(model.settings["data"]))[0]
-        print(file, {name: metrics[name] and round(metrics[name], 4) for name in lines}, flush=True)
-        for name, value in metrics.items():
-            if name in lines and value is not None:
-                label = f"{model.settings['category']} seed {model.settings['seed']}"
-                lines[name].setdefault(label, []).append((epoch, value))
+    lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
+    for file in sorted(run.glob("**/epoch_*.pt")):
+        model = CLFlow.load(file, device)
+        metrics = all_metrics(*judge_tests(model, Path(model.settings["data"]))[1:5])
+        label, epoch = f"{model.settings['category']} seed {model.settings['seed']}", int(file.stem[6:])
+        print(f"{label}, epoch {epoch}:", {name: metrics[name] for name in lines}, flush=True)
+        for name in (n for n in lines if metrics[n] is not None):
+            lines[name].setdefault(label, []).append((epoch, metrics[name]))
+    charts = [draw_chart(f"{name} by epoch", line) for name, line in lines.items() if line]
+    if not charts:
+        raise InputError(f"{run}: no epoch_NN.pt in it, or nothing to measure it on; train with --keep-epochs")
+    save_pictures(run / "curve.png", *charts)
     write_atomically(run / "curve.json", lambda path: path.write_text(json.dumps(lines) + "\n"))
-    save_picture(stack([draw_chart(f"{name} by epoch", line) for name, line in lines.items() if line]), run / "curve.png")
-    print(f"wrote {run / 'curve.json'} and {run / 'curve.png'}")
+    print(f"wrote {run / 'curve.png'} and {run / 'curve.json'}")
 
 
 def summarize(rows: list[dict], out: Path) -> None:
     """results.json, the metrics of every run, and table.md, mean ± standard deviation over the seeds by category."""
     names = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")
-    table = "| category | seeds | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|\n"
-    means = []
+    lines, means = [["category", "seeds", *names], ["---"] * (2 + len(names))], []
     for category in dict.fromkeys(row["category"] for row in rows):
-        chosen = [row for row in rows if row["category"] == category]
-        values = np.array([[row[name] for name in names] for row in chosen], dtype=float)  # None becomes nan
-        means.append(values.mean(axis=0))
-        spread = values.std(axis=0, ddof=1) if len(chosen) > 1 else np.zeros(len(names))
-        cells = [f"{m:.4f}" + f" ± {s:.4f}" * (len(chosen) > 1) for m, s in zip(means[-1], spread, strict=True)]
-        table += f"| {category} | {len(chosen)} | " + " | ".join(cells).replace("nan ± nan", "n/a") + " |\n"
-    table += "| mean | | " + " | ".join(f"{m:.4f}" for m in np.mean(means, axis=0)) + " |\n"
-    table = table.replace("nan", "n/a")
+        values = np.array([[row[name] for name in names] for row in rows if row["category"] == category], dtype=float)
+        means.append(values.mean(axis=0))  # None has become nan, and stays so
+        spread = [f" ± {x:.4f}" for x in values.std(axis=0, ddof=1)] if len(values) > 1 else [""] * len(names)
+        lines.append([category, str(len(values)), *(f"{m:.4f}{s}" for m, s in zip(means[-1], spread, strict=True))])
+    lines.append(["mean", "", *(f"{m:.4f}" for m in np.mean(means, axis=0))])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("nan ± nan", "n/a").replace("nan", "n/a")
     write_atomically(out / "results.json", lambda file: file.write_text(json.dumps(rows, indent=2) + "\n"))
     write_atomically(out / "table.md", lambda file: file.write_text(table, encoding="utf-8"))
     print(table + f"wrote {out / 'results.json'} and {out / 'table.md'}")
@@ -402,10 +357,9 @@ def pick_device(name: str) -> str:
     """`name`, or for "auto" CUDA where there is one. Raises InputError if the device is not there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name)
+        return str(torch.zeros(1, device=name).device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here ({error!r:.200})") from error
-    return name
 
 
 def run(main: Callable[[], None]) -> None:
@@ -432,7 +386,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for what --images finds")
     parser.add_argument("--false-alarm", type=float, default=0.02, help="share of good images to be flagged (0.02)")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write a torch.export program instead")
-    parser.add_argument("--curve", action="store_true", help="measure every epoch kept by train.py --keep-epochs instead")
+    parser.add_argument("--curve", action="store_true", help="measure each epoch that train.py --keep-epochs kept")
     parser.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be read")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()

@@ -1,8 +1,7 @@
 """Normal images, and synthetic anomalies made from them: x+ -> (x-, mask, box).
 
 Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and foreground are our reconstruction.
-All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool.
-"""
+All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ def list_images(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def good_images(data: Path) -> list[Path]:
-    """Normal images of a category: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself. Never opens `test/`."""
+    """Normal images in `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself. Never opens `test/`."""
     if not data.is_dir():
         raise InputError(f"--data {data}: no such folder")
     for folder in (data / "train" / "good", data / "train" / "ok", data):

