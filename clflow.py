@@ -139,8 +139,7 @@ def combine(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
 
         mean over scales of 1 - exp(min(level - E, 1)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
 
-    exp(-E) is the density per dimension: FastFlow's map, with the log-determinant. Bounded, so that no scale outshouts
-    the others and no strong defect spills over."""
+    exp(-E) is the density per dimension. Bounded, so that no scale outshouts the others and no defect spills over."""
     densities = [(level - e[:, None]).clamp(max=1).exp() for e, level in zip(energies, levels, strict=True)]
     maps, sigma = [resize(1 - density, (size, size)) for density in densities], size / 128  # 2 pixels at 256
     return gaussian_blur(torch.stack(maps).mean(dim=0), [2 * round(3 * sigma) + 1] * 2, [sigma] * 2)

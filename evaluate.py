@@ -19,8 +19,6 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from clflow import CLFlow
 from synth import InputError, list_images, read_image
 
-COLOURS = ("#2060c0", "#d03020", "#208040", "#9040a0", "#c08000", "#008090", "#606060")  # of lines
-
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
     """`files`; with `skip_bad` less the unreadable ones, named and counted; otherwise the first stops the program."""
@@ -71,8 +69,7 @@ def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
     """Area under the per-region overlap curve up to a false-positive rate of `limit`, divided by `limit`; exact.
 
     maps: (N, H, W) scores; masks: (N, H, W) bool. Regions are 8-connected components (MVTec AD, IJCV 2021). With each
-    defect pixel weighted by 1 / (area of its region x number of regions), the mean overlap is a cumulative sum.
-    """
+    defect pixel weighted by 1 / (area of its region x number of regions), the mean overlap is a cumulative sum."""
     weights, regions = np.zeros(maps.shape, dtype=np.float32), 0
     for weight, mask in zip(weights, masks, strict=True):
         labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -130,23 +127,21 @@ def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tens
         yield torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def threshold(normal: torch.Tensor, rate: float) -> float:
-    """The value that a share `rate` of normal images exceeds, from those (n,) of held-out ones, all below 1.
-
-    The k-th highest, k = rate (n + 1) rounded down (conformal prediction). A rate finer than 1 / (n + 1) has none: then
-    Student's bound for one more draw, mean + t s sqrt(1 + 1/n), on -log(1 - value), an energy; at least the highest."""
-    values, k = normal.cpu().double().sort(descending=True).values, int(rate * (len(normal) + 1))
-    if k > 0 or len(values) == 1:
-        return values[max(k, 1) - 1].item()
-    print(f"--false-alarm {rate} is finer than {len(values)} held-out good images support: extrapolated (Student's t)")
-    energies, t = -torch.log1p(-values.clamp(max=0.999)), stats.t.ppf(1 - rate, len(values) - 1)
-    bound = energies.mean() + t * np.sqrt(1 + 1 / len(values)) * energies.std()
-    return max(values[0].item(), -np.expm1(-min(bound.item(), 7)))  # below 1, whatever t: something must be flagged
+def thresholds(normal: torch.Tensor, rate: float) -> list[float]:
+    """Per row of `normal` (K, n), values of n held-out normal images and below 1, what a share `rate` of such exceeds:
+    the k-th highest, k = rate (n + 1) rounded down (conformal prediction). If that is none, Student's bound for one
+    more draw, mean + t s sqrt(1 + 1/n), on -log(1 - value), an energy; but at least the highest."""
+    values, n = normal.cpu().double().sort(dim=1, descending=True).values, normal.shape[1]
+    if (k := int(rate * (n + 1))) > 0 or n == 1:
+        return values[:, max(k, 1) - 1].tolist()
+    print(f"--false-alarm {rate} is finer than {n} held-out good images support: extrapolated (Student's t)")
+    energies, t = -torch.log1p(-values.clamp(max=0.999)), stats.t.ppf(1 - rate, n - 1)
+    bound = energies.mean(dim=1) + t * np.sqrt(1 + 1 / n) * energies.std(dim=1)
+    return torch.maximum(values[:, 0], -torch.expm1(-bound.clamp(max=7))).tolist()  # below 1: something must be flagged
 
 
 def find_defect(heat: np.ndarray, limit: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Where a map (H, W) is over `limit`, or is highest if it nowhere is, (H, W) bool; and the half-open box
-    (x0, y0, x1, y1) of the region with the highest peak."""
+    """Where a map (H, W) is over `limit`, or is highest; and half-open box (x0, y0, x1, y1) of the highest region."""
     found = heat >= min(limit, np.quantile(heat, 0.999))
     regions, _ = ndimage.label(found)
     rows, columns = np.nonzero(regions == regions.flat[heat.argmax()])
@@ -195,8 +190,9 @@ def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
         draw.text((80, top), f"{y:.3g}", "black", font, anchor="rm")
         draw.text((left, 370), f"{x:.3g}", "black", font, anchor="mt")
     for i, (name, line) in enumerate(lines.items()):
-        draw.line([tuple(point) for point in (90, 360) + (line - low) * scale], COLOURS[i % len(COLOURS)], 3)
-        draw.text((705, 50 + 20 * i), name, COLOURS[i % len(COLOURS)], font)
+        colour = f"hsl({(220 + 140 * i) % 360}, 75%, 42%)"
+        draw.line([tuple(point) for point in (90, 360) + (line - low) * scale], colour, 3)
+        draw.text((705, 50 + 20 * i), name, colour, font)
     return sheet
 
 
@@ -218,7 +214,7 @@ def save_pictures(path: Path, *pictures: Image.Image) -> None:
     write_atomically(path, lambda file: pictures[0].save(file, "PNG"))
 
 
-def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: tuple[float, float],
+def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: list[float],
           mask: np.ndarray | None = None) -> tuple[Image.Image, tuple[int, int, int, int] | None]:
     """The row for image `path` with map `heat`, at the image's own shape, and the defect's box, if there is one."""
     image, anomalous = read_image(path), score > limits[0]
@@ -229,18 +225,16 @@ def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: tuple[f
 
 
 def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool) -> None:
-    """Judge an image, or those of a folder: a line each, scores.csv (box in the image's pixels, half-open) and a
-    picture each, <file name>.png, in `out`."""
+    """Judge an image, or those of a folder; scores.csv (box in the image's pixels) and <file name>.png in `out`."""
     files = usable(list_images(images) if images.is_dir() else [images], skip_bad)
-    limits = threshold(model.normal_scores, rate), threshold(model.normal_peaks, rate)
+    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
     if not files:
         raise InputError(f"--images {images}: no images there (subfolders are not searched)")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file", "score", "anomalous", "x0", "y0", "x1", "y1"))
-    results = (pair for x in batches(files, model.size) for pair in zip(*(y.cpu() for y in model(x)), strict=True))
-    for path, (heat, score) in zip(files, results, strict=True):
-        heat, score = heat.numpy(), score.item()
+    found = (r for x in batches(files, model.size) for r in zip(*(y.cpu().numpy() for y in model(x)), strict=True))
+    for path, (heat, score) in zip(files, found, strict=True):
         picture, box = judge(path, path.name, score, heat, limits)
         save_pictures(out / f"{path.name}.png", picture)
         writer.writerow((path.name, f"{score:.6f}", int(score > limits[0]), *(box or [""] * 4)))
@@ -274,9 +268,8 @@ def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
 
 
 def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> dict:
-    """Measure `model` on the test images of `data`; print the table, write metrics.json, sheet.png (the worst misses
-    first), histogram.png and pictures/ into `out`. Returns the metrics."""
-    limits = threshold(model.normal_scores, rate), threshold(model.normal_peaks, rate)
+    """Measure `model` on the test images of `data`; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
+    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
     tests, labels, scores, masks, maps, milliseconds = judge_tests(model, data, skip_bad)
     metrics = {"category": data.resolve().name,
                **{name: model.settings[name] for name in ("backbone", "size", "seed", "epochs")},
@@ -302,8 +295,7 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
 
 
 def curve(run: Path, device: str) -> None:
-    """Measure every epoch_NN.pt below `run` on its category's test images; curve.json, and curve.png, a chart each for
-    image AUROC, pixel AUROC and AUPRO with a line per run."""
+    """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in sorted(run.glob("**/epoch_*.pt")):
         model = CLFlow.load(file, device)
@@ -367,8 +359,7 @@ def run(main: Callable[[], None]) -> None:
     if sys.platform == "linux":
         # glibc would return big blocks to the system after each use; getting them anew costs up to a third of a step
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     try:
         main()
     except KeyboardInterrupt:

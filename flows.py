@@ -11,8 +11,7 @@ class Coupling(nn.Module):
         x = [a, b];   [r, t] = subnet(a);   s = clamp tanh(0.1 r);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
-    The subnet need not be invertible: `a` passes unchanged and is there to recompute s and t from. The soft clamp of
-    s (as in the FrEIA library) bounds each step, so that no single feature can blow the likelihood up."""
+    The subnet need not be invertible: `a` passes unchanged. The soft clamp of s bounds what one feature can do."""
 
     def __init__(self, channels: int, kernel_size: int, hidden_ratio: float, clamp: float = 2.0):
         super().__init__()

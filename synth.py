@@ -133,9 +133,8 @@ def synthesize(image: np.ndarray, rng: np.random.Generator,
                other: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """Paint one synthetic defect: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    image, other (a texture or a second normal image; default: the image itself): (H, W, 3) of one shape. Returns
-    (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is never empty and lies on the
-    object where the background is plain; pixels outside it are untouched."""
+    image, other (texture or second normal image; default: the image itself): (H, W, 3) of one shape. Returns (anomalous
+    image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing changes."""
     (height, width), where = image.shape[:2], foreground(image)
     while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
         if rng.random() < 0.4:  # DRAEM's mask: 2^k cells per axis, k in 0..5

@@ -376,15 +376,15 @@ def test_masks_are_matched_by_stem(tmp_path):
 
 
 def test_threshold_is_an_order_statistic_or_students_bound():
-    scores = torch.linspace(0.1, 0.5, 99)
-    assert evaluate.threshold(scores, 0.05) == pytest.approx(scores[-5].item())  # 5 of 100 draws: the fifth highest
-    assert evaluate.threshold(scores, 0.01) == pytest.approx(0.5)
+    scores = torch.stack([torch.linspace(0.1, 0.5, 99), torch.linspace(0.9, 0.3, 99)])
+    assert evaluate.thresholds(scores, 0.05) == pytest.approx([scores[0, -5].item(), scores[1, 4].item()])  # 5 of 100
+    assert evaluate.thresholds(scores, 0.01) == pytest.approx([0.5, 0.9])
     rng, rate = np.random.default_rng(0), 0.02
-    trials = rng.normal(2.0, 0.3, (4000, 13))  # energies: twelve to calibrate on, one to test
-    limits = [evaluate.threshold(torch.from_numpy(-np.expm1(-t[:12])), rate) for t in trials]
-    assert np.mean(-np.expm1(-trials[:, 12]) > limits) == pytest.approx(rate, abs=0.007)
-    assert evaluate.threshold(torch.tensor([0.3]), 0.02) == pytest.approx(0.3)
-    assert evaluate.threshold(torch.tensor([0.3, 0.6]), 0.001) < 1
+    trials = torch.from_numpy(-np.expm1(-rng.normal(2.0, 0.3, (4000, 13))))  # twelve to calibrate on, one to test
+    limits = torch.tensor(evaluate.thresholds(trials[:, :12], rate))
+    assert (trials[:, 12] > limits).double().mean().item() == pytest.approx(rate, abs=0.007)
+    assert evaluate.thresholds(torch.tensor([[0.3]]), 0.02) == pytest.approx([0.3])
+    assert evaluate.thresholds(torch.tensor([[0.3, 0.6]]), 0.001)[0] < 1
 
 
 def test_threshold_metrics_by_hand():

@@ -84,8 +84,7 @@ def fit_norms(model: CLFlow, files: list[Path]) -> None:
 
 @torch.no_grad()
 def calibrate(model: CLFlow, files: list[Path], out: Path) -> None:
-    """What held-out normal images look like to the trained model: its `levels`, `normal_scores` and `normal_peaks`;
-    then it is complete, and saved as `out`."""
+    """Fit levels, normal_scores and normal_peaks to held-out normal images, and save the complete model as `out`."""
     scales = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
     energies = [torch.cat(scale) for scale in scales]
     model.levels.copy_(torch.stack([e.median() for e in energies]))
@@ -125,14 +124,13 @@ def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimi
 def write_log(log: list, out: Path) -> None:
     """log.csv and its picture, loss.png."""
     text = "".join(",".join(map(str, row)) + "\n" for row in (LOG, *log))
-    evaluate.write_atomically(out / "log.csv", partial(Path.write_text, data=text))
+    evaluate.write_atomically(out / "log.csv", lambda file: file.write_text(text))
     lines = {name: [(row[0], row[k]) for row in log] for k, name in enumerate(LOG) if 1 < k < 5}
     evaluate.save_pictures(out / "loss.png", evaluate.draw_chart("losses by epoch", lines))
 
 
 def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
-    """The training loop, from the epoch that `model.progress` has reached. Until it ends, state.pt has all that
-    --resume needs; stopped by Ctrl-C, it leaves a calibrated model.pt too."""
+    """The training loop, from `model.progress` on; state.pt has all that --resume needs until model.pt is complete."""
     loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
     optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
@@ -160,8 +158,7 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
 
 
 def resumed(out: Path, settings: dict) -> CLFlow | None:
-    """What --resume goes on from: the unfinished run in `out`, or the finished one (without `progress`), or None.
-    Raises InputError if it was started with other options."""
+    """The unfinished run in `out`, or the finished one (without `progress`), or None. InputError on other options."""
     for file in (out / "state.pt", out / "model.pt"):
         if file.exists():
             model = CLFlow.load(file)
@@ -172,15 +169,15 @@ def resumed(out: Path, settings: dict) -> CLFlow | None:
 
 
 def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
-    """Train on good images `files`, calibrate on a tenth of them that is held out; model.pt, log.csv and loss.png in
+    """Train on good images `files`, calibrate on some that are held out; model.pt, log.csv and loss.png in
     `out`. Returns whether there was anything left to do."""
-    files = evaluate.usable(files, args.skip_bad)
     textures = list_images(Path(args.textures), "**/*") if args.textures else []
     if len(files) < 2:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
-    order, held_out = np.random.default_rng(args.seed).permutation(len(files)), max(1, round(len(files) / 10))
+    held_out = max(1, round(len(files) / 10), min(8, len(files) // 4))  # a tenth, and of few images more
+    order = np.random.default_rng(args.seed).permutation(len(files))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs")  # no part of what is learnt
     settings = {**{k: v for k, v in vars(args).items() if k not in passing},
@@ -189,7 +186,6 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
     if model and not model.progress:
         print(f"{out} is finished already")
         return False
-    pairs = Pairs(train_files, textures, args.size, args.seed)
     if model:
         print(f"resuming {out} after epoch {len(model.progress['log'])}")
         model.to(args.device)
@@ -198,7 +194,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
         model = CLFlow(settings).eval()
         clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
         fit_norms(model.to(args.device), train_files)
-    fit(model, pairs, held_files, args, out)
+    fit(model, Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
     print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
     return True
 
@@ -273,7 +269,7 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
     """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several."""
     folders = sorted({p.parents[1] for p in args.data.glob("*/train/*") if p.name in ("good", "ok")}) or [args.data]
     several, rows, runs = folders != [args.data] or args.seeds > 1, [], []
-    for folder, files in [(folder, good_images(folder)) for folder in folders]:  # all there, before hours of training
+    for folder, files in [(folder, evaluate.usable(good_images(folder), args.skip_bad)) for folder in folders]:
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / folder.name / f"seed{seed}" if several else out
             one = argparse.Namespace(**{**vars(args), "data": folder, "seed": seed})
@@ -292,9 +288,8 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
 def main() -> None:
     args = options().parse_args()
     demo = args.data is None
-    for flag, low, high in (("epochs", 1, 10000), ("size", 64, 4096), ("batch", 1, 4096), ("steps", 1, 64),
-                            ("seed", 0, 2**31), ("seeds", 1, 1000), ("lr", 1e-9, 1), ("temperature", 1e-3, 1e3),
-                            ("smoothing", 0, 0.9)):
+    for flag, (low, high) in dict(epochs=(1, 9999), size=(64, 4096), batch=(1, 4096), steps=(1, 64), seed=(0, 2**31),
+                                  seeds=(1, 99), lr=(1e-9, 1), temperature=(1e-3, 1e3), smoothing=(0, 0.9)).items():
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: out of range, give {low} to {high}")
     args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
