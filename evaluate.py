@@ -61,8 +61,9 @@ def labelled_images(data: Path, skip_bad: bool = False) -> list[tuple[Path, bool
 
 def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     """True mask, bool of `shape` (H, W): resized by nearest neighbour, then > 0.5; all False for None."""
-    mask = np.zeros(shape, dtype=np.float32) if path is None else read_image(path)[..., 0]
-    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST)) > 0.5
+    mask = Image.fromarray(np.zeros(shape, dtype=np.float32) if path is None else read_image(path)[..., 0])
+    small = np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 0.5
+    return small if small.any() else np.asarray(mask.resize(shape[::-1], Image.Resampling.BOX)) > 0  # thin ones stay
 
 
 def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:

@@ -85,7 +85,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
     far = distance > edges[np.argmax(between) + 1]
     if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
         return np.ones_like(far)
-    return ndimage.binary_fill_holes(ndimage.binary_closing(far, iterations=2))
+    return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
 
 
 def thin_mask(height: int, width: int, centre: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -101,7 +101,7 @@ def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimi
     """One pass over the pairs; appends its row, the means of the losses, to `log`."""
     start, rows, epoch = time.perf_counter(), [], len(log) + 1
     loader.dataset.epoch = epoch
-    torch.manual_seed(args.seed + 2**32 * epoch)  # so that --resume need not know the generator's state
+    torch.manual_seed(args.seed + 10_000 * epoch)  # so that --resume need not know the generator's state
     for normal, anomalous, mask in loader:
         some = -(-len(mask) // 2)  # half as many x- as x+ teach as much, in three quarters of the time
         scales = model.latents(torch.cat((normal, anomalous[:some])))
@@ -243,7 +243,7 @@ def options() -> argparse.ArgumentParser:
     add("--backbone", help="a ResNet of torchvision, or efficientnet_lite0; resnet18 if not given (demo: the latter)")
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
     add("--textures", help="folder of texture photographs to paint defects from, beside the normal images")
-    add("--epochs", type=int, default=15)
+    add("--epochs", type=int, default=12)
     add("--batch", type=int, default=8)
     add("--lr", type=float, default=2e-3, help="peak learning rate of a one-cycle schedule")
     add("--size", type=int, default=320, help="images are resized to SIZE x SIZE pixels")
