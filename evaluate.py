@@ -143,16 +143,17 @@ def thresholds(normal: torch.Tensor, rate: float) -> list[float]:
 
 def find_defect(heat: np.ndarray, limit: float) -> tuple[np.ndarray, tuple[int, int, int, int]]:
     """Where a map (H, W) is over `limit`, or is highest; and half-open box (x0, y0, x1, y1) of the highest region."""
-    found = heat >= min(limit, np.quantile(heat, 0.999))
+    found = heat >= (limit if heat.max() >= limit else np.quantile(heat, 0.999))
     regions, _ = ndimage.label(found)
     rows, columns = np.nonzero(regions == regions.flat[heat.argmax()])
     return found, (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
 
 
 def colours(heat: np.ndarray, limit: float) -> np.ndarray:
-    """(H, W) -> (H, W, 3): black is typically normal, red at `limit`, yellow certain; the same scale in all images."""
-    stops = np.array([(0, 0, 0), (0.32, 0.07, 0.43), (0.73, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64)])
-    return np.stack([np.interp(heat, (0, limit / 2, limit, (1 + limit) / 2, 1), c) for c in stops.T], axis=-1)
+    """(H, W) -> (H, W, 3) uint8: black is normal, red at `limit`, yellow certain, on the same scale in all images."""
+    stops = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
+    return np.stack([np.interp(heat, (0, limit / 2, limit, (1 + limit) / 2, 1), channel).astype(np.uint8)
+                     for channel in stops.T], axis=-1)
 
 
 def draw_result(image: np.ndarray, heat: np.ndarray, found: np.ndarray, limit: float, title: str,
@@ -160,14 +161,14 @@ def draw_result(image: np.ndarray, heat: np.ndarray, found: np.ndarray, limit: f
     """One row: image (H, W, 3), outlined where `found`; heat map (H, W); true mask, if known; colour bar."""
     height, width = heat.shape
     line, edge = max(16, width // 16), ndimage.binary_dilation(found, iterations=-(-height // 200)) & ~found
-    panels = {"input": np.where(edge[..., None], (1, 0.1, 0.1), image),
-              "anomaly map": np.where(edge[..., None], 1, colours(heat, limit))}
+    panels = {"input": np.where(edge[..., None], (255, 25, 25), image * 255).astype(np.uint8),
+              "anomaly map": np.where(edge[..., None], np.uint8(255), colours(heat, limit))}
     if mask is not None:
-        panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)))[..., None].repeat(3, axis=-1)
+        panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
     left = len(panels) * (width + 6)
     panels[""] = colours(np.linspace(1, 0, height)[:, None].repeat(line, axis=1), limit)
-    row = np.hstack([np.pad(panel, ((0, 0), (0, 6), (0, 0)), constant_values=1) for panel in panels.values()])
-    sheet = ImageOps.expand(Image.fromarray((row * 255).astype(np.uint8)), (0, line, 4 * line, line), "white")
+    row = np.hstack([np.pad(panel, ((0, 0), (0, 6), (0, 0)), constant_values=255) for panel in panels.values()])
+    sheet = ImageOps.expand(Image.fromarray(row), (0, line, 4 * line, line), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(0.65 * line)
     draw.text((3, 0.1 * line), title, "black", font)
     for i, name in enumerate(panels):
@@ -240,7 +241,7 @@ def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool)
         save_pictures(out / f"{path.name}.png", picture)
         writer.writerow((path.name, f"{score:.6f}", int(score > limits[0]), *(box or [""] * 4)))
         print(f"{path.name}: {f'anomalous, box {box}' if box else 'normal'}, score {score:.3f}", flush=True)
-    write_atomically(out / "scores.csv", lambda file: file.write_text(table.getvalue(), encoding="utf-8"))
+    write_atomically(out / "scores.csv", lambda file: file.write_text(table.getvalue(), "utf-8", "surrogateescape"))
     print(f"wrote {out / 'scores.csv'} and {len(files)} pictures into {out}; threshold {limits[0]:.3f}")
 
 
@@ -256,8 +257,7 @@ def export(model: CLFlow, file: Path) -> None:
 
 
 def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
-    """Test images of `data` as `labelled_images` gives them; labels and scores (N,), masks and maps (N, size, size);
-    median milliseconds per image, of backbone and flow, without decoding."""
+    """`labelled_images` of `data`, labels and scores (N,), masks and maps (N, size, size), median ms per image."""
     tests, results, times = labelled_images(data, skip_bad), [], []
     for images in batches([path for path, _, _ in tests], model.size):
         start = time.perf_counter()
@@ -279,7 +279,6 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
                "false_alarm": rate, **threshold_metrics(labels, scores, limits[0])}
     for name, value in metrics.items():
         print(f"{name:14}", "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
-    write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     wrong = np.where(labels, limits[0] - scores, scores - limits[0])  # how far on the wrong side of the threshold
     rows = []
     for i in np.argsort(-wrong, kind="stable"):  # missed defects and false alarms first, then the closest calls
@@ -291,17 +290,18 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
         rows += [picture][:12 - len(rows)]
     save_pictures(out / "sheet.png", *rows)
     save_pictures(out / "histogram.png", draw_histogram(labels, scores, limits[0]))
+    write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(tests)} pictures into {out}")
     return metrics
 
 
-def curve(run: Path, device: str) -> None:
+def curve(run: Path, device: str, skip_bad: bool) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
-    for file in sorted(run.glob("**/epoch_*.pt")):
+    for file in sorted(run.glob("**/epoch_[0-9]*.pt"), key=lambda file: (file.parent, len(file.name), file.name)):
         model = CLFlow.load(file, device)
-        metrics = all_metrics(*judge_tests(model, Path(model.settings["data"]))[1:5])
-        label, epoch = f"{model.settings['category']} seed {model.settings['seed']}", int(file.stem[6:])
+        metrics = all_metrics(*judge_tests(model, Path(model.settings["data"]), skip_bad)[1:5])
+        label, epoch = "/".join(file.resolve().parent.parts[-2:]), int(file.stem[6:])
         print(f"{label}, epoch {epoch}:", {name: metrics[name] for name in lines}, flush=True)
         for name in (n for n in lines if metrics[n] is not None):
             lines[name].setdefault(label, []).append((epoch, metrics[name]))
@@ -323,7 +323,8 @@ def summarize(rows: list[dict], out: Path) -> None:
         spread = [f" ± {x:.4f}" for x in values.std(axis=0, ddof=1)] if len(values) > 1 else [""] * len(names)
         lines.append([category, str(len(values)), *(f"{m:.4f}{s}" for m, s in zip(means[-1], spread, strict=True))])
     lines.append(["mean", "", *(f"{m:.4f}" for m in np.mean(means, axis=0))])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("nan ± nan", "n/a").replace("nan", "n/a")
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = table.replace("| nan ± nan ", "| n/a ").replace("| nan ", "| n/a ")
     write_atomically(out / "results.json", lambda file: file.write_text(json.dumps(rows, indent=2) + "\n"))
     write_atomically(out / "table.md", lambda file: file.write_text(table, encoding="utf-8"))
     print(table + f"wrote {out / 'results.json'} and {out / 'table.md'}")
@@ -356,16 +357,18 @@ def pick_device(name: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; bad input becomes one line on stderr and exit code 2."""
+    """Call `main`; bad input, also if a loader's worker finds it, becomes one line on stderr and exit code 2."""
     if sys.platform == "linux":
         # glibc would return big blocks to the system after each use; getting them anew costs up to a third of a step
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
         mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells report an interrupt
-    except (InputError, OSError) as error:  # one from a loader's worker comes with its traceback before it
+        print("stopped; a training goes on with --resume", file=sys.stderr)
+        sys.exit(130)  # as shells report it
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("error:", str(error).strip().splitlines()[-1].removeprefix("synth.InputError: "), file=sys.stderr)
         sys.exit(2)
 
@@ -386,8 +389,9 @@ def main() -> None:
         raise InputError(f"--false-alarm {args.false_alarm}: out of range, give a share between 0 and 1")
     device = pick_device(args.device)
     if args.curve:
-        return curve(args.run, device)
-    checkpoint = args.run / "model.pt" if args.run.is_dir() else args.run
+        return curve(args.run, device, args.skip_bad)
+    stopped = (args.run / "state.pt").exists() and not (args.run / "model.pt").exists()
+    checkpoint = args.run / ("state.pt" if stopped else "model.pt") if args.run.is_dir() else args.run
     model = CLFlow.load(checkpoint, device)
     if args.export:
         export(model, args.export)

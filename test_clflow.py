@@ -226,20 +226,19 @@ def test_energy_is_the_gaussian_nll_per_dimension():
 
 
 def test_classification_loss_by_hand_and_its_gradient():
-    normal = torch.tensor([0.0, 2.0], requires_grad=True)  # mean 1, standard deviation sqrt(2)
-    anomalous = torch.tensor([5.0], requires_grad=True)
-    middle = 1 + 4 * math.sqrt(2)
+    normal, anomalous = torch.tensor([0.0, 2.0]), torch.tensor([5.0], requires_grad=True)
+    middle = torch.tensor(6.0)
 
     def bce(e, label):
-        p = 1 / (1 + math.exp(-(e - middle) / 2))
+        p = 1 / (1 + math.exp(-(e - 6) / 2))
         return -label * math.log(p) - (1 - label) * math.log(1 - p)
     expected = (bce(0, 0.05) + bce(2, 0.05)) / 4 + bce(5, 0.95) / 2
-    loss = clflow.classification_loss(normal, anomalous, smoothing=0.1, temperature=2.0)
+    loss = clflow.classification_loss(normal, anomalous, middle, smoothing=0.1, temperature=2.0)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert anomalous.grad.item() < 0  # descent raises the anomaly's energy
-    far = torch.tensor([middle + 20], requires_grad=True)
-    clflow.classification_loss(normal, far, 0.1, 2.0).backward()
+    far = torch.tensor([26.0], requires_grad=True)
+    clflow.classification_loss(normal, far, middle, 0.1, 2.0).backward()
     assert far.grad.item() > 0  # beyond the smoothed label it is not pushed any further
 
 
@@ -606,11 +605,11 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
     result = script("evaluate.py", tmp_path / "out", "--curve")
     assert result.returncode == 0, result.stderr
     curves = json.loads((tmp_path / "out" / "curve.json").read_text())
-    assert curves["image_auroc"]["nut seed 1"] == [[1, pytest.approx(rows[3]["image_auroc"])]]
+    assert curves["image_auroc"]["nut/seed1"] == [[1, pytest.approx(rows[3]["image_auroc"])]]
 
 
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch):
-    """Ctrl-C in the third of four epochs leaves a usable model.pt, and --resume ends as an uninterrupted run does."""
+    """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
     def start(out, *more):
         arguments = ["--data", category, "--out", tmp_path / out, *LITE, "--size", 64, "--epochs", 4, "--steps", 2]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *map(str, more)])
@@ -620,13 +619,18 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     def interrupted(self, *args):
         steps.append(1)
-        if len(steps) == 30:  # an epoch has 12
+        if len(steps) == 30:  # an epoch has 14: 18 images, six times, in batches of 8
             raise KeyboardInterrupt
         return step(self, *args)
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         start("parts")
-    assert torch.isfinite(clflow.CLFlow.load(tmp_path / "parts" / "model.pt")(torch.rand(1, 3, 64, 64))[1]).all()
+    assert not (tmp_path / "parts" / "model.pt").exists()
+    stopped = clflow.CLFlow.load(tmp_path / "parts" / "state.pt")
+    assert len(stopped.progress["log"]) == 2 and torch.isfinite(stopped(torch.rand(1, 3, 64, 64))[1]).all()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "parts")])
+    evaluate.main()
+    assert (tmp_path / "parts" / "metrics.json").exists()
     with pytest.raises(synth.InputError, match="another steps"):
         start("parts", "--resume", "--steps", 3)
     start("parts", "--resume")
@@ -635,6 +639,20 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert not (tmp_path / "parts" / "state.pt").exists()
     with open(tmp_path / "parts" / "log.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
+
+
+def test_epochs_differ_in_their_random_numbers(category, tmp_path, monkeypatch):
+    """Seeds count modulo 2^32: the epoch must not be lost in the upper bits."""
+    draws, losses = [], train.losses
+
+    def recording(*args):
+        draws.append(torch.randint(10**9, (1,)).item())
+        return losses(*args)
+    monkeypatch.setattr(train, "losses", recording)
+    arguments = ["--data", category, "--out", tmp_path, *LITE, "--size", 64, "--epochs", 2, "--steps", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+    assert len(draws) > 20 and len(set(draws)) == len(draws)
 
 
 def test_killed_training_leaves_no_broken_checkpoint(category, tmp_path):

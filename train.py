@@ -83,14 +83,13 @@ def fit_norms(model: CLFlow, files: list[Path]) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: CLFlow, files: list[Path], out: Path) -> None:
-    """Fit levels, normal_scores and normal_peaks to held-out normal images, and save the complete model as `out`."""
+def calibrate(model: CLFlow, files: list[Path]) -> None:
+    """What held-out normal images look like to the model: its `levels`, `normal_scores` and `normal_peaks`."""
     scales = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
     energies = [torch.cat(scale) for scale in scales]
     model.levels.copy_(torch.stack([e.median() for e in energies]))
     maps = clflow.combine(energies, model.levels, model.size)[:, 0]
     model.normal_scores, model.normal_peaks = clflow.image_score(maps), maps.amax(dim=(1, 2))
-    evaluate.write_atomically(out, model.save)
 
 
 LOG = ("epoch", "loss", "nll", "classification", "contrast", "images_per_second")
@@ -139,21 +138,17 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
         optimizer.load_state_dict(model.progress["optimizer"])
         schedule.load_state_dict(model.progress["schedule"])
 
-    try:
-        while True:
-            state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            evaluate.write_atomically(out / "state.pt", partial(model.save, progress=state))
-            if len(log) == args.epochs:
-                break
-            train_epoch(model, loader, optimizer, schedule, args, log)
-            write_log(log, out)
-            if args.keep_epochs:
-                calibrate(model, held_files, out / f"epoch_{len(log):02}.pt")
-    except KeyboardInterrupt:
-        calibrate(model, held_files, out / "model.pt")
-        print(f"stopped; {out / 'model.pt'} has what was learnt so far, --resume goes on after epoch {len(log)}")
-        raise
-    calibrate(model, held_files, out / "model.pt")
+    while True:
+        calibrate(model, held_files)  # so that state.pt is usable, whenever training is stopped
+        state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        evaluate.write_atomically(out / "state.pt", partial(model.save, progress=state))
+        if log and args.keep_epochs:
+            evaluate.write_atomically(out / f"epoch_{len(log):02}.pt", model.save)
+        if len(log) == args.epochs:
+            break
+        train_epoch(model, loader, optimizer, schedule, args, log)
+        write_log(log, out)
+    evaluate.write_atomically(out / "model.pt", model.save)
     (out / "state.pt").unlink()  # a run without it is finished
 
 
@@ -171,7 +166,7 @@ def resumed(out: Path, settings: dict) -> CLFlow | None:
 def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
     """Train on good images `files`, calibrate on some that are held out; model.pt, log.csv and loss.png in
     `out`. Returns whether there was anything left to do."""
-    textures = list_images(Path(args.textures), "**/*") if args.textures else []
+    textures = evaluate.usable(list_images(Path(args.textures), "**/*"), args.skip_bad) if args.textures else []
     if len(files) < 2:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
@@ -179,22 +174,20 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
     held_out = max(1, round(len(files) / 10), min(8, len(files) // 4))  # a tenth, and of few images more
     order = np.random.default_rng(args.seed).permutation(len(files))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
-    passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs")  # no part of what is learnt
-    settings = {**{k: v for k, v in vars(args).items() if k not in passing},
-                "data": str(args.data.resolve()), "category": args.data.resolve().name, "held_out": held_out}
+    passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs", "skip_bad")  # no part of what is learnt
+    settings = {**{k: v for k, v in vars(args).items() if k not in passing}, "data": str(args.data.resolve()),
+                "category": args.data.resolve().name, "number of images": len(files), "held_out": held_out}
     model = resumed(out, settings) if args.resume else None
     if model and not model.progress:
         print(f"{out} is finished already")
         return False
-    if model:
-        print(f"resuming {out} after epoch {len(model.progress['log'])}")
-        model.to(args.device)
-    else:
+    if not model:
         torch.manual_seed(args.seed)
         model = CLFlow(settings).eval()
+        (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
         clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
         fit_norms(model.to(args.device), train_files)
-    fit(model, Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
+    fit(model.to(args.device), Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
     print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
     return True
 
@@ -271,14 +264,15 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
     several, rows, runs = folders != [args.data] or args.seeds > 1, [], []
     for folder, files in [(folder, evaluate.usable(good_images(folder), args.skip_bad)) for folder in folders]:
         for seed in range(args.seed, args.seed + args.seeds):
-            target = out / folder.name / f"seed{seed}" if several else out
+            target = out / folder.resolve().name / f"seed{seed}" if several else out
             one = argparse.Namespace(**{**vars(args), "data": folder, "seed": seed})
             runs.append((folder, target, train(one, files, target)))
     for folder, target, fresh in runs if several or demo else []:
         if not (folder / "test").is_dir():
             print(f"{folder}: no test images, so nothing to evaluate")
         elif fresh or not (target / "metrics.json").exists():
-            rows.append(evaluate.report(CLFlow.load(target / "model.pt", args.device), folder, target))
+            model = CLFlow.load(target / "model.pt", args.device)
+            rows.append(evaluate.report(model, folder, target, skip_bad=args.skip_bad))
         else:
             rows.append(json.loads((target / "metrics.json").read_text()))
     if several and rows:
