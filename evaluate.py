@@ -55,7 +55,7 @@ def labelled_images(data: Path, skip_bad: bool = False) -> list[tuple[Path, bool
             by_stem(files)  # no two images may claim one mask
         found += [(p, anomalous, masks.get(p.stem)) for p in files]
     if not found:
-        raise InputError(f"--data {data}: no images in test/good or test/<defect>; --images judges unlabelled ones")
+        raise InputError(f"--data {data}: no images in test/good or test/<defect>; try --images FILE_OR_FOLDER")
     return found
 
 

@@ -188,7 +188,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
         clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
         fit_norms(model.to(args.device), train_files)
     fit(model.to(args.device), Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
-    print(f"wrote {out / 'model.pt'}; python evaluate.py {out} judges it")
+    print(f"wrote {out / 'model.pt'}; try python evaluate.py {out}, or with --images FOLDER")
     return True
 
 
