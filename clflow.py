@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -204,14 +204,15 @@ class CLFlow(nn.Module):
 
     def predict(self, image: Image.Image | Tensor) -> tuple[float, Tensor]:
         """Score and anomaly map (H, W) of one image: a PIL image of any mode, or a tensor (3, H, W) in [0, 1]."""
-        pixels = image if isinstance(image, Tensor) else torch.from_numpy(to_array(image)).permute(2, 0, 1)
-        heat, score = self(pixels[None])
-        return score.item(), heat[0]
+        shape = image.shape[1:] if isinstance(image, Tensor) else ImageOps.exif_transpose(image).size[::-1]
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(to_array(image, self.size)).permute(2, 0, 1)
+        heat, score = self(image[None])
+        return score.item(), resize(heat[None], shape)[0, 0]
 
-    def save(self, file: Path, progress: dict | None = None) -> None:
+    def save(self, to: Path, progress: dict | None = None) -> None:
         """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
-        checkpoint = {"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}
-        torch.save(checkpoint, file)
+        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}, to)
 
     @classmethod
     def load(cls, path: Path | str, device: str = "cpu") -> "CLFlow":

@@ -472,10 +472,10 @@ def test_predict_takes_pil_images_and_tensors(run, category):
     path = synth.list_images(category / "test" / "chip")[0]
     score, heat = model.predict(Image.open(path))
     expected = model(next(evaluate.batches([path], model.size)))[1].item()
-    assert score == pytest.approx(expected, abs=1e-3) and heat.shape == (256, 256)
+    assert score == pytest.approx(expected, abs=1e-6) and heat.shape == (256, 256)
     assert np.corrcoef(heat.ravel(), ndimage.gaussian_filter(mask_of(path).astype(float), 6).ravel())[0, 1] > 0.3
     tensor = torch.from_numpy(synth.read_image(path)).permute(2, 0, 1)
-    assert model.predict(tensor)[0] == pytest.approx(score, abs=1e-6)
+    assert model.predict(tensor)[0] == pytest.approx(score, abs=0.01)  # another filter resizes tensors
     assert model.predict(Image.new("L", (300, 90)))[1].shape == (90, 300)
     turned = Image.new("RGB", (300, 90))
     turned.getexif()[0x0112] = 6
@@ -520,7 +520,8 @@ def test_demo_trains_and_evaluates_without_data(tmp_path):
     result = script("train.py", "--out", tmp_path / "demo", "--epochs", 2, "--size", 192)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text())["image_auroc"] >= 0.95
-    assert (tmp_path / "demo" / "data" / "train" / "good").is_dir() and list((tmp_path / "demo" / "pictures").iterdir())
+    assert len(list((tmp_path / "demo" / "data" / "demo" / "train" / "good").iterdir())) == 80
+    assert len(list((tmp_path / "demo" / "pictures").iterdir())) == 60
 
 
 # ---------------------------------------------------------------- new images, folders of any kind, interruptions
