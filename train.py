@@ -137,7 +137,6 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
     if model.progress:
         optimizer.load_state_dict(model.progress["optimizer"])
         schedule.load_state_dict(model.progress["schedule"])
-
     while True:
         calibrate(model, held_files)  # so that state.pt is usable, whenever training is stopped
         state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
@@ -149,6 +148,7 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
         train_epoch(model, loader, optimizer, schedule, args, log)
         write_log(log, out)
     evaluate.write_atomically(out / "model.pt", model.save)
+    (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
     (out / "state.pt").unlink()  # a run without it is finished
 
 
@@ -184,7 +184,6 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
     if not model:
         torch.manual_seed(args.seed)
         model = CLFlow(settings).eval()
-        (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
         clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
         fit_norms(model.to(args.device), train_files)
     fit(model.to(args.device), Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
