@@ -5,10 +5,16 @@ import torch
 from torch import Tensor, nn
 
 
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order], on rows of channels: on maps, indexing takes three times as long and unlearns channels_last."""
+    rows = x.permute(0, 2, 3, 1)
+    return rows.flatten(0, 2).index_select(1, order).view(rows.shape).permute(0, 3, 1, 2)
+
+
 class Coupling(nn.Module):
     """One flow step: half of the channels scales and shifts the other half, then all are scaled, moved and permuted.
 
-        x = [a, b];   [r, t] = subnet(a);   s = clamp tanh(0.1 r);   b' = b exp(s) + t
+        x = [a, b];   [r, t] = subnet(a);   s = clamp tanh(0.1 r) = clamp (2 sigmoid(0.2 r) - 1);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
     The subnet need not be invertible: `a` passes unchanged. The soft clamp of s bounds what one feature can do."""
@@ -26,16 +32,17 @@ class Coupling(nn.Module):
 
     def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
         r, t = self.subnet(a).split(self.active, dim=1)
-        return self.clamp * torch.tanh(0.1 * r.to(a.dtype)), t  # under autocast only the convolutions are in bfloat16
+        # Under autocast only the convolutions are in bfloat16. PyTorch's tanh takes seven times as long as its sigmoid.
+        return self.clamp * (2 * torch.sigmoid(0.2 * r.to(a.dtype)) - 1), t
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.split((self.passive, self.active), dim=1)
         s, t = self.scale_and_shift(a)
         z = torch.cat((a, b * s.exp() + t), dim=1) * self.scale.exp()[:, None, None] + self.offset[:, None, None]
-        return z.index_select(1, self.permutation), s.sum(dim=1) + self.scale.sum()  # (B, C, H, W), (B, H, W)
+        return permute(z, self.permutation), s.sum(dim=1) + self.scale.sum()  # (B, C, H, W), (B, H, W)
 
     def inverse(self, z: Tensor) -> Tensor:
-        z = z.index_select(1, self.permutation.argsort()) - self.offset[:, None, None]
+        z = permute(z, self.permutation.argsort()) - self.offset[:, None, None]
         a, b = (z * (-self.scale).exp()[:, None, None]).split((self.passive, self.active), dim=1)
         s, t = self.scale_and_shift(a)
         return torch.cat((a, (b - t) * (-s).exp()), dim=1)
