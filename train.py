@@ -2,15 +2,16 @@
 import argparse
 import json
 import os
+import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import clflow
@@ -20,13 +21,13 @@ from synth import InputError, good_images, list_images, read_image, synthesize
 
 
 class Pairs(Dataset):
-    """x+, x- = synth(x+) and its mask: (3, size, size), (3, size, size) and (1, size, size) float32. Each is seeded by
-    (seed, epoch, index), whatever the workers and the order. Small sets are repeated, to about EPOCH pairs in an epoch.
-    Decoded images are kept, up to CACHE bytes in all."""
+    """Batches of x+, and of x- = synth(x+) for half of them, seeded by (seed, epoch, index), whatever the processes and
+    the order. Small sets are repeated, to about EPOCH images per epoch. Decoded images are kept, up to CACHE bytes."""
     EPOCH, CACHE = 100, 4e9
 
     def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int):
         self.size, self.seed, self.epoch, self.files, self.textures, self.cache = size, seed, 0, files, textures, {}
+        self.rank, self.world = evaluate.processes()
         for path in (files + textures)[:int(self.CACHE / (6 * size * size))]:
             self.cache[path] = read_image(path, size).astype(np.float16)
 
@@ -36,42 +37,61 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.files) * max(1, round(self.EPOCH / len(self.files)))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def anomaly(self, index: int, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self.seed, self.epoch, index])
-        image = self.image(self.files[index % len(self.files)])
         sources = self.textures if self.textures and rng.random() < 0.5 else self.files
-        anomalous, mask, _ = synthesize(image, rng, self.image(sources[rng.integers(len(sources))]))
-        return tuple(torch.from_numpy(x).permute(2, 0, 1) for x in (image, anomalous, np.float32(mask[..., None])))
+        return synthesize(image, rng, self.image(sources[rng.integers(len(sources))]))[:2]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch, float32: B images x+, then A = B / 2 ones x- made from the first of them,
+        (B + A, 3, size, size), and the masks, (A, 1, size, size)."""
+        mine = indices[self.rank % len(indices)::self.world]
+        normal = [self.image(self.files[i % len(self.files)]) for i in mine]
+        some = -(-len(mine) // 2)  # half as many x- as x+ teach as much, in three quarters of the time
+        anomalous, masks = zip(*map(self.anomaly, mine[:some], normal), strict=True)
+        images, masks = np.stack([*normal, *anomalous]), np.float32(masks)[..., None]
+        return tuple(torch.from_numpy(x).permute(0, 3, 1, 2) for x in (images, masks))
 
 
-def sample(values: Tensor, count: int = 512) -> Tensor:
-    """`count` random rows of `values`, with replacement."""
-    return values[torch.randint(len(values), (count,), device=values.device)]
+def sample(where: Tensor, count: int) -> Tensor:
+    """(B, count) places, with replacement, of those that `where` (B, N) marks. As many for every image, so that small
+    defects count as much as large ones, and processes can share a batch."""
+    return torch.multinomial(where.float(), count, replacement=True)
 
 
-def losses(scales: list[tuple[Tensor, Tensor]], mask: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
-    """NLL, classification and contrast of a batch. scales: z and log_det of the B images x+, then of the A <= B ones
-    x- that were made from the first of them; mask (A, 1, size, size)."""
-    energies, classification, contrast = [], [], []
-    for z, log_det in scales:
-        normal, anomalous = clflow.energy(z, log_det).split((len(z) - len(mask), len(mask)))
-        coverage = F.adaptive_max_pool2d(mask, z.shape[2:])  # the maximum: a thin scratch still marks its positions
-        touched, near = coverage[:, 0] > 0, F.max_pool2d(coverage, 3, stride=1, padding=1)[:, 0] > 0
-        # Beside a defect features should still be likely: the map then does not spill over.
-        energies.append(torch.cat((normal.flatten(), clflow.tamed(anomalous[~near]))).mean())
-        a, n = clflow.tamed(sample(anomalous[touched])), clflow.tamed(normal).flatten(1)
-        # An image's score is that of its worst positions: half of the sample is from the highest 5 % of each image.
-        hard = torch.cat((sample(n.flatten(), 256), sample(n.topk(-(-n.shape[1] // 20), dim=1).values.flatten(), 256)))
-        middle = (n.mean() + 4 * n.std()).detach()
-        classification.append(clflow.classification_loss(hard, a, middle, args.smoothing, args.temperature))
-        if args.contrast == "energy":
-            contrast.append(clflow.info_nce(a, hard, args.temperature))
-        else:
-            box = touched.any(dim=2, keepdim=True) & touched.any(dim=1, keepdim=True)
-            places, latents = sample(box.nonzero()).unbind(dim=1), z.permute(0, 2, 3, 1)
-            contrast.append(clflow.contrast_cosine(latents[places], latents[-len(mask):][places],
-                                                   sample(latents[:-len(mask)].flatten(0, 2)), args.temperature))
-    return tuple(torch.stack(values).mean() for values in (energies, classification, contrast))
+class Losses(nn.Module):
+    """The losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
+
+    def __init__(self, model: CLFlow, args: argparse.Namespace):
+        super().__init__()
+        self.model, self.args = model, args
+
+    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """images: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size, size)."""
+        energies, classification, contrast, args = [], [], [], self.args
+        for z, log_det in self.model.latents(images):
+            normal, anomalous = clflow.energy(z, log_det).flatten(1).split((len(z) - len(mask), len(mask)))
+            coverage = F.adaptive_max_pool2d(mask, z.shape[2:])  # the maximum: a thin scratch still marks its positions
+            touched, near = coverage > 0, F.max_pool2d(coverage, 3, stride=1, padding=1).flatten(1) > 0
+            # Beside a defect features should still be likely: the map then does not spill over.
+            energies.append(torch.cat((normal.flatten(), clflow.tamed(anomalous[~near]))).mean())
+            a, n = clflow.tamed(anomalous).gather(1, sample(touched.flatten(1), 128)), clflow.tamed(normal[:len(mask)])
+            # An image's score is that of its worst positions: half of the sample is from the highest 5 % of x+.
+            worst = n.topk(-(-n.shape[1] // 20), dim=1).values
+            hard = torch.cat([x.gather(1, sample(torch.ones_like(x), 128)) for x in (n, worst)], dim=1)
+            middle = (n.mean(dim=1, keepdim=True) + 4 * n.std(dim=1, keepdim=True)).detach()
+            classification.append(clflow.classification_loss(hard, a, middle, args.smoothing, args.temperature))
+            if args.contrast == "energy":
+                contrast.append(clflow.info_nce(a.flatten(), hard.repeat_interleave(128, dim=0), args.temperature))
+            else:
+                box = touched.any(dim=2, keepdim=True) & touched.any(dim=3, keepdim=True)
+                places, anywhere = sample(box.flatten(1), 128), sample(torch.ones_like(n), 128)
+                rows = [x.flatten(2).gather(2, i[:, None].expand(-1, x.shape[1], -1)).mT.flatten(0, 1) for x, i in (
+                    (z[:len(mask)], places), (z[-len(mask):], places), (z[:len(mask)], anywhere))]
+                contrast.append(clflow.contrast_cosine(*rows, args.temperature))
+        nll, smooth, info = (torch.stack(values).mean() for values in (energies, classification, contrast))
+        loss = nll + args.classification_weight * smooth + args.contrast_weight * info
+        return {"loss": loss, "nll": nll, "classification": smooth, "contrast": info}
 
 
 @torch.no_grad()
@@ -85,52 +105,44 @@ def fit_norms(model: CLFlow, files: list[Path]) -> None:
 @torch.no_grad()
 def calibrate(model: CLFlow, files: list[Path]) -> None:
     """What held-out normal images look like to the model: its `levels`, `normal_scores` and `normal_peaks`."""
-    scales = zip(*(model.energies(images) for images in evaluate.batches(files, model.size)), strict=True)
-    energies = [torch.cat(scale) for scale in scales]
-    model.levels.copy_(torch.stack([e.median() for e in energies]))
-    maps = clflow.combine(energies, model.levels, model.size)[:, 0]
-    model.normal_scores, model.normal_peaks = clflow.image_score(maps), maps.amax(dim=(1, 2))
+    energies = [model.energies(images) for images in evaluate.batches(files, model.size)]
+    model.levels.copy_(torch.stack([torch.cat(scale).median() for scale in zip(*energies, strict=True)]))
+    maps = (clflow.combine(e, model.levels, model.size)[:, 0] for e in energies)
+    found = [(clflow.image_score(heat), heat.amax(dim=(1, 2))) for heat in maps]
+    model.normal_scores, model.normal_peaks = (torch.cat(values) for values in zip(*found, strict=True))
 
 
-LOG = ("epoch", "loss", "nll", "classification", "contrast", "images_per_second")
-
-
-def train_epoch(model: CLFlow, loader: DataLoader, optimizer: torch.optim.Optimizer,
-                schedule: torch.optim.lr_scheduler.LRScheduler, args: argparse.Namespace, log: list) -> None:
-    """One pass over the pairs; appends its row, the means of the losses, to `log`."""
-    start, rows, epoch = time.perf_counter(), [], len(log) + 1
+def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
+                schedule: torch.optim.lr_scheduler.LRScheduler, args: argparse.Namespace, log: list[dict]) -> None:
+    """One pass over the images; appends its row, the means of the losses, to `log`."""
+    start, rows, epoch, world = time.perf_counter(), [], len(log) + 1, loader.dataset.world
     loader.dataset.epoch = epoch
     torch.manual_seed(args.seed + 10_000 * epoch)  # so that --resume need not know the generator's state
-    for normal, anomalous, mask in loader:
-        some = -(-len(mask) // 2)  # half as many x- as x+ teach as much, in three quarters of the time
-        scales = model.latents(torch.cat((normal, anomalous[:some])))
-        nll, classification, contrast = losses(scales, mask[:some].to(args.device), args)
-        loss = nll + args.classification_weight * classification + args.contrast_weight * contrast
-        if not loss.isfinite():
-            raise InputError(f"--lr {args.lr}: training diverged, the loss is {loss.item()}; try a lower learning rate")
+    for images, mask in loader:
+        found = losses(images, mask.to(args.device))
+        if not found["loss"].isfinite():
+            raise InputError(f"--lr {args.lr}: training diverged to {found['loss'].item()}; try a lower learning rate")
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.flows.parameters(), 1.0)
+        found["loss"].backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
         schedule.step()
-        rows.append([x.item() for x in (loss, nll, classification, contrast)])
-    seconds = time.perf_counter() - start
-    log.append([epoch, *np.mean(rows, axis=0).round(5).tolist(), round(len(loader.dataset) / seconds, 2)])
-    row = ", ".join(f"{name} {value:.3g}" for name, value in zip(LOG[1:], log[-1][1:], strict=True))
-    print(f"epoch {epoch}/{args.epochs}: {row}, {seconds * (args.epochs - epoch):.0f} s left", flush=True)
-
-
-def write_log(log: list, out: Path) -> None:
-    """log.csv and its picture, loss.png."""
-    text = "".join(",".join(map(str, row)) + "\n" for row in (LOG, *log))
-    evaluate.write_atomically(out / "log.csv", lambda file: file.write_text(text))
-    lines = {name: [(row[0], row[k]) for row in log] for k, name in enumerate(LOG) if 1 < k < 5}
-    evaluate.save_pictures(out / "loss.png", evaluate.draw_chart("losses by epoch", lines))
+        rows.append([x.item() / world for x in found.values()])
+    seconds, means = time.perf_counter() - start, torch.tensor(rows).mean(dim=0)
+    if world > 1:
+        dist.all_reduce(means)
+    row = {**dict(zip(found, means.tolist(), strict=True)), "images_per_second": len(loader.dataset) / seconds}
+    log.append({"epoch": epoch, **{name: round(value, 5) for name, value in row.items()}})
+    text = ", ".join(f"{name} {value:.3g}" for name, value in row.items())
+    print(f"epoch {epoch}/{args.epochs}: {text}, {seconds * (args.epochs - epoch):.0f} s left", flush=True)
 
 
 def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
     """The training loop, from `model.progress` on; state.pt has all that --resume needs until model.pt is complete."""
-    loader = DataLoader(pairs, args.batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1))
+    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
+    loader = DataLoader(pairs, args.batch, shuffle=True, collate_fn=tuple, num_workers=workers,
+                        multiprocessing_context="fork" if workers else None)
+    losses = nn.parallel.DistributedDataParallel(Losses(model, args)) if pairs.world > 1 else Losses(model, args)
     optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
     log = model.progress["log"] if model.progress else []
@@ -140,55 +152,49 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
     while True:
         calibrate(model, held_files)  # so that state.pt is usable, whenever training is stopped
         state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        evaluate.write_atomically(out / "state.pt", partial(model.save, progress=state))
+        evaluate.write_atomically(out / "state.pt", lambda file, state=state: model.save(file, state))
         if log and args.keep_epochs:
             evaluate.write_atomically(out / f"epoch_{len(log):02}.pt", model.save)
         if len(log) == args.epochs:
             break
-        train_epoch(model, loader, optimizer, schedule, args, log)
-        write_log(log, out)
+        train_epoch(losses, loader, optimizer, schedule, args, log)
+        text = "".join(",".join(map(str, row)) + "\n" for row in (log[0], *(row.values() for row in log)))
+        evaluate.write_atomically(out / "log.csv", lambda file, text=text: file.write_text(text))
+        lines = {name: [(row["epoch"], row[name]) for row in log] for name in list(log[0])[2:-1]}
+        evaluate.save_pictures(out / "loss.png", evaluate.draw_chart("losses by epoch", lines))
     evaluate.write_atomically(out / "model.pt", model.save)
-    (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
-    (out / "state.pt").unlink()  # a run without it is finished
+    if pairs.rank == 0:
+        (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
+        (out / "state.pt").unlink()  # a run without it is finished
 
 
-def resumed(out: Path, settings: dict) -> CLFlow | None:
-    """The unfinished run in `out`, or the finished one (without `progress`), or None. InputError on other options."""
-    for file in (out / "state.pt", out / "model.pt"):
-        if file.exists():
-            model = CLFlow.load(file)
-            if changed := [k for k, v in settings.items() if model.settings.get(k) != v]:
-                raise InputError(f"--resume: {out} was started with another {changed[0]}; give the same one, or --out")
-            return model
-    return None
-
-
-def train(args: argparse.Namespace, files: list[Path], out: Path) -> bool:
-    """Train on good images `files`, calibrate on some that are held out; model.pt, log.csv and loss.png in
-    `out`. Returns whether there was anything left to do."""
+def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
+    """Train on good images `files`, calibrate on some that are held out; model.pt, log.csv and loss.png in `out`."""
     textures = evaluate.usable(list_images(Path(args.textures), "**/*"), args.skip_bad) if args.textures else []
     if len(files) < 2:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
-    held_out = max(1, round(len(files) / 10), min(8, len(files) // 4))  # a tenth, and of few images more
+    held_out = max(1, min(1000, round(len(files) / 10)), min(8, len(files) // 4))  # a tenth, and of few images more
     order = np.random.default_rng(args.seed).permutation(len(files))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs", "skip_bad")  # no part of what is learnt
     settings = {**{k: v for k, v in vars(args).items() if k not in passing}, "data": str(args.data.resolve()),
                 "category": args.data.resolve().name, "number of images": len(files), "held_out": held_out}
-    model = resumed(out, settings) if args.resume else None
-    if model and not model.progress:
-        print(f"{out} is finished already")
-        return False
-    if not model:
+    stopped = [file for file in (out / "state.pt", out / "model.pt") if args.resume and file.exists()]
+    if stopped:
+        model = CLFlow.load(stopped[0])
+        if changed := [k for k, v in settings.items() if model.settings.get(k) != v]:
+            raise InputError(f"--resume: {out} was started with another {changed[0]}; give the same one, or --out")
+        if not model.progress:
+            return print(f"{out} is finished already")
+    else:
         torch.manual_seed(args.seed)
         model = CLFlow(settings).eval()
         clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
         fit_norms(model.to(args.device), train_files)
     fit(model.to(args.device), Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
     print(f"wrote {out / 'model.pt'}; try python evaluate.py {out}, or with --images FOLDER")
-    return True
 
 
 DEMO = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
@@ -258,24 +264,25 @@ def options() -> argparse.ArgumentParser:
 
 
 def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
-    """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several."""
+    """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several.
+    The processes of torchrun train a single one together; several are spread over them."""
+    rank, world = evaluate.processes()
     folders = sorted({p.parents[1] for p in args.data.glob("*/train/*") if p.name in ("good", "ok")}) or [args.data]
-    several, rows, runs = folders != [args.data] or args.seeds > 1, [], []
-    for folder, files in [(folder, evaluate.usable(good_images(folder), args.skip_bad)) for folder in folders]:
-        for seed in range(args.seed, args.seed + args.seeds):
-            target = out / folder.resolve().name / f"seed{seed}" if several else out
-            one = argparse.Namespace(**{**vars(args), "data": folder, "seed": seed})
-            runs.append((folder, target, train(one, files, target)))
-    for folder, target, fresh in runs if several or demo else []:
-        if not (folder / "test").is_dir():
-            print(f"{folder}: no test images, so nothing to evaluate")
-        elif fresh or not (target / "metrics.json").exists():
+    files = {folder: evaluate.usable(good_images(folder), args.skip_bad) for folder in folders}
+    if several := folders != [args.data] or args.seeds > 1:
+        os.environ.update(RANK="0", WORLD_SIZE="1")  # from here on each process works alone
+    runs = [(folder, seed, out / folder.resolve().name / f"seed{seed}" if several else out)
+            for folder in folders for seed in range(args.seed, args.seed + args.seeds)]
+    mine = runs[rank::world] if several else runs
+    for folder, seed, target in mine:
+        train(argparse.Namespace(**{**vars(args), "data": folder, "seed": seed}), files[folder], target)
+    for folder, _, target in mine if several or demo else []:
+        if (folder / "test").is_dir() and not (target / "metrics.json").exists():
             model = CLFlow.load(target / "model.pt", args.device)
-            rows.append(evaluate.report(model, folder, target, skip_bad=args.skip_bad))
-        else:
-            rows.append(json.loads((target / "metrics.json").read_text()))
-    if several and rows:
-        evaluate.summarize(rows, out)
+            evaluate.report(model, folder, target, skip_bad=args.skip_bad)
+    metrics = [file for *_, target in runs if (file := target / "metrics.json").exists()]
+    if several and metrics:  # of other processes too: the last one to come here finds them all
+        evaluate.summarize([json.loads(file.read_text()) for file in metrics], out)
 
 
 def main() -> None:
@@ -290,7 +297,8 @@ def main() -> None:
     out = args.out or Path("runs", "demo" if demo else args.data.resolve().name)
     if demo:
         args.data = out / "data" / "demo"
-        draw_demo(args.data)
+        if os.environ.get("RANK", "0") == "0":  # other processes meet this one after it has drawn
+            draw_demo(args.data)
     train_all(args, out, demo)
 
 
