@@ -38,8 +38,7 @@ def by_stem(files: list[Path]) -> dict[str, Path]:
     """Files by stem, less a `_mask` at its end. Raises InputError if two have the same."""
     found: dict[str, Path] = {}
     for path in files:
-        twin = found.setdefault(path.stem.removesuffix("_mask"), path)
-        if twin != path:
+        if (twin := found.setdefault(path.stem.removesuffix("_mask"), path)) != path:
             raise InputError(f"{path}: has the stem of {twin.name}, and masks are matched by stem; rename one of them")
     return found
 
@@ -180,6 +179,7 @@ def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     draw.text((90, 10), title, "black", ImageFont.load_default(20))
     for x, y in np.linspace(low, high, 6):
+        x = round(x) if high[0] - low[0] > 2 else x  # epochs
         left, top = (90, 360) + ((x, y) - low) * scale
         draw.line((90, top, 690, top), "#dddddd")
         draw.text((80, top), f"{y:.3g}", "black", font, anchor="rm")

@@ -163,9 +163,8 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
         lines = {name: [(row["epoch"], row[name]) for row in log] for name in list(log[0])[2:-1]}
         evaluate.save_pictures(out / "loss.png", evaluate.draw_chart("losses by epoch", lines))
     evaluate.write_atomically(out / "model.pt", model.save)
-    if pairs.rank == 0:
-        (out / "metrics.json").unlink(missing_ok=True)  # those of an earlier training
-        (out / "state.pt").unlink()  # a run without it is finished
+    for name in ("metrics.json", "state.pt") if pairs.rank == 0 else ():  # stale, and no longer needed
+        (out / name).unlink(missing_ok=True)
 
 
 def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
