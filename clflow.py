@@ -92,7 +92,7 @@ def tamed(e: Tensor) -> Tensor:
 
 def classification_loss(normal: Tensor, anomalous: Tensor, middle: Tensor, smoothing: float,
                         temperature: float) -> Tensor:
-    """Smooth classification: cross-entropy of normal (N,) against anomalous (A,) energies, with label smoothing, where
+    """Smooth classification: cross-entropy of normal against anomalous energies, of any shapes, with label smoothing;
     p(anomalous) = sigmoid((E - middle) / temperature). A smoothed label is met at a finite energy: an anomaly that is
     far enough pulls no more."""
     return sum(F.binary_cross_entropy_with_logits((e - middle) / temperature, torch.full_like(e, label)) / 2

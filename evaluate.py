@@ -179,7 +179,7 @@ def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     draw.text((90, 10), title, "black", ImageFont.load_default(20))
     for x, y in np.linspace(low, high, 6):
-        x = round(x) if high[0] - low[0] > 2 else x  # epochs
+        x = round(x) if high[0] - low[0] >= 2 else x  # whole epochs
         left, top = (90, 360) + ((x, y) - low) * scale
         draw.line((90, top, 690, top), "#dddddd")
         draw.text((80, top), f"{y:.3g}", "black", font, anchor="rm")
@@ -231,7 +231,7 @@ def export(model: CLFlow, file: Path) -> None:
 
 def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
     """`labelled_images` of `data`, labels and scores (N,), masks and maps (N, size, size), median ms per image."""
-    tests, times, (rank, world) = labelled_images(data, skip_bad), [], processes()
+    (rank, world), tests, times = processes(), labelled_images(data, skip_bad), []
     maps, scores = torch.zeros(len(tests), model.size, model.size), torch.zeros(len(tests))
     mine = torch.arange(len(tests))[rank::world]
     for images, rows in zip(batches([tests[i][0] for i in mine], model.size), mine.split(8), strict=False):
@@ -241,14 +241,15 @@ def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
     for part in (maps, scores) if world > 1 else ():
         dist.all_reduce(part)  # each process has filled rows of its own: their sum is the whole
     masks = np.stack([read_mask(mask, maps.shape[1:]) for _, _, mask in tests])
-    labels = np.array([anomalous for _, anomalous, _ in tests])
-    return tests, labels, scores.numpy(), masks, maps.numpy(), float(np.median(times))
+    return tests, np.array([bad for _, bad, _ in tests]), scores.numpy(), masks, maps.numpy(), float(np.median(times))
 
 
-def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> dict:
+def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> None:
     """Measure `model` on the test images of `data`; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
-    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
     tests, labels, scores, masks, maps, milliseconds = judge_tests(model, data, skip_bad)
+    if processes()[0]:
+        return  # its part is done
+    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
     metrics = {"category": data.resolve().name,
                **{name: model.settings[name] for name in ("backbone", "size", "seed", "epochs")},
                **all_metrics(labels, scores, masks, maps), "ms_per_image": milliseconds,
@@ -256,8 +257,7 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
                "false_alarm": rate, **threshold_metrics(labels, scores, limits[0])}
     for name, value in metrics.items():
         print(f"{name:14}", "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
-    wrong = np.where(labels, limits[0] - scores, scores - limits[0])  # how far on the wrong side of the threshold
-    rows = []
+    wrong, rows = np.where(labels, limits[0] - scores, scores - limits[0]), []  # how far on the wrong side
     for i in np.argsort(-wrong, kind="stable"):  # missed defects and false alarms first, then the closest calls
         path, anomalous, truth = tests[i]
         miss = "" if wrong[i] <= 0 else "MISSED " if anomalous else "FALSE ALARM "
@@ -274,7 +274,6 @@ def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: b
     save_pictures(out / "histogram.png", draw_chart("number of test images by score", lines))
     write_atomically(out / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=2) + "\n"))
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(tests)} pictures into {out}")
-    return metrics
 
 
 def curve(run: Path, device: str, skip_bad: bool) -> None:
@@ -316,8 +315,8 @@ def processes() -> tuple[int, int]:
     on only the first one prints, and writes files."""
     rank, world = (int(os.environ.get(*default)) for default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-        sys.stdout = open(os.devnull, "w") if rank else sys.stdout
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        sys.stdout = open(os.devnull, "w", errors="replace") if rank else sys.stdout
     return rank, world
 
 
@@ -326,7 +325,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Of several processes, the first one does so."""
     if processes()[0]:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp{os.environ.get('LOCAL_RANK', '')}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -26,7 +26,7 @@ class Coupling(nn.Module):
 
     def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
         r, t = self.subnet(a).split(self.active, dim=1)
-        # Under autocast only the convolutions are in bfloat16. PyTorch's tanh takes seven times as long as its sigmoid.
+        # Under autocast only the convolutions are in bfloat16. On CPUs tanh takes seven times as long as sigmoid.
         return self.clamp * (2 * torch.sigmoid(0.2 * r.to(a.dtype)) - 1), t
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,14 @@ def test_flow_inverse_undoes_forward(channels, kernels, ratio):
     assert torch.allclose(flow.inverse(z), x, atol=1e-9)
 
 
+def test_log_scale_is_softly_clamped_by_the_hyperbolic_tangent():
+    step = randomised(Flow2D(4, steps=1)).steps[0]
+    a = 20 * torch.randn(1, 2, 5, 5)
+    s, t = step.scale_and_shift(a)
+    assert torch.allclose(s, 2 * torch.tanh(0.1 * step.subnet(a)[:, :2]), atol=1e-6) and s.abs().max() > 1.5
+    assert torch.equal(t, step.subnet(a)[:, 2:])
+
+
 @pytest.mark.parametrize("channels, kernels", [(4, (3,)), (5, (3, 1))])
 def test_flow_log_determinant_is_that_of_the_autograd_jacobian(channels, kernels):
     torch.manual_seed(1)
@@ -85,8 +93,9 @@ def test_flow_parameter_counts_match_fastflow(channels, kernels, count):
 
 
 def test_flow_starts_as_a_permutation_with_zero_log_determinant():
-    x = torch.randn(2, 6, 3, 3)
+    x = torch.randn(2, 6, 3, 3).contiguous(memory_format=torch.channels_last)
     z, log_det = Flow2D(6)(x)
+    assert z.is_contiguous(memory_format=torch.channels_last)  # or the next convolution would have to reorder it
     assert torch.equal(z.sort(dim=1).values, x.sort(dim=1).values) and not log_det.any()
 
 
@@ -328,6 +337,12 @@ def test_pixel_metrics_equal_brute_force_and_scikit_learn(levels):
     assert found["pixel_ap"] == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-9)
 
 
+def test_pixel_metrics_of_ties_alone_are_those_of_chance():
+    masks = np.arange(32).reshape(2, 4, 4) % 5 == 0
+    found = evaluate.pixel_metrics(np.ones((2, 4, 4), np.float32), masks)
+    assert found == pytest.approx({"pixel_auroc": 0.5, "pixel_ap": masks.mean(), "aupro": 0.15})
+
+
 def test_aupro_by_hand():
     """Two regions of 1 and 3 pixels, 10 normal ones. In falling order: the small region, 1 normal, the large one, rest.
 
@@ -357,6 +372,10 @@ def test_aupro_stops_where_a_false_positive_rate_falls_on_the_limit():
 def test_metrics_are_none_where_undefined():
     empty, maps = np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4), np.float32)
     assert set(evaluate.all_metrics(np.ones(4, bool), np.arange(4.0), empty, maps).values()) == {None}
+    masks = np.zeros((2, 4, 4), bool)
+    masks[:, 1:3, 1:3] = True
+    metrics = evaluate.all_metrics(np.ones(2, bool), np.arange(2.0), masks, masks.astype(np.float32))
+    assert metrics["image_auroc"] is None and metrics["pixel_auroc"] == metrics["aupro"] == 1
     metrics = evaluate.all_metrics(np.array([False, False, True, True]), np.array([0.1, 0.6, 0.4, 0.9]), empty, maps)
     assert metrics["image_auroc"] == pytest.approx(0.75) and metrics["image_f1max"] == pytest.approx(0.8)
     assert metrics["pixel_auroc"] is None and metrics["aupro"] is None
@@ -434,6 +453,32 @@ def run(category, tmp_path_factory) -> Path:
         shutil.move(hidden, category / "test")
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
+def test_processes_divide_a_batch(category, world, size):
+    pairs = train.Pairs(synth.good_images(category), [], 64, seed=0)
+    indices, parts = [5, 3, 8, 1, 9, 2, 7, 4][:size], []
+    whole, mask = pairs.__getitems__(indices)
+    assert len(whole) == size + len(mask) and len(mask) == -(-size // 2)
+    assert all(torch.equal(x, y) for x, y in zip((whole[:len(mask)] * (mask == 0)).flatten(1),
+                                                 (whole[size:] * (mask == 0)).flatten(1), strict=True))
+    pairs.world = world
+    for pairs.rank in range(world):
+        images, masks = pairs.__getitems__(indices)
+        parts.append((images[:-len(masks)], images[-len(masks):]))
+    normal = torch.cat([part for part, _ in parts])
+    assert {x.sum().item() for x in normal} == {x.sum().item() for x in whole[:size]}
+    if size >= 2 * world:  # there is an x- for each process
+        assert len(normal) == size
+        assert sorted(x.sum().item() for _, part in parts for x in part) == sorted(x.sum().item() for x in whole[size:])
+
+
+def test_positions_are_sampled_per_image_from_those_marked():
+    where = torch.zeros(3, 50, dtype=torch.bool)
+    where[0, 7], where[1, :3], where[2, ::2] = True, True, True
+    places = train.sample(where, 200)
+    assert [sorted(set(row)) for row in places.tolist()] == [[7], [0, 1, 2], list(range(0, 50, 2))]
 
 
 def test_training_needs_no_test_folder_and_writes_its_log(run):
@@ -660,6 +705,9 @@ def test_two_processes_do_what_one_does(category, tmp_path):
             logs.append([[float(row[name]) for name in ("loss", "nll", "classification", "contrast")]
                          for row in csv.DictReader(file)])
     assert np.allclose(logs[1], logs[0], rtol=0.01), logs
+    states = [torch.load(tmp_path / name / "model.pt", weights_only=True)["state"] for name in ("one", "two")]
+    one, two = (torch.cat([state[k].flatten() for k in state if "subnet.2.weight" in k]) for state in states)
+    assert (one - two).norm() < 0.1 * one.norm()  # 0.4 without shared gradients
     assert {**metrics[0], "ms_per_image": 0} == pytest.approx({**metrics[1], "ms_per_image": 0}, abs=1e-6)
     result = script(*torchrun, "train.py", *options, "--seeds", 2, "--out", tmp_path / "seeds")
     assert result.returncode == 0 and result.stdout.count("epoch 2/2") == 1, result.stderr
@@ -796,3 +844,48 @@ def test_nothing_is_lost_when_a_write_fails(tmp_path):
     with pytest.raises(synth.InputError, match="model.pt"):
         evaluate.write_atomically(target, fail)
     assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
+
+
+# ---------------------------------------------------------------- speed, if FrEIA is installed: pytest -k freia -s
+
+def test_flow_beats_that_of_freia(capsys):
+    """Flow2D against FastFlow's flow as public code builds it: ResNet18's shapes at 256x256, 8 steps, batch 16."""
+    pytest.importorskip("FrEIA")
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import AllInOneBlock
+    from torch import nn
+
+    def subnet(a: int, b: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(a, a, 3, padding=1), nn.ReLU(), nn.Conv2d(a, b, 3, padding=1))
+
+    def freia(channels: int, size: int) -> nn.Module:
+        flow = SequenceINN(channels, size, size)
+        for _ in range(8):
+            flow.append(AllInOneBlock, subnet_constructor=subnet, affine_clamping=2.0)
+        return flow
+
+    def milliseconds(flows: nn.ModuleList, xs: list[torch.Tensor], train: bool, bfloat16: bool) -> float:
+        optimizer, times = torch.optim.Adam(flows.parameters()), []
+        for _ in range(7):
+            start = time.perf_counter()
+            with torch.set_grad_enabled(train), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                latents = [flow(x) for flow, x in zip(flows, xs, strict=True)]
+            if train:
+                loss = sum(z.square().mean() / 2 - log_det.sum() / z.numel() for z, log_det in latents)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            times.append(1000 * (time.perf_counter() - start))
+        return float(np.median(times[2:]))
+
+    shapes, ratios = [(64, 64), (128, 32), (256, 16)], {}
+    ours = nn.ModuleList(Flow2D(c, 8) for c, _ in shapes).to(memory_format=torch.channels_last)
+    theirs = nn.ModuleList(freia(c, size) for c, size in shapes)
+    xs = [torch.randn(16, c, size, size) for c, size in shapes]
+    for name, train_too in (("training step", True), ("inference", False)):
+        rows = [x.contiguous(memory_format=torch.channels_last) for x in xs]
+        mine, other = milliseconds(ours, rows, train_too, True), milliseconds(theirs, xs, train_too, False)
+        ratios[name] = other / mine
+        with capsys.disabled():
+            print(f"\n{name}: FrEIA {other:.0f} ms, Flow2D {mine:.0f} ms, {ratios[name]:.2f} times as fast")
+    assert min(ratios.values()) > 1, ratios

@@ -27,8 +27,8 @@ class Pairs(Dataset):
 
     def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int):
         self.size, self.seed, self.epoch, self.files, self.textures, self.cache = size, seed, 0, files, textures, {}
-        self.rank, self.world = evaluate.processes()
-        for path in (files + textures)[:int(self.CACHE / (6 * size * size))]:
+        (self.rank, self.world), share = evaluate.processes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        for path in (files + textures)[:int(self.CACHE / share / (6 * size * size))]:
             self.cache[path] = read_image(path, size).astype(np.float16)
 
     def image(self, path: Path) -> np.ndarray:
@@ -47,7 +47,8 @@ class Pairs(Dataset):
         (B + A, 3, size, size), and the masks, (A, 1, size, size)."""
         mine = indices[self.rank % len(indices)::self.world]
         normal = [self.image(self.files[i % len(self.files)]) for i in mine]
-        some = -(-len(mine) // 2)  # half as many x- as x+ teach as much, in three quarters of the time
+        # Half as many x- as x+ teach as much, in three quarters of the time.
+        some = max(1, len(range(self.rank, -(-len(indices) // 2), self.world)))
         anomalous, masks = zip(*map(self.anomaly, mine[:some], normal), strict=True)
         images, masks = np.stack([*normal, *anomalous]), np.float32(masks)[..., None]
         return tuple(torch.from_numpy(x).permute(0, 3, 1, 2) for x in (images, masks))
@@ -85,7 +86,7 @@ class Losses(nn.Module):
                 contrast.append(clflow.info_nce(a.flatten(), hard.repeat_interleave(128, dim=0), args.temperature))
             else:
                 box = touched.any(dim=2, keepdim=True) & touched.any(dim=3, keepdim=True)
-                places, anywhere = sample(box.flatten(1), 128), sample(torch.ones_like(n), 128)
+                places, anywhere = (sample(x, -(-512 // len(mask))) for x in (box.flatten(1), torch.ones_like(n)))
                 rows = [x.flatten(2).gather(2, i[:, None].expand(-1, x.shape[1], -1)).mT.flatten(0, 1) for x, i in (
                     (z[:len(mask)], places), (z[-len(mask):], places), (z[:len(mask)], anywhere))]
                 contrast.append(clflow.contrast_cosine(*rows, args.temperature))
@@ -174,7 +175,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
-    held_out = max(1, min(1000, round(len(files) / 10)), min(8, len(files) // 4))  # a tenth, and of few images more
+    held_out = max(1, min(1000, round(len(files) / 10)), min(8, len(files) // 4))  # a tenth, of few more
     order = np.random.default_rng(args.seed).permutation(len(files))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs", "skip_bad")  # no part of what is learnt
@@ -269,18 +270,18 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
     folders = sorted({p.parents[1] for p in args.data.glob("*/train/*") if p.name in ("good", "ok")}) or [args.data]
     files = {folder: evaluate.usable(good_images(folder), args.skip_bad) for folder in folders}
     if several := folders != [args.data] or args.seeds > 1:
-        os.environ.update(RANK="0", WORLD_SIZE="1")  # from here on each process works alone
+        os.environ.update(RANK="0", WORLD_SIZE="1")  # each process trains alone
     runs = [(folder, seed, out / folder.resolve().name / f"seed{seed}" if several else out)
             for folder in folders for seed in range(args.seed, args.seed + args.seeds)]
-    mine = runs[rank::world] if several else runs
-    for folder, seed, target in mine:
+    for folder, seed, target in runs[rank::world] if several else runs:
         train(argparse.Namespace(**{**vars(args), "data": folder, "seed": seed}), files[folder], target)
-    for folder, _, target in mine if several or demo else []:
+    os.environ.update(RANK="0", WORLD_SIZE="1")  # a single model is evaluated by the first process
+    for folder, _, target in runs[rank::world] if several or demo else []:
         if (folder / "test").is_dir() and not (target / "metrics.json").exists():
             model = CLFlow.load(target / "model.pt", args.device)
             evaluate.report(model, folder, target, skip_bad=args.skip_bad)
-    metrics = [file for *_, target in runs if (file := target / "metrics.json").exists()]
-    if several and metrics:  # of other processes too: the last one to come here finds them all
+    metrics = [target / "metrics.json" for folder, _, target in runs if (folder / "test").is_dir()]
+    if several and metrics and all(file.exists() for file in metrics):  # the last process finds all of them
         evaluate.summarize([json.loads(file.read_text()) for file in metrics], out)
 
 
