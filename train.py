@@ -43,11 +43,10 @@ class Pairs(Dataset):
         return synthesize(image, rng, self.image(sources[rng.integers(len(sources))]))[:2]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """This process's part of a batch, float32: B images x+, then A = B / 2 ones x- made from the first of them,
-        (B + A, 3, size, size), and the masks, (A, 1, size, size)."""
+        """This process's part of a batch, float32: B images x+, then A = B / 2 ones x- made from the first of them
+        (twice as many teach no more), (B + A, 3, size, size), and the masks, (A, 1, size, size)."""
         mine = indices[self.rank % len(indices)::self.world]
         normal = [self.image(self.files[i % len(self.files)]) for i in mine]
-        # Half as many x- as x+ teach as much, in three quarters of the time.
         some = max(1, len(range(self.rank, -(-len(indices) // 2), self.world)))
         anomalous, masks = zip(*map(self.anomaly, mine[:some], normal), strict=True)
         images, masks = np.stack([*normal, *anomalous]), np.float32(masks)[..., None]
