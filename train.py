@@ -82,7 +82,7 @@ class Losses(nn.Module):
             middle = (n.mean(dim=1, keepdim=True) + 4 * n.std(dim=1, keepdim=True)).detach()
             classification.append(clflow.classification_loss(hard, a, middle, args.smoothing, args.temperature))
             if args.contrast == "energy":
-                contrast.append(clflow.info_nce(a.flatten(), hard.repeat_interleave(128, dim=0), args.temperature))
+                contrast.append(clflow.info_nce(a.flatten(), hard.repeat_interleave(a.shape[1], 0), args.temperature))
             else:
                 box = touched.any(dim=2, keepdim=True) & touched.any(dim=3, keepdim=True)
                 places, anywhere = (sample(x, -(-512 // len(mask))) for x in (box.flatten(1), torch.ones_like(n)))
@@ -163,7 +163,7 @@ def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Name
         lines = {name: [(row["epoch"], row[name]) for row in log] for name in list(log[0])[2:-1]}
         evaluate.save_pictures(out / "loss.png", evaluate.draw_chart("losses by epoch", lines))
     evaluate.write_atomically(out / "model.pt", model.save)
-    for name in ("metrics.json", "state.pt") if pairs.rank == 0 else ():  # stale, and no longer needed
+    for name in ("metrics.json", "state.pt") if pairs.rank == 0 else ():  # stale metrics, and nothing to resume
         (out / name).unlink(missing_ok=True)
 
 
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
         raise InputError(f"--data {args.data}: one good image is not enough; training takes two, and better twenty")
     if args.textures and not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
-    held_out = max(1, min(1000, round(len(files) / 10)), min(8, len(files) // 4))  # a tenth, of few more
+    held_out = max(1, min(1000, round(len(files) / 10)), min(8, len(files) // 4))  # a tenth, or more of a few
     order = np.random.default_rng(args.seed).permutation(len(files))
     held_files, train_files = ([files[i] for i in part] for part in (order[:held_out], order[held_out:]))
     passing = ("out", "weights", "device", "seeds", "resume", "keep_epochs", "skip_bad")  # no part of what is learnt
