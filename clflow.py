@@ -5,6 +5,7 @@ import contextlib
 import sys
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from torchvision.transforms.functional import gaussian_blur, normalize
 from flows import Flow2D
 from synth import InputError, to_array
 
-RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
 LITE0 = "efficientnet_lite0"
-FORMAT = 2  # of the checkpoint
+BACKBONES = [*torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"]), LITE0]
+FORMAT = 3  # of the checkpoint
+METHODS = {"clflow": "clflow:CLFlow", "autoencoder": "autoencoder:Autoencoder"}  # --method, its detector
 
 
 class SameConv2d(nn.Conv2d):
@@ -50,9 +52,7 @@ def efficientnet_lite0() -> EfficientNet:
 
 
 def build_backbone(name: str) -> nn.Module:
-    """Untrained backbone: normalised images -> dict of features at strides 4, 8, 16. InputError for an unknown name."""
-    if name not in (*RESNETS, LITE0):
-        raise InputError(f"--backbone {name}: unknown; choose one of {', '.join(RESNETS)}, {LITE0}")
+    """Untrained backbone: normalised images -> dict of features at strides 4, 8, 16."""
     net = efficientnet_lite0() if name == LITE0 else torchvision.models.get_model(name)
     taps = ["features.2", "features.3", "features.5"] if name == LITE0 else ["layer1", "layer2", "layer3"]
     return create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})  # cuts what comes after
@@ -85,16 +85,10 @@ def energy(z: Tensor, log_det: Tensor) -> Tensor:
     return 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
 
 
-def tamed(e: Tensor) -> Tensor:
-    """E up to 1, 1 + log E above: on x- E knows no bounds, and few outliers would be all that clipped gradients see."""
-    return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
-
-
 def classification_loss(normal: Tensor, anomalous: Tensor, middle: Tensor, smoothing: float,
                         temperature: float) -> Tensor:
-    """Smooth classification: cross-entropy of normal against anomalous energies, of any shapes, with label smoothing;
-    p(anomalous) = sigmoid((E - middle) / temperature). A smoothed label is met at a finite energy: an anomaly that is
-    far enough pulls no more."""
+    """Smooth classification: cross-entropy of normal and anomalous energies, of any shapes, with p(anomalous) =
+    sigmoid((E - middle) / temperature). A smoothed label is met at a finite energy: a far anomaly pulls no more."""
     return sum(F.binary_cross_entropy_with_logits((e - middle) / temperature, torch.full_like(e, label)) / 2
                for e, label in ((normal, smoothing / 2), (anomalous, 1 - smoothing / 2)))
 
@@ -150,22 +144,16 @@ def image_score(maps: Tensor) -> Tensor:
     return maps.flatten(1).topk(maps[0].numel() // 100, dim=1).values.mean(dim=1)
 
 
-class CLFlow(nn.Module):
-    """The detector. `settings`: plain values kept in the checkpoint, train.py's options, which hold the defaults.
-    Fitted on `held_out` normal images: levels (S,), the median energy of each scale; normal_scores and normal_peaks
-    (held_out,), the images' scores and the maxima of their maps."""
+class Detector(nn.Module):
+    """What the methods share: all that comes after the energies. `settings`: plain values kept in the checkpoint,
+    train.py's options, which hold the defaults. Fitted on `held_out` normal images: levels (S,), the median energy of
+    each scale; normal (2, held_out), the images' scores and the maxima of their maps."""
 
-    def __init__(self, settings: dict):
+    def __init__(self, settings: dict, scales: int):
         super().__init__()
         self.settings, self.size, self.progress = settings, settings["size"], None
-        self.backbone = build_backbone(settings["backbone"]).eval().requires_grad_(False)
-        channels = [x.shape[1] for x in self.backbone(torch.zeros(1, 3, 64, 64)).values()]
-        self.norms = nn.ModuleList(map(Whitening, channels))
-        self.flows = nn.ModuleList(Flow2D(c, settings["steps"], settings["kernels"]) for c in channels)
-        self.register_buffer("levels", torch.zeros(len(channels)))
-        for name in ("normal_scores", "normal_peaks"):
-            self.register_buffer(name, torch.zeros(settings["held_out"]))
-        self.to(memory_format=torch.channels_last)
+        self.register_buffer("levels", torch.zeros(scales))
+        self.register_buffer("normal", torch.zeros(2, settings["held_out"]))
 
     def autocast(self) -> torch.autocast:
         """bfloat16 convolutions where the machine gains from them; likelihoods stay in float32."""
@@ -173,6 +161,50 @@ class CLFlow(nn.Module):
         gains = torch.cuda.get_device_capability()[0] >= 8 if device == "cuda" else \
             device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
         return torch.autocast(device, torch.bfloat16, enabled=bool(gains))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,) of images (B, 3, H, W) in [0, 1], each by
+        itself. The score is that of the map at size x size."""
+        maps = combine(self.energies(images), self.levels, self.size)
+        return resize(maps, images.shape[2:])[:, 0], image_score(maps[:, 0])
+
+    def predict(self, image: Image.Image | Tensor) -> tuple[float, Tensor]:
+        """Score and anomaly map (H, W) of one image: a PIL image of any mode, or a tensor (3, H, W) in [0, 1]."""
+        shape = image.shape[1:] if isinstance(image, Tensor) else ImageOps.exif_transpose(image).size[::-1]
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(to_array(image, self.size)).permute(2, 0, 1)
+        heat, score = self(image[None])
+        return score.item(), resize(heat[None], shape)[0, 0]
+
+    def save(self, to: Path, progress: dict | None = None) -> None:
+        """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
+        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}, to)
+
+    @classmethod
+    def load(cls, path: Path | str, device: str = "cpu") -> "Detector":
+        """The detector of checkpoint `path`, ready to judge. Raises InputError if it is missing or is not one."""
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            if checkpoint["format"] != FORMAT:
+                raise ValueError(f"its format is {checkpoint['format']}, this version reads {FORMAT}")
+            model = resolve_name(METHODS[checkpoint["settings"]["method"]])(checkpoint["settings"])
+            model.load_state_dict(checkpoint["state"])
+            model.progress = checkpoint["progress"]
+        except Exception as error:  # a wrong file can fail in many ways inside the unpickler
+            raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
+        return model.to(device).eval()
+
+
+class CLFlow(Detector):
+    """The flows' likelihood of a frozen backbone's features."""
+
+    def __init__(self, settings: dict):
+        backbone = build_backbone(settings["backbone"]).eval().requires_grad_(False)
+        channels = [x.shape[1] for x in backbone(torch.zeros(1, 3, 64, 64)).values()]
+        super().__init__(settings, len(channels))
+        self.backbone, self.norms = backbone, nn.ModuleList(map(Whitening, channels))
+        self.flows = nn.ModuleList(Flow2D(c, settings["steps"], settings["kernels"]) for c in channels)
+        self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
@@ -195,35 +227,3 @@ class CLFlow(nn.Module):
         """Energies (B, h, w) per scale of images (B, 3, H, W); with --score fastflow, without the log-determinant."""
         exact = self.settings["score"] == "nll"
         return [energy(z, log_det * exact) for z, log_det in self.latents(resize(images, (self.size, self.size)))]
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,) of images (B, 3, H, W) in [0, 1]; those of
-        an image depend on nothing else. The score is that of the map at size x size."""
-        maps = combine(self.energies(images), self.levels, self.size)
-        return resize(maps, images.shape[2:])[:, 0], image_score(maps[:, 0])
-
-    def predict(self, image: Image.Image | Tensor) -> tuple[float, Tensor]:
-        """Score and anomaly map (H, W) of one image: a PIL image of any mode, or a tensor (3, H, W) in [0, 1]."""
-        shape = image.shape[1:] if isinstance(image, Tensor) else ImageOps.exif_transpose(image).size[::-1]
-        if not isinstance(image, Tensor):
-            image = torch.from_numpy(to_array(image, self.size)).permute(2, 0, 1)
-        heat, score = self(image[None])
-        return score.item(), resize(heat[None], shape)[0, 0]
-
-    def save(self, to: Path, progress: dict | None = None) -> None:
-        """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
-        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}, to)
-
-    @classmethod
-    def load(cls, path: Path | str, device: str = "cpu") -> "CLFlow":
-        """The detector of checkpoint `path`, ready to judge. Raises InputError if it is missing or is not one."""
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            if checkpoint["format"] != FORMAT:
-                raise ValueError(f"its format is {checkpoint['format']}, this version reads {FORMAT}")
-            model = cls(checkpoint["settings"])
-            model.load_state_dict(checkpoint["state"])
-            model.progress = checkpoint["progress"]
-        except Exception as error:  # a wrong file can fail in many ways inside the unpickler
-            raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
-        return model.to(device).eval()

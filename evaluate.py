@@ -17,22 +17,20 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage, stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from clflow import CLFlow
+from clflow import Detector
 from synth import InputError, list_images, read_image
 
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
     """`files`; with `skip_bad` less the unreadable ones, named and counted; otherwise the first stops the program."""
-    good = []
+    good = list(files)
     for path in files if skip_bad else []:
         try:
             read_image(path)
-            good.append(path)
         except InputError as error:
-            print(f"skipped {error}")
-    if skip_bad and len(good) < len(files):
-        print(f"skipped {len(files) - len(good)} of {len(files)} images")
-    return good if skip_bad else files
+            good.remove(path)
+            print(f"skipped {len(files) - len(good)} of {len(files)} images: {error}")
+    return good
 
 
 def by_stem(files: list[Path]) -> dict[str, Path]:
@@ -99,13 +97,6 @@ def all_metrics(labels: np.ndarray, scores: np.ndarray, masks: np.ndarray, maps:
     elif masks.any() and not masks.all():
         found.update(pixel_metrics(maps, masks))
     return {name: None if value is None else float(value) for name, value in found.items()}
-
-
-def threshold_metrics(labels: np.ndarray, scores: np.ndarray, limit: float) -> dict[str, float | None]:
-    """What the threshold does on labelled images: recall, precision, and the false-alarm rate found on good ones."""
-    flagged = scores > limit
-    shares = {"recall": flagged[labels], "precision": labels[flagged], "false_alarms": flagged[~labels]}
-    return {"threshold": limit, **{name: float(x.mean()) if x.size else None for name, x in shares.items()}}
 
 
 def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tensor]:
@@ -198,10 +189,10 @@ def save_pictures(path: Path, *pictures: Image.Image) -> None:
     write_atomically(path, lambda file: pictures[0].save(file, "PNG"))
 
 
-def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool) -> None:
+def predict(model: Detector, images: Path, out: Path, rate: float, skip_bad: bool) -> None:
     """Judge an image, or those of a folder; scores.csv (box in the image's pixels) and <file name>.png in `out`."""
     files = usable(list_images(images) if images.is_dir() else [images], skip_bad)
-    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
+    limits = thresholds(model.normal, rate)
     if not files:
         raise InputError(f"--images {images}: no images there (subfolders are not searched)")
     writer = csv.writer(table := io.StringIO(), lineterminator="\n")
@@ -216,18 +207,16 @@ def predict(model: CLFlow, images: Path, out: Path, rate: float, skip_bad: bool)
     print(f"wrote {out / 'scores.csv'} and {len(files)} pictures into {out}; threshold {limits[0]:.3f}")
 
 
-def export(model: CLFlow, file: Path) -> None:
+def export(model: Detector, file: Path) -> None:
     """Write the detector as a torch.export program for a batch of any size; torch.export.load reads it."""
     images = torch.zeros(2, 3, model.size, model.size, device=model.levels.device)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    buffer = io.BytesIO()  # a path would have to end in .pt2
-    torch.export.save(program, buffer)
-    write_atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    write_atomically(file, lambda temporary: torch.export.save(program, temporary.open("wb")))
     print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
 
 
-def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
+def judge_tests(model: Detector, data: Path, skip_bad: bool = False) -> tuple:
     """`labelled_images` of `data`, labels and scores (N,), masks and maps (N, size, size), median ms per image."""
     (rank, world), tests, times = processes(), labelled_images(data, skip_bad), []
     maps, scores = torch.zeros(len(tests), model.size, model.size), torch.zeros(len(tests))
@@ -242,17 +231,20 @@ def judge_tests(model: CLFlow, data: Path, skip_bad: bool = False) -> tuple:
     return tests, np.array([bad for _, bad, _ in tests]), scores.numpy(), masks, maps.numpy(), float(np.median(times))
 
 
-def report(model: CLFlow, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> None:
+def report(model: Detector, data: Path, out: Path, rate: float = 0.02, skip_bad: bool = False) -> None:
     """Measure `model` on the test images of `data`; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
     tests, labels, scores, masks, maps, milliseconds = judge_tests(model, data, skip_bad)
     if processes()[0]:
         return  # its part is done
-    limits = thresholds(torch.stack((model.normal_scores, model.normal_peaks)), rate)
+    limits = thresholds(model.normal, rate)
+    flagged = scores > limits[0]
+    shares = {"recall": flagged[labels], "precision": labels[flagged], "false_alarms": flagged[~labels]}
     metrics = {"category": data.resolve().name,
                **{name: model.settings[name] for name in ("backbone", "size", "seed", "epochs")},
                **all_metrics(labels, scores, masks, maps), "ms_per_image": milliseconds,
                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-               "false_alarm": rate, **threshold_metrics(labels, scores, limits[0])}
+               "false_alarm": rate, "threshold": limits[0],
+               **{name: float(share.mean()) if share.size else None for name, share in shares.items()}}
     for name, value in metrics.items():
         print(f"{name:14}", "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value)
     wrong, rows = np.where(labels, limits[0] - scores, scores - limits[0]), []  # how far on the wrong side
@@ -278,7 +270,7 @@ def curve(run: Path, device: str, skip_bad: bool) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in sorted(run.glob("**/epoch_[0-9]*.pt"), key=lambda file: (file.parent, len(file.name), file.name)):
-        model = CLFlow.load(file, device)
+        model = Detector.load(file, device)
         metrics = all_metrics(*judge_tests(model, Path(model.settings["data"]), skip_bad)[1:5])
         label, epoch = "/".join(file.resolve().parent.parts[-2:]), int(file.stem[6:])
         print(f"{label}, epoch {epoch}:", {name: metrics[name] for name in lines}, flush=True)
@@ -309,8 +301,7 @@ def summarize(rows: list[dict], out: Path) -> None:
 
 
 def processes() -> tuple[int, int]:
-    """Rank and number of the processes that work together: those of torchrun, which meet here the first time. From then
-    on only the first one prints, and writes files."""
+    """Rank and number of torchrun's processes; they meet here the first time, then only the first prints and writes."""
     rank, world = (int(os.environ.get(*default)) for default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -319,8 +310,7 @@ def processes() -> tuple[int, int]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary file)`, then rename it to `path`: what was there gives way only to a complete successor.
-    Of several processes, the first one does so."""
+    """Call `write(temporary file)`, then rename it to `path`: no failure costs what was there. Only rank 0 does."""
     if processes()[0]:
         return
     temporary = path.with_name(f"{path.name}.tmp{os.environ.get('LOCAL_RANK', '')}")
@@ -349,9 +339,8 @@ def pick_device(name: str) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; bad input, also if a loader's worker finds it, becomes one line on stderr and exit code 2."""
-    if sys.platform == "linux":  # glibc would give big blocks back to the system; to get them anew takes a fifth longer
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
-        mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", lambda *_: 0)
+    mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # glibc keeps big blocks: to get them anew takes a fifth longer
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         main()
@@ -382,7 +371,7 @@ def main() -> None:
         return curve(args.run, device, args.skip_bad)
     stopped = (args.run / "state.pt").exists() and not (args.run / "model.pt").exists()
     checkpoint = args.run / ("state.pt" if stopped else "model.pt") if args.run.is_dir() else args.run
-    model = CLFlow.load(checkpoint, device)
+    model = Detector.load(checkpoint, device)
     if args.export:
         export(model, args.export)
     elif args.images:

@@ -18,6 +18,7 @@ from scipy import ndimage
 from sklearn.datasets import load_sample_images
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+import autoencoder
 import clflow
 import evaluate
 import synth
@@ -278,7 +279,7 @@ def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
 
 def test_tamed_energy_is_continuous_and_grows_like_the_logarithm():
     e = torch.tensor([-3.0, 0.5, 1.0, 1.0001, math.e, 1e8], requires_grad=True)
-    tame = clflow.tamed(e)
+    tame = train.tamed(e)
     assert torch.allclose(tame, torch.tensor([-3.0, 0.5, 1.0, 1.0001, 2.0, 1 + 8 * math.log(10)]), atol=1e-5)
     tame.sum().backward()
     assert e.grad[:3].tolist() == [1, 1, 1] and e.grad[-1].item() == pytest.approx(1e-8)
@@ -409,14 +410,6 @@ def test_threshold_is_an_order_statistic_or_students_bound():
     assert evaluate.thresholds(torch.tensor([[0.3, 0.6]]), 0.001)[0] < 1
 
 
-def test_threshold_metrics_by_hand():
-    labels, scores = np.array([True, True, True, False, False]), np.array([0.9, 0.8, 0.1, 0.7, 0.2])
-    found = evaluate.threshold_metrics(labels, scores, 0.5)
-    assert found == {"threshold": 0.5, "recall": pytest.approx(2 / 3), "precision": pytest.approx(2 / 3),
-                     "false_alarms": 0.5}
-    assert evaluate.threshold_metrics(labels[:3], scores[:3], 0.95)["precision"] is None
-
-
 def test_find_defect_boxes_the_highest_region():
     heat = np.zeros((40, 60), dtype=np.float32)
     heat[5:10, 20:30], heat[30:33, 50:52] = 0.8, 0.9
@@ -497,6 +490,10 @@ def test_evaluate_finds_the_drawn_defects(run, category):
                              "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters", "false_alarm",
                              "threshold", "recall", "precision", "false_alarms"]
     assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
+    _, labels, scores, *_ = evaluate.judge_tests(clflow.Detector.load(run / "model.pt"), category)
+    hits, alarms = (scores[labels] > metrics["threshold"]).sum(), (scores[~labels] > metrics["threshold"]).sum()
+    assert metrics["recall"] == hits / labels.sum() and metrics["false_alarms"] == alarms / (~labels).sum()
+    assert metrics["precision"] == hits / (hits + alarms)
     for name in ("sheet.png", "histogram.png", "loss.png"):
         assert Image.open(run / name).width == 960
     assert len(list((run / "pictures").glob("*.png"))) == sum(SMALL.values()) - SMALL["train/good"]
@@ -507,7 +504,7 @@ def test_score_is_a_pure_function_of_one_image(run, category):
     images = next(evaluate.batches(synth.list_images(category / "test" / "good"), model.size, batch=8))
     singles = torch.cat([model(image[None])[1] for image in images])
     assert singles.max() < 0.99 and singles.std() > 0  # not saturated: scores that could differ
-    assert (model(images)[1] - singles).abs().max() < 1e-3 * model.normal_scores.std()
+    assert (model(images)[1] - singles).abs().max() < 1e-3 * model.normal[0].std()
 
 
 def test_map_has_the_shape_of_the_image(run):
@@ -844,6 +841,87 @@ def test_nothing_is_lost_when_a_write_fails(tmp_path):
     with pytest.raises(synth.InputError, match="model.pt"):
         evaluate.write_atomically(target, fail)
     assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
+
+
+# ---------------------------------------------------------------- autoencoder.py
+
+class Stub(torch.nn.Module):
+    """A projection that moves every pixel of its input by 0.3."""
+    def project(self, images: torch.Tensor) -> torch.Tensor:
+        return images + 0.3
+
+
+def test_loss_of_the_two_regions_by_hand():
+    mask, clean = torch.zeros(2, 1, 4, 4), torch.full((3, 3, 4, 4), 0.5)
+    mask[0, :, :2], mask[1, :, 0, 0] = 1, 1
+    anomalous = clean[:2] - mask * torch.tensor([0.1, 0.5]).view(2, 1, 1, 1)
+    found = autoencoder.Losses(Stub(), None)(torch.cat((clean, anomalous)), mask)
+    repaired = ((0.3 - 0.1) ** 2 + (0.3 - 0.5) ** 2) / 2  # the mean by image, whatever the size of the region
+    assert found["kept"].item() == pytest.approx(0.09) and found["repaired"].item() == pytest.approx(repaired)
+    assert found["loss"].item() == pytest.approx(0.9 * 0.09 + 0.1 * repaired)
+
+
+def test_convex_combination_lies_between_encoder_and_decoder():
+    skip, encoder, decoder = autoencoder.ConvexCombination(4), torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
+    share = (skip(encoder, decoder) - decoder) / (encoder - decoder)
+    assert share.min() > 0 and share.max() < 1 and share.std(dim=1).max() < 1e-3 < share.std()  # C by position
+    torch.nn.init.constant_(skip.gate.bias, 50.0)
+    assert torch.allclose(skip(encoder, decoder), encoder, atol=1e-5)
+
+
+@pytest.fixture(scope="session")
+def projecting_run(category, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("projecting")
+    result = script("train.py", "--method", "autoencoder", "--data", category, "--out", out, "--size", 64,
+                    "--epochs", 60)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_projection_repairs_and_is_idempotent(projecting_run, category):
+    model, moves, distances = clflow.Detector.load(projecting_run / "model.pt"), [], []
+    for i, image in enumerate(synth.read_image(p, 64) for p in synth.list_images(category / "test" / "good")):
+        rng = np.random.default_rng(i)
+        corrupted, mask, _ = synth.synthesize(image, rng)
+        clean, x = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, corrupted))
+        with torch.no_grad():
+            once = model.project(x)
+            twice = model.project(once)
+        distances.append([(y - clean).square().mean(dim=1)[0][torch.from_numpy(mask)].sum().item() for y in (x, once)])
+        moves.append([(a - b).square().sum().item() for a, b in ((once, x), (twice, once))])
+    (before, after), (first, second) = np.sum(distances, axis=0), np.sum(moves, axis=0)
+    assert after < 0.5 * before  # the corrupted patch comes back nearer to the original
+    assert second < 0.25 * first  # f(f(x)) is close to f(x)
+
+
+def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp_path):
+    with open(projecting_run / "log.csv") as file:
+        assert next(csv.reader(file)) == ["epoch", "loss", "kept", "repaired", "images_per_second"]
+    result = script("evaluate.py", projecting_run)
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((projecting_run / "metrics.json").read_text())
+    assert metrics["backbone"] is None and metrics["image_auroc"] > 0.6 and metrics["pixel_auroc"] > 0.8
+    result = script("evaluate.py", projecting_run, "--images", category / "test" / "crack", "--out", tmp_path)
+    assert result.returncode == 0 and len(list(tmp_path.glob("*.png"))) == SMALL["test/crack"]
+    result = script("evaluate.py", projecting_run, "--export", tmp_path / "model.pt2")
+    assert result.returncode == 0, result.stderr
+    images = next(evaluate.batches(synth.list_images(category / "test" / "good"), 64, batch=3))
+    model = clflow.CLFlow.load(projecting_run / "model.pt")
+    assert isinstance(model, autoencoder.Autoencoder)
+    exported = torch.export.load(tmp_path / "model.pt2").module()(images)[1]
+    assert torch.allclose(exported, model(images)[1], atol=1e-3)
+    result = script("autoencoder.py", projecting_run)
+    assert result.returncode == 0 and Image.open(projecting_run / "projection.png").width == 960
+    result = script("train.py", "--method", "autoencoder", "--data", category, "--out", projecting_run, "--size", 64,
+                    "--epochs", 60, "--resume")
+    assert result.returncode == 0 and "finished already" in result.stdout
+
+
+def test_bad_input_for_the_autoencoder(run, category, tmp_path, monkeypatch, capsys):
+    arguments = ["--method", "autoencoder", "--data", category, "--out", tmp_path]
+    refuse(train.main, monkeypatch, capsys, [*arguments, "--size", 100], "--size 100", "16")
+    refuse(train.main, monkeypatch, capsys, [*arguments, *LITE], "--backbone", "autoencoder")
+    refuse(autoencoder.main, monkeypatch, capsys, [run], str(run), "--method autoencoder")
 
 
 # ---------------------------------------------------------------- speed, if FrEIA is installed: pytest -k freia -s

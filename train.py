@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+import autoencoder
 import clflow
 import evaluate
-from clflow import CLFlow
+from clflow import CLFlow, Detector
 from synth import InputError, good_images, list_images, read_image, synthesize
 
 
@@ -54,17 +56,30 @@ class Pairs(Dataset):
 
 
 def sample(where: Tensor, count: int) -> Tensor:
-    """(B, count) places, with replacement, of those that `where` (B, N) marks. As many for every image, so that small
-    defects count as much as large ones, and processes can share a batch."""
+    """(B, count) places, with replacement, of those that `where` (B, N) marks: small defects count like large ones."""
     return torch.multinomial(where.float(), count, replacement=True)
+
+
+def tamed(e: Tensor) -> Tensor:
+    """E up to 1, 1 + log E above: on x- E knows no bounds, and few outliers would be all that clipped gradients see."""
+    return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
 class Losses(nn.Module):
     """The losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
+    DEFAULTS, DEMO = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}  # of options whose default depends on it
 
     def __init__(self, model: CLFlow, args: argparse.Namespace):
         super().__init__()
         self.model, self.args = model, args
+
+    @torch.no_grad()
+    def prepare(self, files: list[Path]) -> None:
+        """Load the backbone's weights; fit the whitening of each scale on at most 64 normal images."""
+        clflow.load_imagenet_weights(self.model.backbone, self.args.backbone, self.args.weights)
+        features = zip(*map(self.model.features, evaluate.batches(files[:64], self.model.size)), strict=True)
+        for norm, maps in zip(self.model.norms, features, strict=True):
+            norm.fit(torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]))
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """images: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size, size)."""
@@ -74,8 +89,8 @@ class Losses(nn.Module):
             coverage = F.adaptive_max_pool2d(mask, z.shape[2:])  # the maximum: a thin scratch still marks its positions
             touched, near = coverage > 0, F.max_pool2d(coverage, 3, stride=1, padding=1).flatten(1) > 0
             # Beside a defect features should still be likely: the map then does not spill over.
-            energies.append(torch.cat((normal.flatten(), clflow.tamed(anomalous[~near]))).mean())
-            a, n = clflow.tamed(anomalous).gather(1, sample(touched.flatten(1), 128)), clflow.tamed(normal[:len(mask)])
+            energies.append(torch.cat((normal.flatten(), tamed(anomalous[~near]))).mean())
+            a, n = tamed(anomalous).gather(1, sample(touched.flatten(1), 128)), tamed(normal[:len(mask)])
             # An image's score is that of its worst positions: half of the sample is from the highest 5 % of x+.
             worst = n.topk(-(-n.shape[1] // 20), dim=1).values
             hard = torch.cat([x.gather(1, sample(torch.ones_like(x), 128)) for x in (n, worst)], dim=1)
@@ -95,21 +110,12 @@ class Losses(nn.Module):
 
 
 @torch.no_grad()
-def fit_norms(model: CLFlow, files: list[Path]) -> None:
-    """Fit the whitening of each scale on at most 64 normal images."""
-    features = zip(*(model.features(images) for images in evaluate.batches(files[:64], model.size)), strict=True)
-    for norm, maps in zip(model.norms, features, strict=True):
-        norm.fit(torch.cat([m.permute(0, 2, 3, 1).flatten(0, 2) for m in maps]))
-
-
-@torch.no_grad()
-def calibrate(model: CLFlow, files: list[Path]) -> None:
-    """What held-out normal images look like to the model: its `levels`, `normal_scores` and `normal_peaks`."""
+def calibrate(model: Detector, files: list[Path]) -> None:
+    """What held-out normal images look like to the model: its `levels` and `normal`."""
     energies = [model.energies(images) for images in evaluate.batches(files, model.size)]
     model.levels.copy_(torch.stack([torch.cat(scale).median() for scale in zip(*energies, strict=True)]))
     maps = (clflow.combine(e, model.levels, model.size)[:, 0] for e in energies)
-    found = [(clflow.image_score(heat), heat.amax(dim=(1, 2))) for heat in maps]
-    model.normal_scores, model.normal_peaks = (torch.cat(values) for values in zip(*found, strict=True))
+    model.normal = torch.cat([torch.stack((clflow.image_score(x), x.amax(dim=(1, 2)))) for x in maps], dim=1)
 
 
 def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
@@ -137,13 +143,13 @@ def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: torch.optim.Op
     print(f"epoch {epoch}/{args.epochs}: {text}, {seconds * (args.epochs - epoch):.0f} s left", flush=True)
 
 
-def fit(model: CLFlow, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
+def fit(losses: nn.Module, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
     """The training loop, from `model.progress` on; state.pt has all that --resume needs until model.pt is complete."""
     workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
     loader = DataLoader(pairs, args.batch, shuffle=True, collate_fn=tuple, num_workers=workers,
                         multiprocessing_context="fork" if workers else None)
-    losses = nn.parallel.DistributedDataParallel(Losses(model, args)) if pairs.world > 1 else Losses(model, args)
-    optimizer = torch.optim.Adam(model.flows.parameters(), lr=args.lr, weight_decay=1e-5)
+    model, losses = losses.model, nn.parallel.DistributedDataParallel(losses) if pairs.world > 1 else losses
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
     log = model.progress["log"] if model.progress else []
     if model.progress:
@@ -182,20 +188,22 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
                 "category": args.data.resolve().name, "number of images": len(files), "held_out": held_out}
     stopped = [file for file in (out / "state.pt", out / "model.pt") if args.resume and file.exists()]
     if stopped:
-        model = CLFlow.load(stopped[0])
+        model = Detector.load(stopped[0])
         if changed := [k for k, v in settings.items() if model.settings.get(k) != v]:
             raise InputError(f"--resume: {out} was started with another {changed[0]}; give the same one, or --out")
         if not model.progress:
             return print(f"{out} is finished already")
     else:
         torch.manual_seed(args.seed)
-        model = CLFlow(settings).eval()
-        clflow.load_imagenet_weights(model.backbone, args.backbone, args.weights)
-        fit_norms(model.to(args.device), train_files)
-    fit(model.to(args.device), Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
+        model = resolve_name(clflow.METHODS[args.method])(settings).eval()
+    losses = LOSSES[args.method](model.to(args.device), args)
+    if not stopped:
+        losses.prepare(train_files)
+    fit(losses, Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
     print(f"wrote {out / 'model.pt'}; try python evaluate.py {out}, or with --images FOLDER")
 
 
+LOSSES = {"clflow": Losses, "autoencoder": autoencoder.Losses}  # by --method
 DEMO = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
 
 
@@ -236,8 +244,9 @@ def options() -> argparse.ArgumentParser:
     parser = evaluate.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
+    add("--method", choices=LOSSES, default="clflow", help="autoencoder: the other detector, in autoencoder.py")
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
-    add("--backbone", help="a ResNet of torchvision, or efficientnet_lite0; resnet18 if not given (demo: the latter)")
+    add("--backbone", choices=clflow.BACKBONES, metavar="NAME", help="a ResNet of torchvision, or efficientnet_lite0")
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
     add("--textures", help="folder of texture photographs to paint defects from, beside the normal images")
     add("--epochs", type=int, default=12)
@@ -277,7 +286,7 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1")  # a single model is evaluated by the first process
     for folder, _, target in runs[rank::world] if several or demo else []:
         if (folder / "test").is_dir() and not (target / "metrics.json").exists():
-            model = CLFlow.load(target / "model.pt", args.device)
+            model = Detector.load(target / "model.pt", args.device)
             evaluate.report(model, folder, target, skip_bad=args.skip_bad)
     metrics = [target / "metrics.json" for folder, _, target in runs if (folder / "test").is_dir()]
     if several and metrics and all(file.exists() for file in metrics):  # the last process finds all of them
@@ -285,13 +294,15 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
 
 
 def main() -> None:
-    args = options().parse_args()
-    demo = args.data is None
+    parser = options()
+    first = parser.parse_known_args()[0]
+    demo = first.data is None
+    parser.set_defaults(**(LOSSES[first.method].DEMO if demo else LOSSES[first.method].DEFAULTS))
+    args = parser.parse_args()
     for flag, (low, high) in dict(epochs=(1, 9999), size=(64, 4096), batch=(1, 4096), steps=(1, 64), seed=(0, 2**31),
                                   seeds=(1, 99), lr=(1e-9, 1), temperature=(1e-3, 1e3), smoothing=(0, 0.9)).items():
         if not low <= getattr(args, flag) <= high:
             raise InputError(f"--{flag} {getattr(args, flag)}: out of range, give {low} to {high}")
-    args.backbone = args.backbone or ("efficientnet_lite0" if demo else "resnet18")
     args.device = evaluate.pick_device(args.device)
     out = args.out or Path("runs", "demo" if demo else args.data.resolve().name)
     if demo:

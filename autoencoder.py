@@ -1,0 +1,148 @@
+"""The projecting autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723): it learns to undo partial corruptions, and so
+to project an image onto the manifold of normal ones. An anomaly is what the projection moves. No pretrained weights.
+
+Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+import evaluate
+from clflow import Detector, resize
+from synth import InputError, list_images, read_image, synthesize
+
+WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 64, (1, 2, 4, 8, 16)
+
+
+def double_conv(before: int, channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions, each with batch norm and ReLU."""
+    return nn.Sequential(nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+                         nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+
+
+class StackedDilated(nn.Module):
+    """Parallel 5x5 convolutions of growing dilation, concatenated: near and far context in one layer."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(channels, BRANCH, 5, padding=2 * d, dilation=d) for d in DILATIONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(torch.cat([branch(x) for branch in self.branches], dim=1))
+
+
+class ConvexCombination(nn.Module):
+    """Gated skip: C encoder + (1 - C) decoder, C in [0, 1] at every position: what is corrupted is the decoder's."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gate = nn.Conv2d(2 * channels, 1, kernel_size=1)
+
+    def forward(self, encoder: Tensor, decoder: Tensor) -> Tensor:
+        return torch.lerp(decoder, encoder, self.gate(torch.cat((encoder, decoder), dim=1)).sigmoid())
+
+
+class Projection(nn.Module):
+    """The network f: images (B, 3, H, W) -> images, H and W divisible by 16. Blocks of 2x2 pixels are folded into the
+    channels: at a quarter of the cost, it learns more in the same time."""
+
+    def __init__(self):
+        super().__init__()
+        context = len(DILATIONS) * BRANCH
+        self.down = nn.ModuleList(map(double_conv, (12, *WIDTHS), WIDTHS))
+        self.context = nn.Sequential(*map(StackedDilated, (WIDTHS[-1], context, context, context)))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(c, w, 2, stride=2)
+                                for c, w in zip((*WIDTHS[1:], context), WIDTHS, strict=True))
+        self.skips = nn.ModuleList(map(ConvexCombination, WIDTHS))
+        self.mirror = nn.ModuleList(map(double_conv, WIDTHS, WIDTHS))
+        self.out = nn.Conv2d(WIDTHS[0], 12, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, encoded = F.pixel_unshuffle(images, 2), []
+        for block in self.down:
+            encoded.append(block(x))
+            x = F.max_pool2d(encoded[-1], 2)
+        x = self.context(x)
+        for i in reversed(range(len(WIDTHS))):
+            x = self.mirror[i](self.skips[i](encoded[i], self.up[i](x)))
+        return F.pixel_shuffle(self.out(x), 2)
+
+
+class Autoencoder(Detector):
+    """The detector: E = G4 * |G2 * (f(x) - x)|^2 / 2 sigma^2, a Gaussian's energy around the projection, averaged over
+    the channels; Gk filters with k pixels at size 256. What moves to and fro cancels in G2, G4 gathers a defect."""
+    SIGMA = 0.05
+
+    def __init__(self, settings: dict):
+        if settings["backbone"]:
+            raise InputError(f"--backbone {settings['backbone']}: the autoencoder has none, leave it out")
+        if settings["size"] % 16:
+            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 16")
+        super().__init__(settings, scales=1)
+        self.projection = Projection()
+        self.to(memory_format=torch.channels_last)
+
+    def project(self, images: Tensor) -> Tensor:
+        """f(x), of images (B, 3, size, size)."""
+        with self.autocast():
+            return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
+
+    @torch.no_grad()
+    def energies(self, images: Tensor) -> list[Tensor]:
+        """[E], E (B, size, size), of images (B, 3, H, W)."""
+        x = resize(images.to(self.levels.device), (self.size, self.size))
+        near, wide = (dict(kernel_size=[2 * round(3 * s) + 1] * 2, sigma=[s] * 2)
+                      for s in (self.size / 128, self.size / 64))
+        moved = gaussian_blur(self.project(x) - x, **near).square().mean(dim=1, keepdim=True)
+        return [gaussian_blur(moved, **wide)[:, 0] / (2 * self.SIGMA ** 2)]
+
+
+class Losses(nn.Module):
+    """L = lambda |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - lambda) |M (f(x-) - x+)|^2 / |M|, with the mask M of x-."""
+    LAMBDA = 0.9
+    DEFAULTS = {"backbone": None, "size": 256, "epochs": 120}
+    DEMO = {**DEFAULTS, "epochs": 55}
+
+    def __init__(self, model: Autoencoder, args: argparse.Namespace):
+        super().__init__()
+        self.model = model
+
+    def prepare(self, files: list[Path]) -> None:
+        """Nothing: no weights to load, no norms to fit."""
+
+    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """images: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size, size)."""
+        images = images.to(mask.device)
+        self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere
+        error = (self.model.project(images[-len(mask):]) - images[:len(mask)]).square().mean(dim=1, keepdim=True)
+        self.model.eval()
+        kept, repaired = (((error * m).sum(dim=(1, 2, 3)) / m.sum(dim=(1, 2, 3))).mean() for m in (1 - mask, mask))
+        return {"loss": self.LAMBDA * kept + (1 - self.LAMBDA) * repaired, "kept": kept, "repaired": repaired}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = evaluate.Parser(description="Draw RUN/projection.png: a good image, corrupted, projected; anomaly map.")
+    parser.add_argument("run", type=Path, help="run folder of train.py --method autoencoder")
+    run = parser.parse_args().run
+    model, rows = Detector.load(run / "model.pt"), []
+    files = list_images(Path(model.settings["data"]) / "test" / "good")[:4]
+    if model.settings["method"] != "autoencoder" or not files:
+        raise InputError(f"{run}: not of train.py --method autoencoder, or its data have no images in test/good")
+    limit = evaluate.thresholds(model.normal, 0.02)[1]
+    for i, image in enumerate(read_image(path, model.size) for path in files):
+        x = torch.from_numpy(synthesize(image, np.random.default_rng(i))[0]).permute(2, 0, 1)[None]
+        shown = [image, *(y[0].permute(1, 2, 0).clamp(0, 1).numpy() for y in (x, model.project(x)))]
+        row = [*(np.uint8(255 * y) for y in shown), evaluate.colours(model(x)[0][0].numpy(), limit)]
+        rows.append(Image.fromarray(np.hstack(row)))
+    evaluate.save_pictures(run / "projection.png", *rows)
+    print(f"wrote {run / 'projection.png'}")
+
+
+if __name__ == "__main__":
+    evaluate.run(main)
