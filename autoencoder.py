@@ -14,7 +14,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import evaluate
 from clflow import Detector, resize
-from synth import InputError, list_images, read_image, synthesize
+from synth import InputError, read_image, synthesize
 
 WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 64, (1, 2, 4, 8, 16)
 
@@ -74,9 +74,10 @@ class Projection(nn.Module):
 
 
 class Autoencoder(Detector):
-    """The detector: E = G4 * |G2 * (f(x) - x)|^2 / 2 sigma^2, a Gaussian's energy around the projection, averaged over
-    the channels; Gk filters with k pixels at size 256. What moves to and fro cancels in G2, G4 gathers a defect."""
-    SIGMA = 0.05
+    """The detector: E = G4 * |G2 * (f(x) - x)|^2 / 2 SIGMA^2, averaged over the channels, a Gaussian's energy around
+    the projection. Gk filters with a standard deviation of k pixels (at size 256): what is moved to and fro, like
+    edges, cancels in G2, and G4 gathers what a defect has left."""
+    SIGMA = 0.05  # of the images' range 0..1: where the bounded map saturates
 
     def __init__(self, settings: dict):
         if settings["backbone"]:
@@ -103,8 +104,9 @@ class Autoencoder(Detector):
 
 
 class Losses(nn.Module):
-    """L = lambda |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - lambda) |M (f(x-) - x+)|^2 / |M|, with the mask M of x-."""
-    LAMBDA = 0.9
+    """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, with the mask M of x-. The
+    x+ that have no x-, half of a batch, teach nothing here."""
+    LAMBDA = 0.9  # inferred; the corrupted region is small, and its error large
     DEFAULTS = {"backbone": None, "size": 256, "epochs": 120}
     DEMO = {**DEFAULTS, "epochs": 55}
 
@@ -121,8 +123,8 @@ class Losses(nn.Module):
         self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere
         error = (self.model.project(images[-len(mask):]) - images[:len(mask)]).square().mean(dim=1, keepdim=True)
         self.model.eval()
-        kept, repaired = (((error * m).sum(dim=(1, 2, 3)) / m.sum(dim=(1, 2, 3))).mean() for m in (1 - mask, mask))
-        return {"loss": self.LAMBDA * kept + (1 - self.LAMBDA) * repaired, "kept": kept, "repaired": repaired}
+        outside, inside = (((error * m).sum(dim=(1, 2, 3)) / m.sum(dim=(1, 2, 3))).mean() for m in (1 - mask, mask))
+        return {"loss": self.LAMBDA * outside + (1 - self.LAMBDA) * inside, "outside": outside, "inside": inside}
 
 
 @torch.no_grad()
@@ -131,9 +133,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder of train.py --method autoencoder")
     run = parser.parse_args().run
     model, rows = Detector.load(run / "model.pt"), []
-    files = list_images(Path(model.settings["data"]) / "test" / "good")[:4]
-    if model.settings["method"] != "autoencoder" or not files:
-        raise InputError(f"{run}: not of train.py --method autoencoder, or its data have no images in test/good")
+    if model.settings["method"] != "autoencoder":
+        raise InputError(f"{run}: is not of the autoencoder; train one with --method autoencoder")
+    files = [path for path, bad, _ in evaluate.labelled_images(Path(model.settings["data"])) if not bad][:4]
     limit = evaluate.thresholds(model.normal, 0.02)[1]
     for i, image in enumerate(read_image(path, model.size) for path in files):
         x = torch.from_numpy(synthesize(image, np.random.default_rng(i))[0]).permute(2, 0, 1)[None]

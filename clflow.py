@@ -145,9 +145,9 @@ def image_score(maps: Tensor) -> Tensor:
 
 
 class Detector(nn.Module):
-    """What the methods share: all that comes after the energies. `settings`: plain values kept in the checkpoint,
-    train.py's options, which hold the defaults. Fitted on `held_out` normal images: levels (S,), the median energy of
-    each scale; normal (2, held_out), the images' scores and the maxima of their maps."""
+    """What the methods share: all but `energies(images (B, 3, H, W)) -> [(B, h, w), ...]`, one for each of S scales.
+    `settings`: plain values kept in the checkpoint, train.py's options, which hold the defaults. Fitted on `held_out`
+    normal images: levels (S,), the scales' median energies; normal (2, held_out), the scores and the maps' maxima."""
 
     def __init__(self, settings: dict, scales: int):
         super().__init__()
@@ -180,8 +180,8 @@ class Detector(nn.Module):
         """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
         torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}, to)
 
-    @classmethod
-    def load(cls, path: Path | str, device: str = "cpu") -> "Detector":
+    @staticmethod
+    def load(path: Path | str, device: str = "cpu") -> "Detector":
         """The detector of checkpoint `path`, ready to judge. Raises InputError if it is missing or is not one."""
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

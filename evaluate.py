@@ -212,7 +212,8 @@ def export(model: Detector, file: Path) -> None:
     images = torch.zeros(2, 3, model.size, model.size, device=model.levels.device)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    write_atomically(file, lambda temporary: torch.export.save(program, temporary.open("wb")))
+    torch.export.save(program, buffer := io.BytesIO())  # a path would have to end in .pt2
+    write_atomically(file, lambda temporary: temporary.write_bytes(buffer.getvalue()))
     print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
 
 
@@ -240,7 +241,7 @@ def report(model: Detector, data: Path, out: Path, rate: float = 0.02, skip_bad:
     flagged = scores > limits[0]
     shares = {"recall": flagged[labels], "precision": labels[flagged], "false_alarms": flagged[~labels]}
     metrics = {"category": data.resolve().name,
-               **{name: model.settings[name] for name in ("backbone", "size", "seed", "epochs")},
+               **{name: model.settings[name] for name in ("method", "backbone", "size", "seed", "epochs")},
                **all_metrics(labels, scores, masks, maps), "ms_per_image": milliseconds,
                "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                "false_alarm": rate, "threshold": limits[0],

@@ -1,4 +1,4 @@
-"""Train CL-Flow on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
+"""Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 import argparse
 import json
 import os
@@ -66,8 +66,8 @@ def tamed(e: Tensor) -> Tensor:
 
 
 class Losses(nn.Module):
-    """The losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
-    DEFAULTS, DEMO = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}  # of options whose default depends on it
+    """CL-Flow's losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
+    DEFAULTS, DEMO = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}  # of options: on data, and on the demo
 
     def __init__(self, model: CLFlow, args: argparse.Namespace):
         super().__init__()
@@ -203,7 +203,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
     print(f"wrote {out / 'model.pt'}; try python evaluate.py {out}, or with --images FOLDER")
 
 
-LOSSES = {"clflow": Losses, "autoencoder": autoencoder.Losses}  # by --method
+LOSSES = {"clflow": Losses, "autoencoder": autoencoder.Losses}  # by --method, as the detectors in clflow.METHODS
 DEMO = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
 
 
@@ -259,7 +259,7 @@ def options() -> argparse.ArgumentParser:
     add("--keep-epochs", action="store_true", help="keep epoch_NN.pt of each epoch, for evaluate.py --curve")
     add("--skip-bad", action="store_true", help="go on without images that cannot be read")
     add("--device", default="auto", help="auto, cpu, cuda, ...")
-    add = parser.add_argument_group("what the paper leaves open").add_argument
+    add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
     add("--classification-weight", type=float, default=0.02, help="weight a of the smoothed classification")
     add("--contrast-weight", type=float, default=0.02, help="weight b of the contrastive loss")
     add("--contrast", choices=("energy", "cosine"), default="energy", help="form of the InfoNCE loss")
@@ -295,10 +295,9 @@ def train_all(args: argparse.Namespace, out: Path, demo: bool) -> None:
 
 def main() -> None:
     parser = options()
-    first = parser.parse_known_args()[0]
-    demo = first.data is None
-    parser.set_defaults(**(LOSSES[first.method].DEMO if demo else LOSSES[first.method].DEFAULTS))
-    args = parser.parse_args()
+    first = parser.parse_known_args([x for x in sys.argv[1:] if x not in ("-h", "--help")])[0]
+    parser.set_defaults(**(LOSSES[first.method].DEFAULTS if first.data else LOSSES[first.method].DEMO))
+    args, demo = parser.parse_args(), first.data is None
     for flag, (low, high) in dict(epochs=(1, 9999), size=(64, 4096), batch=(1, 4096), steps=(1, 64), seed=(0, 2**31),
                                   seeds=(1, 99), lr=(1e-9, 1), temperature=(1e-3, 1e3), smoothing=(0, 0.9)).items():
         if not low <= getattr(args, flag) <= high:
