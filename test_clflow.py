@@ -658,6 +658,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 @pytest.mark.parametrize("method", [LITE, ["--method", "autoencoder"]])
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
+    monkeypatch.setattr(autoencoder.Losses, "EPOCH", 100)
     def start(out, *more):
         arguments = ["--data", category, "--out", tmp_path / out, *method, "--size", 64, "--epochs", 4, "--steps", 2]
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *map(str, more)])
@@ -876,7 +877,7 @@ def test_convex_combination_lies_between_encoder_and_decoder():
 def projecting_run(category, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("projecting")
     result = script("train.py", "--method", "autoencoder", "--data", category, "--out", out, "--size", 64,
-                    "--epochs", 25)
+                    "--epochs", 3)
     assert result.returncode == 0, result.stderr
     return out
 
@@ -916,7 +917,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     result = script("autoencoder.py", projecting_run)
     assert result.returncode == 0 and Image.open(projecting_run / "projection.png").width == 960
     result = script("train.py", "--method", "autoencoder", "--data", category, "--out", projecting_run, "--size", 64,
-                    "--epochs", 25, "--resume")
+                    "--epochs", 3, "--resume")
     assert result.returncode == 0 and "finished already" in result.stdout
 
 

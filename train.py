@@ -24,20 +24,21 @@ from synth import InputError, good_images, list_images, read_image, synthesize
 
 class Pairs(Dataset):
     """Batches of x+, and of x- = synth(x+) for half of them, seeded by (seed, epoch, index), whatever the processes and
-    the order. Small sets are repeated, to about EPOCH images per epoch. Decoded images are kept, up to CACHE bytes."""
-    EPOCH, CACHE = 100, 4e9
+    the order. Small sets are repeated, to about `images` per epoch. Decoded images are kept, up to CACHE bytes."""
+    CACHE = 4e9
 
-    def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int):
+    def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int, images: int = 100):
         self.size, self.seed, self.epoch, self.files, self.textures, self.cache = size, seed, 0, files, textures, {}
         (self.rank, self.world), share = evaluate.processes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for path in (files + textures)[:int(self.CACHE / share / (6 * size * size))]:
             self.cache[path] = read_image(path, size).astype(np.float16)
+        self.passes = max(1, round(images / len(files)))
 
     def image(self, path: Path) -> np.ndarray:
         return self.cache[path].astype(np.float32) if path in self.cache else read_image(path, self.size)
 
     def __len__(self) -> int:
-        return len(self.files) * max(1, round(self.EPOCH / len(self.files)))
+        return len(self.files) * self.passes
 
     def anomaly(self, index: int, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self.seed, self.epoch, index])
@@ -68,6 +69,7 @@ def tamed(e: Tensor) -> Tensor:
 class Losses(nn.Module):
     """CL-Flow's losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
     DEFAULTS, DEMO = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}  # of options: on data, and on the demo
+    EPOCH = 100  # images, at least, in an epoch
 
     def __init__(self, model: CLFlow, args: argparse.Namespace):
         super().__init__()
@@ -199,7 +201,7 @@ def train(args: argparse.Namespace, files: list[Path], out: Path) -> None:
     losses = LOSSES[args.method](model.to(args.device), args)
     if not stopped:
         losses.prepare(train_files)
-    fit(losses, Pairs(train_files, textures, args.size, args.seed), held_files, args, out)
+    fit(losses, Pairs(train_files, textures, args.size, args.seed, losses.EPOCH), held_files, args, out)
     print(f"wrote {out / 'model.pt'}; try python evaluate.py {out}, or with --images FOLDER")
 
 
