@@ -106,8 +106,8 @@ class Losses(nn.Module):
     """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, with the mask M of x-. The
     x+ that have no x-, half of a batch, teach nothing here."""
     LAMBDA = 0.9  # inferred; the corrupted region is small, and its error large
-    DEFAULTS = {"backbone": None, "size": 256, "epochs": 20}
-    DEMO, EPOCH = {**DEFAULTS, "size": 128, "epochs": 15, "batch": 16}, 1000
+    DEFAULTS, EPOCH = {"backbone": None, "size": 256, "epochs": 20}, 1000  # of options; images in an epoch
+    DEMO = {**DEFAULTS, "size": 128, "epochs": 15, "batch": 16}
 
     def __init__(self, model: Autoencoder, args: argparse.Namespace):
         super().__init__()

@@ -184,8 +184,7 @@ def draw_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
 def save_pictures(path: Path, *pictures: Image.Image) -> None:
     """One picture as it is, or several below each other, each scaled to a width of 960 pixels, as PNG."""
     if len(pictures) > 1:
-        scaled = [np.asarray(p.resize((960, round(p.height * 960 / p.width)))) for p in pictures]
-        pictures = [Image.fromarray(np.vstack(scaled))]
+        pictures = [Image.fromarray(np.vstack([p.resize((960, round(p.height * 960 / p.width))) for p in pictures]))]
     write_atomically(path, lambda file: pictures[0].save(file, "PNG"))
 
 

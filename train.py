@@ -68,8 +68,7 @@ def tamed(e: Tensor) -> Tensor:
 
 class Losses(nn.Module):
     """CL-Flow's losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
-    DEFAULTS, DEMO = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}  # of options: on data, and on the demo
-    EPOCH = 100  # images, at least, in an epoch
+    DEFAULTS, DEMO, EPOCH = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}, 100  # options, the demo's; images
 
     def __init__(self, model: CLFlow, args: argparse.Namespace):
         super().__init__()
