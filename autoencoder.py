@@ -14,7 +14,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import evaluate
 from clflow import Detector, resize
-from synth import InputError, read_image, synthesize
+from synth import InputError, good_images, read_image, synthesize
 
 WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 64, (1, 2, 4, 8, 16)
 
@@ -134,7 +134,8 @@ def main() -> None:
     model, rows = Detector.load(run / "model.pt"), []
     if model.settings["method"] != "autoencoder":
         raise InputError(f"{run}: is not of the autoencoder; train one with --method autoencoder")
-    files = [path for path, bad, _ in evaluate.labelled_images(Path(model.settings["data"])) if not bad][:4]
+    data = Path(model.settings["data"])
+    files = ([path for path, bad, _ in evaluate.labelled_images(data) if not bad] or good_images(data))[:4]
     limit = evaluate.thresholds(model.normal, 0.02)[1]
     for i, image in enumerate(read_image(path, model.size) for path in files):
         x = torch.from_numpy(synthesize(image, np.random.default_rng(i))[0]).permute(2, 0, 1)[None]
