@@ -16,7 +16,7 @@ import evaluate
 from clflow import Detector, resize
 from synth import InputError, good_images, read_image, synthesize
 
-WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 64, (1, 2, 4, 8, 16)
+WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 128, (1, 2, 4, 8)
 
 
 def double_conv(before: int, channels: int) -> nn.Sequential:
@@ -26,11 +26,11 @@ def double_conv(before: int, channels: int) -> nn.Sequential:
 
 
 class StackedDilated(nn.Module):
-    """Parallel 5x5 convolutions of growing dilation, concatenated: near and far context in one layer."""
+    """Parallel 3x3 convolutions of growing dilation, concatenated: near and far context in one layer."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(channels, BRANCH, 5, padding=2 * d, dilation=d) for d in DILATIONS)
+        self.branches = nn.ModuleList(nn.Conv2d(channels, BRANCH, 3, padding=d, dilation=d) for d in DILATIONS)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(torch.cat([branch(x) for branch in self.branches], dim=1))
@@ -107,7 +107,7 @@ class Losses(nn.Module):
     x+ that have no x-, half of a batch, teach nothing here."""
     LAMBDA = 0.9  # inferred; the corrupted region is small, and its error large
     DEFAULTS, EPOCH = {"backbone": None, "size": 256, "epochs": 20}, 1000  # of options; images in an epoch
-    DEMO = {**DEFAULTS, "size": 128, "epochs": 15, "batch": 16}
+    DEMO = {**DEFAULTS, "size": 128, "epochs": 12, "lr": 5e-3}
 
     def __init__(self, model: Autoencoder, args: argparse.Namespace):
         super().__init__()

@@ -434,18 +434,21 @@ def mask_of(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path.parents[2] / "ground_truth" / path.parent.name / path.name))
 
 
-@pytest.fixture(scope="session")
-def run(category, tmp_path_factory) -> Path:
-    """A detector trained, through the script, on the small category with its test folder out of sight."""
-    out = tmp_path_factory.mktemp("run")
+def train_blind(category: Path, out: Path, *options) -> Path:
+    """`out`, a run that was trained through the script with the category's test folder out of sight."""
     hidden = category.with_name("hidden")
     shutil.move(category / "test", hidden)
     try:
-        result = script("train.py", "--data", category, "--out", out, *LITE, "--epochs", 3, "--size", 192)
+        result = script("train.py", "--data", category, "--out", out, *options)
     finally:
         shutil.move(hidden, category / "test")
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def run(category, tmp_path_factory) -> Path:
+    return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192)
 
 
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
@@ -873,13 +876,12 @@ def test_convex_combination_lies_between_encoder_and_decoder():
     assert torch.allclose(skip(encoder, decoder), encoder)
 
 
+PROJECTING = ["--method", "autoencoder", "--size", 64, "--epochs", 5, "--lr", 0.005]
+
+
 @pytest.fixture(scope="session")
 def projecting_run(category, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("projecting")
-    result = script("train.py", "--method", "autoencoder", "--data", category, "--out", out, "--size", 64,
-                    "--epochs", 3)
-    assert result.returncode == 0, result.stderr
-    return out
+    return train_blind(category, tmp_path_factory.mktemp("projecting"), *PROJECTING)
 
 
 def test_projection_repairs_and_is_idempotent(projecting_run, category):
@@ -904,7 +906,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     result = script("evaluate.py", projecting_run)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((projecting_run / "metrics.json").read_text())
-    assert metrics["backbone"] is None and metrics["image_auroc"] > 0.6 and metrics["pixel_auroc"] > 0.8
+    assert metrics["backbone"] is None and metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     result = script("evaluate.py", projecting_run, "--images", category / "test" / "crack", "--out", tmp_path)
     assert result.returncode == 0 and len(list(tmp_path.glob("*.png"))) == SMALL["test/crack"]
     result = script("evaluate.py", projecting_run, "--export", tmp_path / "model.pt2")
@@ -916,8 +918,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
         assert ours.std() > 1e-3 and (ours - theirs).abs().max() < 0.01 * ours.std()
     result = script("autoencoder.py", projecting_run)
     assert result.returncode == 0 and Image.open(projecting_run / "projection.png").width == 960
-    result = script("train.py", "--method", "autoencoder", "--data", category, "--out", projecting_run, "--size", 64,
-                    "--epochs", 3, "--resume")
+    result = script("train.py", "--data", category, "--out", projecting_run, *PROJECTING, "--resume")
     assert result.returncode == 0 and "finished already" in result.stdout
 
 

@@ -147,8 +147,8 @@ def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: torch.optim.Op
 def fit(losses: nn.Module, pairs: Pairs, held_files: list[Path], args: argparse.Namespace, out: Path) -> None:
     """The training loop, from `model.progress` on; state.pt has all that --resume needs until model.pt is complete."""
     workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
-    loader = DataLoader(pairs, args.batch, shuffle=True, collate_fn=tuple, num_workers=workers,
-                        multiprocessing_context="fork" if workers else None)
+    loader = DataLoader(pairs, args.batch, shuffle=True, collate_fn=tuple, worker_init_fn=lambda _: os.nice(19),
+                        num_workers=workers, multiprocessing_context="fork" if workers else None)  # steps come first
     model, losses = losses.model, nn.parallel.DistributedDataParallel(losses) if pairs.world > 1 else losses
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
