@@ -453,7 +453,7 @@ def run(category, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
-    pairs = train.Pairs(synth.good_images(category), [], 64, seed=0)
+    pairs = train.Pairs(synth.good_images(category), [], 64, seed=0, images=100)
     indices, parts = [5, 3, 8, 1, 9, 2, 7, 4][:size], []
     whole, mask = pairs.__getitems__(indices)
     assert len(whole) == size + len(mask) and len(mask) == -(-size // 2)

@@ -27,7 +27,7 @@ class Pairs(Dataset):
     the order. Small sets are repeated, to about `images` per epoch. Decoded images are kept, up to CACHE bytes."""
     CACHE = 4e9
 
-    def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int, images: int = 100):
+    def __init__(self, files: list[Path], textures: list[Path], size: int, seed: int, images: int):
         self.size, self.seed, self.epoch, self.files, self.textures, self.cache = size, seed, 0, files, textures, {}
         (self.rank, self.world), share = evaluate.processes(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         for path in (files + textures)[:int(self.CACHE / share / (6 * size * size))]:
