@@ -857,66 +857,23 @@ class Stub(torch.nn.Module):
         return images + 0.3
 
 
-def test_loss_of_the_two_regions_by_hand(monkeypatch):
+def test_loss_of_the_two_regions_by_hand():
     mask, clean = torch.zeros(2, 1, 4, 4), torch.tensor([0.3, 0.6, 0.9]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     mask[0, :, :2], mask[1, :, 0, 0] = 1, 1
-    painted, bent = (mask * torch.tensor(shift).view(2, 1, 1, 1) for shift in ([0.1, 0.7], [0.0, 0.0]))
-    bent[0, :, 3], discs = 0.2, torch.zeros(2, 1, 4, 4)
-    discs[0, :, 3], discs[1, :, 0, 0] = 1, 1  # of the first image, another row is bent; of the second, the same pixel
-    monkeypatch.setattr(autoencoder, "bend", lambda images: (images - bent, discs))
-    stub = Stub().eval()
-    found = autoencoder.Losses(stub, None)(torch.cat((clean, clean[:2] - painted)), mask)
-    first = (8 * (0.3 - 0.1) ** 2 + 4 * (0.3 - 0.2) ** 2) / 12
-    inside = (first + (0.3 - 0.7) ** 2) / 2  # 12 pixels and 1: the images count equally
+    anomalous, stub = clean[:2] - mask * torch.tensor([0.1, 0.7]).view(2, 1, 1, 1), Stub().eval()
+    found = autoencoder.Losses(stub, None)(torch.cat((clean, anomalous)), mask)
+    inside = ((0.3 - 0.1) ** 2 + (0.3 - 0.7) ** 2) / 2  # 8 pixels and 1: the images count equally
     assert found["outside"].item() == pytest.approx(0.09) and found["inside"].item() == pytest.approx(inside)
     assert found["loss"].item() == pytest.approx(0.9 * 0.09 + 0.1 * inside) and not stub.training
 
 
-def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():
-    """Two channels hold each pixel's own place, and tell where it came from; SciPy moves the third one likewise."""
+def test_convex_combination_lies_between_encoder_and_decoder():
     torch.manual_seed(0)
-    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    images = torch.stack((1e-3 * y, 1e-3 * x, torch.zeros(64, 64))).repeat(40, 1, 1, 1)
-    images[:, 2, 24:40, 24:40] = torch.rand(40, 16, 16)
-    bent, discs = autoencoder.bend(images)
-    assert bent.shape == images.shape and discs.unique().tolist() == [0, 1] and discs.sum(dim=(1, 2, 3)).min() > 5
-    moves = (1e3 * (bent - images)[:, :2]).norm(dim=1, keepdim=True)
-    assert (moves * (1 - discs)).max() < 1 < 3 < moves.max() < 16 and moves.amax(dim=(1, 2, 3)).min() > 0.05
-    centres = torch.stack([disc[0].nonzero().float().mean(dim=0) for disc in discs])
-    assert ((centres > 22) & (centres < 42)).float().mean() > 0.9  # the ramps are a little contrast, too
-    assert centres.std(dim=0).min() > 2 and moves.amax(dim=(1, 2, 3)).std() > 0.5  # at random
-    for before, after in zip(images.numpy(), bent.numpy(), strict=True):
-        expected = ndimage.map_coordinates(before[2], 1e3 * after[:2], order=1, mode="nearest")
-        assert np.abs(expected - after[2]).max() < 0.01
-    assert torch.isfinite(autoencoder.bend(torch.ones(2, 3, 64, 64))[0]).all()  # no contrast anywhere
-
-
-def test_skips_take_the_encoder_or_the_decoder_as_their_gates_say():
-    torch.manual_seed(0)
-    network, images, found = autoencoder.Projection().eval(), torch.rand(1, 3, 64, 64), []
-    for bias in (50.0, -50.0):
-        torch.nn.init.constant_(network.gates[0].bias, bias)
-        before = network(images)
-        disturbed = network.up[0].register_forward_hook(lambda module, inputs, output: output + 1)
-        found.append((network(images) - before).abs().max().item())
-        disturbed.remove()
-    assert found[0] == 0 and found[1] > 1e-3  # C = 1: the encoder alone counts; C = 0: the decoder does
-
-
-def test_energy_is_relative_to_contrast():
-    """E of a projection that moves one place: of a plain image, and of one with stripes, against SciPy's filters."""
-    model = autoencoder.Autoencoder({"backbone": None, "size": 256, "held_out": 2}).eval()
-    (y, x), gauss, found = np.mgrid[:256, :256], ndimage.gaussian_filter, []
-    spot = 0.1 * np.exp(-((y - 128) ** 2 + (x - 100) ** 2) / 50)
-    model.project = lambda images: images + torch.from_numpy(spot).float()
-    for image in (np.full((256, 256), 0.5), 0.5 + 0.1 * (x // 4 % 2)):
-        expected = gauss(gauss(spot, 1) ** 2, 4) / (0.03 ** 2 + gauss((image - gauss(image, 2)) ** 2, 2))
-        e = model.energies(torch.from_numpy(image).float().expand(1, 3, 256, 256))[0]
-        assert e.shape == (1, 128, 128)
-        expected = expected.reshape(128, 2, 128, 2).mean(axis=(1, 3))
-        assert np.abs(e[0].numpy() - expected).max() < 0.03 * expected.max()
-        found.append(e.max().item())
-    assert found[1] < 0.7 * found[0]
+    skip, (encoder, decoder) = autoencoder.ConvexCombination(4).double(), torch.randn(2, 2, 4, 5, 5).double()
+    share = ((skip(encoder, decoder) - decoder) / (encoder - decoder)).detach()
+    assert share.min() > 0 and share.max() < 1 and share.std(dim=1).max() < 1e-6 < share.std()  # C by position
+    torch.nn.init.constant_(skip.gate.bias, 50.0)
+    assert torch.allclose(skip(encoder, decoder), encoder)
 
 
 PROJECTING = ["--method", "autoencoder", "--size", 64, "--epochs", 5, "--lr", 0.005]
