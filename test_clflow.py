@@ -900,6 +900,28 @@ def test_projection_repairs_and_is_idempotent(projecting_run, category):
     assert second < 0.25 * first  # f(f(x)) is close to f(x)
 
 
+def test_dilated_layers_take_part_in_the_repair(projecting_run, category):
+    """They once died in training, unnoticed, since a skip led past them: f was the same without them."""
+    model, outputs = clflow.Detector.load(projecting_run / "model.pt"), []
+    images = [synth.read_image(p, 64) for p in synth.list_images(category / "test" / "good")]
+    corrupted = [synth.synthesize(image, np.random.default_rng(i))[0] for i, image in enumerate(images)]
+    x = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
+    for _ in range(2):
+        with torch.no_grad():
+            outputs.append(model.project(x))
+        model.projection.context.register_forward_hook(lambda layers, inputs, output: torch.zeros_like(output))
+    share = (outputs[1] - outputs[0]).square().mean() / (outputs[0] - x).square().mean()
+    assert share > 0.01, share
+
+
+def test_projection_puts_the_mean_colour_back():
+    torch.manual_seed(0)
+    projection = autoencoder.Projection().eval()
+    images, light = torch.rand(2, 3, 32, 40), torch.tensor([-0.1, 0.0, 0.2]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        assert torch.allclose(projection(images + light), projection(images) + light, atol=1e-5)
+
+
 def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp_path):
     with open(projecting_run / "log.csv") as file:
         assert next(csv.reader(file)) == ["epoch", "loss", "outside", "inside", "images_per_second"]
@@ -924,7 +946,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
 
 def test_bad_input_for_the_autoencoder(run, category, tmp_path, monkeypatch, capsys):
     arguments = ["--method", "autoencoder", "--data", category, "--out", tmp_path]
-    refuse(train.main, monkeypatch, capsys, [*arguments, "--size", 100], "--size 100", "16")
+    refuse(train.main, monkeypatch, capsys, [*arguments, "--size", 100], "--size 100", "8")
     refuse(train.main, monkeypatch, capsys, [*arguments, *LITE], "--backbone", "autoencoder")
     refuse(autoencoder.main, monkeypatch, capsys, [run], str(run), "--method autoencoder")
 

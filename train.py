@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, Dataset
 
 import autoencoder
@@ -68,7 +68,7 @@ def tamed(e: Tensor) -> Tensor:
 
 class Losses(nn.Module):
     """CL-Flow's losses of a batch, by name. A module, since that is what DistributedDataParallel wraps."""
-    DEFAULTS, DEMO, EPOCH = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}, 100  # options, the demo's; images
+    DEFAULTS, DEMO, EPOCH, DECAY = {"backbone": "resnet18"}, {"backbone": clflow.LITE0}, 100, 1e-5  # EPOCH: images
 
     def __init__(self, model: CLFlow, args: argparse.Namespace):
         super().__init__()
@@ -119,8 +119,8 @@ def calibrate(model: Detector, files: list[Path]) -> None:
     model.normal = torch.cat([torch.stack((clflow.image_score(x), x.amax(dim=(1, 2)))) for x in maps], dim=1)
 
 
-def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer,
-                schedule: torch.optim.lr_scheduler.LRScheduler, args: argparse.Namespace, log: list[dict]) -> None:
+def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: optim.Optimizer,
+                schedule: optim.lr_scheduler.LRScheduler, args: argparse.Namespace, log: list[dict]) -> None:
     """One pass over the images; appends its row, the means of the losses, to `log`."""
     start, rows, epoch, world = time.perf_counter(), [], len(log) + 1, loader.dataset.world
     loader.dataset.epoch = epoch
@@ -149,9 +149,9 @@ def fit(losses: nn.Module, pairs: Pairs, held_files: list[Path], args: argparse.
     workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0  # elsewhere each would copy the cache
     loader = DataLoader(pairs, args.batch, shuffle=True, collate_fn=tuple, worker_init_fn=lambda _: os.nice(19),
                         num_workers=workers, multiprocessing_context="fork" if workers else None)  # steps come first
+    optimizer = optim.Adam((p for p in losses.parameters() if p.requires_grad), args.lr, weight_decay=losses.DECAY)
     model, losses = losses.model, nn.parallel.DistributedDataParallel(losses) if pairs.world > 1 else losses
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=args.lr, weight_decay=1e-5)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.epochs * len(loader), pct_start=0.11)
     log = model.progress["log"] if model.progress else []
     if model.progress:
         optimizer.load_state_dict(model.progress["optimizer"])
