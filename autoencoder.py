@@ -63,7 +63,7 @@ class Projection(nn.Module):
         self.out = nn.Conv2d(WIDTHS[0], 12, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        mean = images.mean(dim=(2, 3), keepdim=True)  # put back: a change of light is no defect
+        mean = images.mean(dim=(2, 3), keepdim=True)  # put back: a shift of the light is no defect
         x, encoded = self.down[0](F.pixel_unshuffle(images - mean, 2)), []
         for block in self.down[1:]:
             encoded.append(x)
