@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
 import evaluate
@@ -20,31 +21,17 @@ WIDTHS, BRANCH, DILATIONS = (32, 64, 128), 64, (1, 2, 4, 8)
 
 def double_conv(before: int, channels: int) -> nn.Sequential:
     """Two 3x3 convolutions, each with batch norm and ReLU."""
-    return nn.Sequential(nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-                         nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(Conv2dNormActivation(before, channels), Conv2dNormActivation(channels, channels))
 
 
-class StackedDilated(nn.Module):
+class StackedDilated(nn.ModuleList):
     """Parallel 3x3 convolutions of growing dilation, concatenated: near and far context in one layer."""
 
     def __init__(self, width: int):
-        super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(width, BRANCH, 3, padding=d, dilation=d, bias=False) for d in DILATIONS)
-        self.norm = nn.BatchNorm2d(len(DILATIONS) * BRANCH)
+        super().__init__(Conv2dNormActivation(width, BRANCH, dilation=d) for d in DILATIONS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(torch.cat([branch(x) for branch in self.branches], dim=1)))
-
-
-class ConvexCombination(nn.Module):
-    """Gated skip: C encoder + (1 - C) decoder, C in [0, 1] at every position: what is corrupted is the decoder's."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gate = nn.Conv2d(2 * channels, 1, kernel_size=1)
-
-    def forward(self, encoder: Tensor, decoder: Tensor) -> Tensor:
-        return torch.lerp(decoder, encoder, self.gate(torch.cat((encoder, decoder), dim=1)).sigmoid())
+        return torch.cat([branch(x) for branch in self], dim=1)
 
 
 class Projection(nn.Module):
@@ -58,7 +45,7 @@ class Projection(nn.Module):
         self.context = nn.Sequential(*map(StackedDilated, (WIDTHS[-1], context, context, context)))
         self.up = nn.ModuleList(nn.ConvTranspose2d(c, w, 2, stride=2)
                                 for c, w in zip((*skipped[1:], context), skipped, strict=True))
-        self.skips = nn.ModuleList(map(ConvexCombination, skipped))
+        self.gates = nn.ModuleList(nn.Conv2d(2 * w, 1, kernel_size=1) for w in skipped)
         self.mirror = nn.ModuleList(map(double_conv, skipped, skipped))
         self.out = nn.Conv2d(WIDTHS[0], 12, kernel_size=1)
 
@@ -69,22 +56,22 @@ class Projection(nn.Module):
             encoded.append(x)
             x = block(F.max_pool2d(x, 2))
         x = self.context(x)
-        for i in reversed(range(len(encoded))):
-            x = self.mirror[i](self.skips[i](encoded[i], self.up[i](x)))
+        for i in reversed(range(len(encoded))):  # convex combinations: what is corrupted is to be the decoder's
+            x = self.up[i](x)
+            share = self.gates[i](torch.cat((encoded[i], x), dim=1)).sigmoid()  # C, of the encoder at each position
+            x = self.mirror[i](torch.lerp(x, encoded[i], share))
         return F.pixel_shuffle(self.out(x), 2) + mean
 
 
 class Autoencoder(Detector):
     """The detector: E = G8 * |G2 * (f(x) - x)|^2 / 2 SIGMA^2, averaged over the channels, a Gaussian's energy around
     the projection. Gk filters with a standard deviation of k pixels (at size 256): what is moved to and fro, like
-    edges, cancels in G2, and G8 gathers what a defect has left; a quarter of the resolution is enough for that."""
+    edges, cancels in G2, and G8 gathers what a defect has left."""
     SIGMA = 0.05  # of the images' range 0..1: where the bounded map saturates
 
     def __init__(self, settings: dict):
-        if settings["backbone"]:
-            raise InputError(f"--backbone {settings['backbone']}: the autoencoder has none, leave it out")
-        if settings["size"] % 8:
-            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8")
+        if settings["backbone"] or settings["size"] % 8:
+            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8, and no --backbone")
         super().__init__(settings, scales=1)
         self.projection = Projection()
         self.to(memory_format=torch.channels_last)
@@ -103,12 +90,25 @@ class Autoencoder(Detector):
         return [gaussian_blur(F.avg_pool2d(moved, 4), *kernel)[:, 0] / (2 * self.SIGMA ** 2)]
 
 
+def bend(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Elastic deformation of every other image, at random: in a disc where there is contrast, a shift, turn and stretch
+    that fades towards the rim. Takes and returns images (A, 3, S, S) and masks (A, 1, S, S); these gain the discs."""
+    contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).flatten(1) + 1e-9
+    grid = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), images.shape, align_corners=False).to(images)
+    centre = grid.flatten(1, 2)[torch.arange(len(images)), torch.multinomial(contrast, 1)[:, 0]][:, None, None]
+    away, radius = grid - centre, images.new_empty(len(images), 1, 1, 1).uniform_(0.06, 0.3)  # of half the side
+    shift, turn = (images.new_empty(len(images), 1, rows, 2).normal_(0, 0.3) for rows in (1, 2))
+    weight = (torch.rand_like(radius) < 0.5) * (1 - (away / radius).square().sum(dim=3, keepdim=True)).clamp(min=0) ** 2
+    bent = F.grid_sample(images, grid + weight * (radius * shift + away @ turn), "bilinear", "reflection", False)
+    return bent, torch.maximum(mask, (weight > 0.02).permute(0, 3, 1, 2).float())
+
+
 class Losses(nn.Module):
-    """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, with the mask M of x-. The
-    x+ that have no x-, half of a batch, teach nothing here."""
+    """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, M where x- is painted
+    (`synthesize`) or bent. The x+ that have no x-, half of a batch, teach nothing here."""
     LAMBDA = 0.9  # inferred; the corrupted region is small, and its error large
-    DEFAULTS, EPOCH, DECAY = {"backbone": None, "size": 256, "epochs": 20}, 1000, 0  # EPOCH: images; DECAY: of weights
-    DEMO = {**DEFAULTS, "size": 128, "epochs": 16, "lr": 5e-3}
+    DEFAULTS, EPOCH, DECAY = {"backbone": None, "size": 256, "epochs": 50}, 1000, 0  # EPOCH: images; DECAY: of weights
+    DEMO = {**DEFAULTS, "size": 128, "epochs": 15, "lr": 5e-3}
 
     def __init__(self, model: Autoencoder, args: argparse.Namespace):
         super().__init__()
@@ -119,9 +119,9 @@ class Losses(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """images: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size, size)."""
-        images = images.to(mask.device)
+        corrupted, mask = bend(images[-len(mask):], mask)
         self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere
-        error = (self.model.project(images[-len(mask):]) - images[:len(mask)]).square().mean(dim=1, keepdim=True)
+        error = (self.model.project(corrupted) - images[:len(mask)]).square().mean(dim=1, keepdim=True)
         self.model.eval()
         outside, inside = (((error * m).sum(dim=(1, 2, 3)) / m.sum(dim=(1, 2, 3))).mean() for m in (1 - mask, mask))
         return {"loss": self.LAMBDA * outside + (1 - self.LAMBDA) * inside, "outside": outside, "inside": inside}

@@ -857,23 +857,51 @@ class Stub(torch.nn.Module):
         return images + 0.3
 
 
-def test_loss_of_the_two_regions_by_hand():
+def test_loss_of_the_two_regions_by_hand(monkeypatch):
     mask, clean = torch.zeros(2, 1, 4, 4), torch.tensor([0.3, 0.6, 0.9]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     mask[0, :, :2], mask[1, :, 0, 0] = 1, 1
-    anomalous, stub = clean[:2] - mask * torch.tensor([0.1, 0.7]).view(2, 1, 1, 1), Stub().eval()
-    found = autoencoder.Losses(stub, None)(torch.cat((clean, anomalous)), mask)
-    inside = ((0.3 - 0.1) ** 2 + (0.3 - 0.7) ** 2) / 2  # 8 pixels and 1: the images count equally
+    painted, bent, disc = mask * torch.tensor([0.1, 0.7]).view(2, 1, 1, 1), torch.zeros(2, 1, 4, 4), mask.clone()
+    bent[0, :, 3], disc[0, :, 3] = 0.2, 1  # of the first image, another row is bent
+    monkeypatch.setattr(autoencoder, "bend", lambda images, mask: (images - bent, torch.maximum(mask, disc)))
+    stub = Stub().eval()
+    found = autoencoder.Losses(stub, None)(torch.cat((clean, clean[:2] - painted)), mask)
+    first = (8 * (0.3 - 0.1) ** 2 + 4 * (0.3 - 0.2) ** 2) / 12
+    inside = (first + (0.3 - 0.7) ** 2) / 2  # 12 pixels and 1: the images count equally
     assert found["outside"].item() == pytest.approx(0.09) and found["inside"].item() == pytest.approx(inside)
     assert found["loss"].item() == pytest.approx(0.9 * 0.09 + 0.1 * inside) and not stub.training
 
 
-def test_convex_combination_lies_between_encoder_and_decoder():
+def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():
+    """Two channels hold each pixel's own place, and tell where it came from; SciPy moves the third one likewise."""
     torch.manual_seed(0)
-    skip, (encoder, decoder) = autoencoder.ConvexCombination(4).double(), torch.randn(2, 2, 4, 5, 5).double()
-    share = ((skip(encoder, decoder) - decoder) / (encoder - decoder)).detach()
-    assert share.min() > 0 and share.max() < 1 and share.std(dim=1).max() < 1e-6 < share.std()  # C by position
-    torch.nn.init.constant_(skip.gate.bias, 50.0)
-    assert torch.allclose(skip(encoder, decoder), encoder)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    images, painted = torch.stack((1e-3 * y, 1e-3 * x, torch.zeros(64, 64))).repeat(40, 1, 1, 1), torch.zeros(64, 64)
+    images[:, 2, 24:40, 24:40], painted[0, 0] = torch.rand(40, 16, 16), 1
+    bent, masks = autoencoder.bend(images, painted.expand(40, 1, 64, 64))
+    assert bent.shape == images.shape and masks.unique().tolist() == [0, 1] and masks[:, 0, 0, 0].min() == 1
+    discs, moves = masks - painted, (1e3 * (bent - images)[:, :2]).norm(dim=1, keepdim=True)
+    assert moves[discs == 0].max() < 1 < 3 < moves.max() < 16
+    some = discs.sum(dim=(1, 2, 3)) > 0
+    assert 10 <= some.sum() <= 30 and moves[~some].max() < 1e-2 and moves[some].amax(dim=(1, 2, 3)).min() > 0.05
+    centres = torch.stack([disc[0].nonzero().float().mean(dim=0) for disc in discs[some]])
+    assert ((centres > 22) & (centres < 42)).all() and centres.std(dim=0).min() > 2  # at random, in the middle
+    for before, after in zip(images.numpy(), bent.numpy(), strict=True):
+        expected = ndimage.map_coordinates(before[2], 1e3 * after[:2], order=1, mode="nearest")
+        assert np.abs(expected - after[2]).max() < 0.01
+    flat = torch.ones(4, 3, 64, 64)
+    assert torch.allclose(autoencoder.bend(flat, painted)[0], flat)  # no contrast anywhere
+
+
+def test_skips_take_the_encoder_or_the_decoder_as_their_gates_say():
+    torch.manual_seed(0)
+    network, images, found = autoencoder.Projection().eval(), torch.rand(1, 3, 64, 64), []
+    for bias in (50.0, -50.0):
+        torch.nn.init.constant_(network.gates[0].bias, bias)
+        before = network(images)
+        disturbed = network.up[0].register_forward_hook(lambda module, inputs, output: output + 1)
+        found.append((network(images) - before).abs().max().item())
+        disturbed.remove()
+    assert found[0] == 0 and found[1] > 1e-3  # C = 1: the encoder alone counts; C = 0: the decoder does
 
 
 PROJECTING = ["--method", "autoencoder", "--size", 64, "--epochs", 5, "--lr", 0.005]

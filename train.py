@@ -126,7 +126,7 @@ def train_epoch(losses: nn.Module, loader: DataLoader, optimizer: optim.Optimize
     loader.dataset.epoch = epoch
     torch.manual_seed(args.seed + 10_000 * epoch)  # so that --resume need not know the generator's state
     for images, mask in loader:
-        found = losses(images, mask.to(args.device))
+        found = losses(images.to(args.device), mask.to(args.device))
         if not found["loss"].isfinite():
             raise InputError(f"--lr {args.lr}: training diverged to {found['loss'].item()}; try a lower learning rate")
         optimizer.zero_grad()
