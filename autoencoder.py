@@ -57,9 +57,8 @@ class Projection(nn.Module):
             x = block(F.max_pool2d(x, 2))
         x = self.context(x)
         for i in reversed(range(len(encoded))):  # convex combinations: what is corrupted is to be the decoder's
-            x = self.up[i](x)
-            share = self.gates[i](torch.cat((encoded[i], x), dim=1)).sigmoid()  # C, of the encoder at each position
-            x = self.mirror[i](torch.lerp(x, encoded[i], share))
+            skip, x = encoded[i], self.up[i](x)
+            x = self.mirror[i](torch.lerp(x, skip, self.gates[i](torch.cat((skip, x), dim=1)).sigmoid()))
         return F.pixel_shuffle(self.out(x), 2) + mean
 
 
@@ -70,11 +69,12 @@ class Autoencoder(Detector):
     SIGMA = 0.05  # of the images' range 0..1: where the bounded map saturates
 
     def __init__(self, settings: dict):
-        if settings["backbone"] or settings["size"] % 8:
-            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8, and no --backbone")
+        if settings["backbone"]:
+            raise InputError(f"--backbone {settings['backbone']}: the autoencoder has none, leave it out")
+        if settings["size"] % 8:
+            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8")
         super().__init__(settings, scales=1)
-        self.projection = Projection()
-        self.to(memory_format=torch.channels_last)
+        self.projection = Projection().to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
         """f(x), of images (B, 3, size, size)."""
@@ -94,8 +94,8 @@ def bend(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Elastic deformation of every other image, at random: in a disc where there is contrast, a shift, turn and stretch
     that fades towards the rim. Takes and returns images (A, 3, S, S) and masks (A, 1, S, S); these gain the discs."""
     contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).flatten(1) + 1e-9
-    grid = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), images.shape, align_corners=False).to(images)
-    centre = grid.flatten(1, 2)[torch.arange(len(images)), torch.multinomial(contrast, 1)[:, 0]][:, None, None]
+    grid = F.affine_grid(torch.eye(2, 3)[None], images[:1].shape, align_corners=False).to(images)
+    centre = grid.flatten(0, 2)[torch.multinomial(contrast, 1)][:, None]
     away, radius = grid - centre, images.new_empty(len(images), 1, 1, 1).uniform_(0.06, 0.3)  # of half the side
     shift, turn = (images.new_empty(len(images), 1, rows, 2).normal_(0, 0.3) for rows in (1, 2))
     weight = (torch.rand_like(radius) < 0.5) * (1 - (away / radius).square().sum(dim=3, keepdim=True)).clamp(min=0) ** 2

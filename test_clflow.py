@@ -904,6 +904,19 @@ def test_skips_take_the_encoder_or_the_decoder_as_their_gates_say():
     assert found[0] == 0 and found[1] > 1e-3  # C = 1: the encoder alone counts; C = 0: the decoder does
 
 
+def test_skips_are_convex_combinations_of_encoder_and_decoder():
+    torch.manual_seed(0)
+    network, seen = autoencoder.Projection().double().eval(), {}
+    for name in ("gates", "mirror"):
+        getattr(network, name)[0].register_forward_hook(lambda m, inputs, _, name=name: seen.update({name: inputs}))
+    with torch.no_grad():
+        network(torch.rand(2, 3, 16, 16).double())
+    encoder, decoder = seen["gates"][0].chunk(2, dim=1)
+    share = ((seen["mirror"][0] - decoder) / (encoder - decoder)).where((encoder - decoder).abs() > 1e-6, torch.nan)
+    middle = share.nanmean(dim=1, keepdim=True)
+    assert middle.min() > 0 and middle.max() < 1 and (share - middle).abs().nan_to_num().max() < 1e-6 < middle.std()
+
+
 PROJECTING = ["--method", "autoencoder", "--size", 64, "--epochs", 5, "--lr", 0.005]
 
 
