@@ -1,0 +1,1 @@
+"""What any detector needs, one subject a file; nothing in here knows the method."""

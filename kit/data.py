@@ -1,0 +1,102 @@
+"""Folders of images: the layouts people have, and batches of what lies in them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit.errors import InputError
+from kit.images import SUFFIXES, read_image
+
+GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
+
+
+@dataclass(frozen=True)
+class TestImage:
+    """An image with its label; `mask` is None for good images and where there is none."""
+
+    __test__ = False  # pytest: not a test
+
+    path: Path
+    anomalous: bool
+    mask: Path | None
+
+    @property
+    def kind(self) -> str:
+        """The kind of its defect, or "good": its folder's name."""
+        return self.path.parent.name
+
+
+def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
+    """Image files in `folder`, sorted by path; none if there is no such folder."""
+    found = folder.rglob("*") if subfolders else folder.glob("*")
+    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def good_folder(data: Path) -> Path:
+    """Where the normal images are: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
+    Raises InputError if there are none."""
+    if not data.is_dir():
+        raise InputError(f"--data {data}: no such folder")
+    for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
+        if list_images(folder):
+            return folder
+    raise InputError(f"--data {data}: no images there, nor in train/good; put normal ones ({' '.join(SUFFIXES)})")
+
+
+def category_folders(data: Path) -> list[Path]:
+    """The categories in a folder of such, each with train/good or train/ok; or else `data` itself."""
+    found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES}
+    return sorted(found) or [data]
+
+
+def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files that decode, and a line on each of the others. For --skip-bad: it reads every file."""
+    good, complaints = [], []
+    for path in files:
+        try:
+            read_image(path)
+            good.append(path)
+        except InputError as error:
+            complaints.append(str(error))
+    return good, complaints
+
+
+def by_stem(files: list[Path]) -> dict[str, Path]:
+    """Files by stem, less a `_mask` at its end. Raises InputError if two have the same."""
+    found: dict[str, Path] = {}
+    for path in files:
+        twin = found.setdefault(path.stem.removesuffix("_mask"), path)
+        if twin != path:
+            raise InputError(f"{path}: has the stem of {twin.name}, and masks are matched by stem; rename one of them")
+    return found
+
+
+def test_images(data: Path) -> list[TestImage]:
+    """The labelled images of `test/<good|ok|defect>`, in MVTec AD or BTAD layout; masks in `ground_truth/<defect>` are
+    matched by stem, with or without `_mask`. Raises InputError if there are no images."""
+    found = []
+    for folder in sorted(p for p in data.glob("test/*") if p.is_dir()):
+        files = list_images(folder)
+        anomalous = folder.name not in GOOD_NAMES
+        masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
+        if masks:
+            by_stem(files)  # no two images may claim one mask
+        found += [TestImage(path, anomalous, masks.get(path.stem)) for path in files]
+    if not found:
+        raise InputError(f"--data {data}: no images in test/good or test/<defect>; try --images FILE_OR_FOLDER")
+    return found
+
+
+def read_batch(files: list[Path], size: int) -> torch.Tensor:
+    """(len(files), 3, size, size) float32 in [0, 1]."""
+    images = np.stack([read_image(path, size) for path in files])
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tensor]:
+    """Images of `files` in their order, as (<= batch, 3, size, size) tensors."""
+    for start in range(0, len(files), batch):
+        yield read_batch(files[start : start + batch], size)

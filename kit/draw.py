@@ -1,0 +1,122 @@
+"""Pictures: heat colours, the verdict on an image, charts, sheets. Nothing here decides anything."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from scipy import ndimage
+
+from kit.files import write_atomically
+from kit.verdict import Thresholds, Verdict
+
+WIDTH = 960  # pixels, of charts and sheets
+GAP = 6  # pixels between panels
+RED = (255, 25, 25)
+
+
+def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
+    """(H, W) -> (H, W, 3) uint8: black is normal, red at `limit`, yellow certain, on the same scale in all images."""
+    stops = [0, limit / 2, limit, (1 + limit) / 2, 1]
+    colours = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
+    channels = [np.interp(heat, stops, channel) for channel in colours.T]
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def outline(found: np.ndarray) -> np.ndarray:
+    """The line around the regions of `found` (H, W) bool, half a percent of the height thick."""
+    return ndimage.binary_dilation(found, iterations=math.ceil(len(found) / 200)) & ~found
+
+
+def verdict_picture(
+    image: np.ndarray, name: str, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+) -> Image.Image:
+    """One image (H, W, 3) in [0, 1] beside its anomaly map, both outlined where a defect is found; the true mask, if
+    known; a colour bar; a line of text."""
+    height, width = verdict.heat.shape
+    bar_width = max(16, width // 16)
+    line = outline(verdict.found)[..., None]
+    panels = {
+        "input": np.where(line, RED, image * 255).astype(np.uint8),
+        "anomaly map": np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat)),
+    }
+    if mask is not None:
+        panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
+    falling = np.linspace(1, 0, height)[:, None].repeat(bar_width, axis=1)
+    panels[""] = heat_colours(falling, limits.heat)
+    sheet = ImageOps.expand(beside_each_other(list(panels.values())), (0, bar_width, 4 * bar_width, bar_width), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(0.65 * bar_width)
+    said = "anomalous" if verdict.anomalous else "normal"
+    title = f"{name}: {said}, score {verdict.score:.3f} (threshold {verdict.threshold:.3f})"
+    draw.text((3, 0.1 * bar_width), title, "black", font)
+    for i, label in enumerate(panels):
+        draw.text((i * (width + GAP) + 3, height + 1.1 * bar_width), label, "black", font)
+    right_of_bar = (len(panels) - 1) * (width + GAP) + 1.2 * bar_width
+    for value, label in ((1, "1"), (limits.heat, f"{limits.heat:.2f} limit"), (0, "0")):
+        draw.text((right_of_bar, bar_width + (1 - value) * (height - bar_width)), label, "black", font)
+    return sheet
+
+
+def beside_each_other(panels: list[np.ndarray]) -> Image.Image:
+    """Panels (H, W, 3) uint8 of one height in a row, with a white gap after each."""
+    padded = [np.pad(panel, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for panel in panels]
+    return Image.fromarray(np.hstack(padded))
+
+
+def below_each_other(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures in a column, each scaled to the same width."""
+    scaled = [picture.resize((WIDTH, round(picture.height * WIDTH / picture.width))) for picture in pictures]
+    return Image.fromarray(np.vstack([np.asarray(picture) for picture in scaled]))
+
+
+def line_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image.Image:
+    """Lines through (x, y) points, with grid and legend."""
+    left, bottom, width, height = 90, 360, 600, 310  # of the plotting area, in pixels
+    points = np.concatenate([np.array(line, dtype=float) for line in lines.values()])
+    low, high = points.min(axis=0), points.max(axis=0)
+    extent = np.where(high > low, high - low, 1)
+    scale = np.array([width, -height]) / extent  # pixels per unit
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return tuple((left, bottom) + ((x, y) - low) * scale)
+
+    sheet = Image.new("RGB", (WIDTH, 420), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    draw.text((left, 10), title, "black", ImageFont.load_default(20))
+    for x, y in np.linspace(low, high, 6):
+        if high[0] - low[0] >= 2:
+            x = round(x)  # whole epochs
+        across, down = place(x, y)
+        draw.line((left, down, left + width, down), "#dddddd")
+        draw.text((left - 10, down), f"{y:.3g}", "black", font, anchor="rm")
+        draw.text((across, bottom + 10), f"{x:.3g}", "black", font, anchor="mt")
+    for i, (name, line) in enumerate(lines.items()):
+        colour = f"hsl({(220 + 140 * i) % 360}, 75%, 42%)"
+        draw.line([place(x, y) for x, y in line], colour, 3)
+        draw.text((left + width + 15, 50 + 20 * i), name, colour, font)
+    return sheet
+
+
+def score_histogram(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Image.Image:
+    """How many good and how many defective images have which score, and the threshold."""
+    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
+    lines = {}
+    highest = 0
+    for name, chosen in (("good", ~labels), ("defective", labels)):
+        counts = np.histogram(scores[chosen], edges)[0]
+        highest = max(highest, counts.max())
+        corners = zip(edges.repeat(2)[1:-1], counts.repeat(2), strict=True)
+        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *corners]
+    lines["threshold"] = [(threshold, 0), (threshold, highest)]
+    return line_chart("number of test images by score", lines)
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG, whatever the name ends in."""
+
+    def write(temporary: Path) -> None:
+        picture.save(temporary, "PNG")
+
+    write_atomically(path, write)

@@ -1,0 +1,123 @@
+"""One image: decoded, checked, brought to RGB in [0, 1]. Arrays are numpy, (H, W, 3) float32."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from kit.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # named: a PostScript file called .png would start Ghostscript
+LEAST = 32  # pixels a side
+
+AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
+
+
+def composed(image: Image.Image) -> Image.Image:
+    """RGB; transparent pixels as on white paper, not in the colour that their file hides there."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image).convert("RGB")
+
+
+def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
+    """Pixel values (H, W, 1 or 3) float32 of a PIL image of any mode, and the value that means white: 255, or 65535
+    for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is ambiguous."""
+    if image.mode == "F":
+        return checked(np.asarray(image, dtype=np.float32), 1, "floating-point values"), 1
+    if image.mode.startswith("I"):  # I;16 and its byte orders, or 32-bit integers
+        return checked(np.asarray(image, dtype=np.float32), 65535, "integers"), 65535
+    return np.asarray(composed(image), dtype=np.float32), 255
+
+
+def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
+    """`values` with a last axis of channels. Raises InputError if one is not within 0..white."""
+    if not (values.min() >= 0 and values.max() <= white):  # so that not-a-number is refused as well
+        raise InputError(f"its {kind} range over {values.min():g}..{values.max():g}, not 0..{white}; convert it first")
+    return np.atleast_3d(values)
+
+
+def array_and_white(image: np.ndarray | torch.Tensor) -> tuple[np.ndarray, float]:
+    """The same as `values_and_white`, of an array (H, W), (H, W, 1) or (H, W, 3), or a tensor (1 or 3, H, W)."""
+    shape = tuple(image.shape)
+    if isinstance(image, torch.Tensor):
+        channels = shape[0] if len(shape) == 3 else None
+    else:
+        channels = shape[2] if len(shape) == 3 else {2: 1}.get(len(shape))
+    if channels not in (1, 3):
+        raise InputError(f"an image of shape {shape}: give an array (H, W, 3) or a tensor (3, H, W)")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    whites = {"uint8": 255, "uint16": 65535, "float16": 1, "float32": 1, "float64": 1}
+    white = whites.get(str(image.dtype))
+    if white is None:
+        raise InputError(f"an image of {image.dtype}: give uint8 in 0..255, uint16 in 0..65535, or floats in 0..1")
+    return checked(image.astype(np.float32), white, "values"), white
+
+
+def resized(values: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(H, W, C) -> (height, width, C), bilinear; band by band in float, so that the low bits of 16-bit files survive.
+    The filter widens as the image shrinks."""
+    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in values.transpose(2, 0, 1)]
+    return np.stack([np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands], axis=-1)
+
+
+def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, size: int | None = None) -> np.ndarray:
+    """(H, W, 3) float32 RGB in [0, 1]; a PIL image is turned by its EXIF tag; resized to size x size if given.
+
+    Raises InputError below 32 pixels, and where the values leave their range."""
+    if isinstance(image, Image.Image):
+        values, white = values_and_white(ImageOps.exif_transpose(image))  # phones store the rotation beside the pixels
+    else:
+        values, white = array_and_white(image)
+    height, width, channels = values.shape
+    if min(height, width) < LEAST:
+        raise InputError(f"an image of {width}x{height} pixels is too small, {LEAST}x{LEAST} is the least")
+    if size:
+        values = resized(values, size, size)
+    return np.repeat(values / white, 3 // channels, axis=-1)
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """The decoded PIL image of a file. Raises InputError, naming the file, if it cannot be decoded."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
+    """`to_rgb` of an image file. Raises InputError, naming the file, if it cannot be decoded or is refused."""
+    image = load_image(path)
+    try:
+        return to_rgb(image, size)
+    except (InputError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+
+
+def marked(image: Image.Image) -> np.ndarray:
+    """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
+    labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""
+    lossy = image.format == "JPEG"
+    if image.mode == "F" or image.mode.startswith("I"):
+        return np.asarray(image) > 0
+    bands = np.asarray(image.convert("RGBA"))
+    return (bands[..., :3].max(axis=2) > (127 if lossy else 0)) & (bands[..., 3] > 0)
+
+
+def read_mask(path: Path | None, size: int) -> np.ndarray:
+    """True mask, (size, size) bool, by nearest neighbour; all False for None. A mask too thin for that keeps every
+    pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
+    if path is None:
+        return np.zeros((size, size), dtype=bool)
+    mask = Image.fromarray(np.float32(marked(ImageOps.exif_transpose(load_image(path)))))
+    nearest = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+    if nearest.any():
+        return nearest
+    return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0

@@ -1,0 +1,63 @@
+"""How good scores and maps are, against labels and masks."""
+
+import numpy as np
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+FPR_LIMIT = 0.3  # of AUPRO
+
+
+def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
+    """Image AUROC, average precision, and F1-max, an oracle, since its threshold is chosen on these labels; labels
+    (N,) bool, scores (N,). None where there is one class only."""
+    if labels.all() or not labels.any():
+        return dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return {
+        "image_auroc": float(roc_auc_score(labels, scores)),
+        "image_ap": float(average_precision_score(labels, scores)),
+        "image_f1max": float(f1.max()),
+    }
+
+
+def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float | None]:
+    """Pixel AUROC and average precision, and AUPRO to a false-positive rate of 0.3, all exact; maps (N, H, W) scores,
+    masks (N, H, W) bool. None where there is one class only.
+
+    A defect pixel adds its weight to the curve from that false-positive rate on, at which the falling threshold finds
+    it. For AUROC all weigh alike; for AUPRO 1 / (area of the region), so that regions do (MVTec AD, IJCV 2021)."""
+    if masks.all() or not masks.any():
+        return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
+    normal = np.sort(maps[~masks])
+    defective = maps[masks]
+    # Shares of normal pixels above, and at or above, each defect pixel: they differ where pixels are tied.
+    start = 1 - np.searchsorted(normal, defective, side="right") / normal.size
+    end = 1 - np.searchsorted(normal, defective, side="left") / normal.size
+    found = defective.size - np.searchsorted(np.sort(defective), defective)  # defect pixels at or above each
+    # The area up to the limit under a line that rises from 0 at `start` to 1 at `end` and stays there.
+    rising = np.maximum(FPR_LIMIT - start, 0) ** 2 / np.maximum(2 * (end - start), 1e-12)
+    areas = np.where(end <= FPR_LIMIT, FPR_LIMIT - (start + end) / 2, rising)
+    return {
+        "pixel_auroc": float(1 - np.mean(start + end) / 2),
+        "pixel_ap": float(np.mean(found / (found + end * normal.size))),
+        "aupro": float(np.average(areas, weights=region_weights(masks)) / FPR_LIMIT),
+    }
+
+
+def region_weights(masks: np.ndarray) -> np.ndarray:
+    """For each defect pixel, in the order of maps[masks]: 1 / (area of its 8-connected region)."""
+    weights = []
+    for mask in masks:
+        labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+        areas = np.bincount(labels.ravel())
+        weights.append(1 / areas[labels[mask]])
+    return np.concatenate(weights)
+
+
+def shares_at(threshold: float, labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
+    """Recall, precision and share of false alarms among the good, if what scores above the threshold is flagged;
+    None where nothing is there to divide by."""
+    flagged = scores > threshold
+    parts = {"recall": flagged[labels], "precision": labels[flagged], "false_alarms": flagged[~labels]}
+    return {name: float(part.mean()) if part.size else None for name, part in parts.items()}

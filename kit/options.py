@@ -1,0 +1,58 @@
+"""What the scripts' command lines share: errors in one line, ranges, options without effect, the device."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from kit.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong command line is an InputError: one line, without the usage block."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def flag_of(name: str) -> str:
+    """The flag on the command line: "keep_epochs" -> "--keep-epochs"."""
+    return "--" + name.replace("_", "-")
+
+
+def is_given(value: object) -> bool:
+    """Whether an option stands on the command line; all that may have no effect default to None or False."""
+    return value is not None and value is not False
+
+
+def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raises InputError if one of these options is given; `reason` completes "--flag has no effect ..."."""
+    for name in names:
+        if is_given(getattr(args, name)):
+            raise InputError(f"{flag_of(name)} has no effect {reason}; leave it out")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises InputError if an option's value is not within low..high."""
+    if not low <= value <= high:
+        raise InputError(f"{flag_of(name)} {value}: out of range, give {low} to {high}")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, existing or not, is `folder` or lies in it."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def pick_device(name: str | None, local_rank: int) -> str:
+    """The device called `name`; for None a GPU where there is one, each process of a machine its own.
+    Raises InputError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: not available here ({error!r:.200})") from error
+    return name

@@ -1,0 +1,80 @@
+"""Training batches: normal images x+, and the anomalous ones x- that a given function paints on some of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from kit.images import read_image
+from kit.processes import Processes
+
+CACHE_BYTES = 4e9  # of decoded images, on each machine
+
+# (x+, random generator, another image to take a defect's filling from) -> (x-, mask, box)
+Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray], tuple]
+
+
+class Pairs(Dataset):
+    """Batches of x+, and of x- for half of them (twice as many teach no more), for each process its part.
+
+    What is painted on an image depends on seed, epoch and image alone, whatever the processes and the order. Small
+    sets are repeated, to about `images_per_epoch`. Decoded images are kept in memory, up to CACHE_BYTES."""
+
+    def __init__(
+        self,
+        files: list[Path],
+        textures: list[Path],
+        paint: Paint,
+        size: int,
+        seed: int,
+        images_per_epoch: int,
+        processes: Processes,
+    ):
+        self.files = files
+        self.textures = textures
+        self.paint = paint
+        self.size = size
+        self.seed = seed
+        self.processes = processes
+        self.epoch = 0
+        self.repeats = max(1, round(images_per_epoch / len(files)))
+        bytes_per_image = 2 * 3 * size * size  # float16
+        room = int(CACHE_BYTES / processes.local_count / bytes_per_image)
+        self.cache = {path: read_image(path, size).astype(np.float16) for path in (files + textures)[:room]}
+
+    def __len__(self) -> int:
+        return len(self.files) * self.repeats
+
+    def image(self, path: Path) -> np.ndarray:
+        """(size, size, 3) float32 in [0, 1]."""
+        if path in self.cache:
+            return self.cache[path].astype(np.float32)
+        return read_image(path, self.size)
+
+    def anomalous(self, index: int, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x- of x+ number `index`, and its mask."""
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        use_texture = self.textures and rng.random() < 0.5
+        sources = self.textures if use_texture else self.files
+        other = self.image(sources[rng.integers(len(sources))])
+        painted, mask, _ = self.paint(image, rng, other)
+        return painted, mask
+
+    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
+        (B + A, size, size, 3) float32, and the masks, (A, size, size, 1) float32.
+
+        Arrays, not tensors: what a loader's worker hands over as a tensor goes through shared memory, of which a
+        container has 64 MB, less than a few batches."""
+        rank, count = self.processes.rank, self.processes.count
+        mine = indices[rank % len(indices) :: count]
+        normal = [self.image(self.files[i % len(self.files)]) for i in mine]
+        half = (len(indices) + 1) // 2  # of the whole batch
+        pairs = max(1, len(range(rank, half, count)))
+        painted, masks = [], []
+        for index, image in zip(mine[:pairs], normal, strict=False):
+            anomalous, mask = self.anomalous(index, image)
+            painted.append(anomalous)
+            masks.append(mask)
+        return np.stack(normal + painted), np.float32(masks)[..., None]

@@ -1,0 +1,70 @@
+"""The run folder: which checkpoint in it counts, and what a new run may write over."""
+
+import shutil
+from pathlib import Path
+
+from kit.detector import read_checkpoint
+from kit.errors import InputError
+from kit.options import is_inside
+
+MODEL = "model.pt"  # of a finished run
+STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
+MEASURED = ("metrics.json", "sheet.png", "histogram.png", "pictures", "tests")  # by evaluate.py
+TRAINED = (MODEL, "log.csv", "loss.png", "projection.png", "curve.png", "curve.json")
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint that counts: `run` itself if it is a file; else, while training is unfinished, its state."""
+    if not run.is_dir():
+        return run
+    return run / STATE if (run / STATE).exists() else run / MODEL
+
+
+def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
+    """Raises InputError if training on category `data` may not write into `out`: if it lies in one of the folders
+    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder."""
+    for folder in inputs:
+        if is_inside(out, folder):
+            raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside")
+    checkpoint = checkpoint_of(out)
+    if not checkpoint.exists():
+        return
+    try:
+        other = Path(read_checkpoint(checkpoint)["settings"]["data"])
+    except InputError as error:
+        raise InputError(f"--out {out}: {error}, or give another --out") from error
+    if other != data.resolve():
+        raise InputError(f"--out {out}: holds a run of {other}; give another --out")
+    if checkpoint.name == STATE and not resume:
+        raise InputError(f"--out {out}: holds a stopped run; go on with --resume, or give another --out")
+
+
+def remove(out: Path, names: tuple[str, ...]) -> None:
+    """Remove these files and folders of a run, where they are there."""
+    for name in names:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_stale(out: Path) -> None:
+    """Remove what an earlier run left in `out`, once a new one has begun there."""
+    remove(out, TRAINED + MEASURED)
+    for path in out.glob("epoch_*.pt"):
+        path.unlink()
+
+
+def epoch_file(out: Path, epoch: int) -> Path:
+    """Where train.py --keep-epochs puts the checkpoint of an epoch."""
+    return out / f"epoch_{epoch:02}.pt"
+
+
+def epoch_of(path: Path) -> int:
+    return int(path.stem.removeprefix("epoch_"))
+
+
+def epoch_files(run: Path) -> list[Path]:
+    """All kept epochs of a run, or of the runs in a folder, by run and epoch."""
+    return sorted(run.glob("**/epoch_[0-9]*.pt"), key=lambda path: (path.parent, epoch_of(path)))

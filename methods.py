@@ -1,0 +1,62 @@
+"""The table of methods: what --method may name, and what each brings. A new one is a line here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+import autoencoder
+import clflow
+from kit.detector import Detector, read_checkpoint
+from kit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A detector and the losses that train it; `defaults` of all options of train.py that it knows (it refuses the
+    others), and what differs for the demo, which is small and has no weights but pip's."""
+
+    detector: type[Detector]
+    losses: type[nn.Module]
+    defaults: dict[str, object]
+    demo_defaults: dict[str, object]
+
+
+METHODS = {
+    "clflow": Method(
+        detector=clflow.CLFlow,
+        losses=clflow.Losses,
+        defaults={
+            "size": 320,
+            "epochs": 12,
+            "batch": 8,
+            "lr": 2e-3,
+            "backbone": "resnet18",
+            "weights": None,
+            "steps": 4,
+            "kernels": [3],
+            "score": "nll",
+            "classification_weight": 0.02,
+            "contrast_weight": 0.02,
+            "contrast": "energy",
+            "smoothing": 0.1,
+            "temperature": 1.0,
+        },
+        demo_defaults={"backbone": "efficientnet_lite0"},
+    ),
+    "autoencoder": Method(
+        detector=autoencoder.Autoencoder,
+        losses=autoencoder.Losses,
+        defaults={"size": 256, "epochs": 50, "batch": 8, "lr": 2e-3},
+        demo_defaults={"size": 128, "epochs": 15, "lr": 5e-3},
+    ),
+}
+
+
+def load(path: Path | str, device: str = "cpu") -> Detector:
+    """The detector of checkpoint `path`, ready to judge. Raises InputError if it is missing or is not one."""
+    checkpoint = read_checkpoint(path)
+    try:
+        return METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint, device)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
