@@ -36,7 +36,7 @@ class Judged:
     """What a detector said of N test images: labels, scores (N,), maps and true masks (N, size, size), and the median
     of milliseconds an image, without decoding."""
 
-    tests: list[data.TestImage]
+    tests: list[data.LabelledImage]
     labels: np.ndarray
     scores: np.ndarray
     maps: np.ndarray
@@ -44,7 +44,7 @@ class Judged:
     milliseconds: float
 
 
-def judge_tests(model: Detector, tests: list[data.TestImage], processes: Processes) -> Judged:
+def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
     """Judge test images; each process judges a part, and all get the whole."""
     maps = torch.zeros(len(tests), model.size, model.size)
     scores = torch.zeros(len(tests))
@@ -77,9 +77,9 @@ def measure(judged: Judged) -> dict[str, float | None]:
     return {**metrics.image_metrics(judged.labels, judged.scores), **pixel}
 
 
-def readable_tests(category: Path, skip_bad: bool) -> list[data.TestImage]:
+def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
-    tests = data.test_images(category)
+    tests = data.labelled_images(category)
     if not skip_bad:
         return tests
     good, complaints = data.readable([test.path for test in tests])

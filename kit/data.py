@@ -14,10 +14,8 @@ GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
 
 
 @dataclass(frozen=True)
-class TestImage:
+class LabelledImage:
     """An image with its label; `mask` is None for good images and where there is none."""
-
-    __test__ = False  # pytest: not a test
 
     path: Path
     anomalous: bool
@@ -74,7 +72,7 @@ def by_stem(files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def test_images(data: Path) -> list[TestImage]:
+def labelled_images(data: Path) -> list[LabelledImage]:
     """The labelled images of `test/<good|ok|defect>`, in MVTec AD or BTAD layout; masks in `ground_truth/<defect>` are
     matched by stem, with or without `_mask`. Raises InputError if there are no images."""
     found = []
@@ -84,7 +82,7 @@ def test_images(data: Path) -> list[TestImage]:
         masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
         if masks:
             by_stem(files)  # no two images may claim one mask
-        found += [TestImage(path, anomalous, masks.get(path.stem)) for path in files]
+        found += [LabelledImage(path, anomalous, masks.get(path.stem)) for path in files]
     if not found:
         raise InputError(f"--data {data}: no images in test/good or test/<defect>; try --images FILE_OR_FOLDER")
     return found

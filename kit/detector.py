@@ -2,6 +2,7 @@
 
 Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for each scale; maps (B, size, size)."""
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def image_score(maps: Tensor) -> Tensor:
     return maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions gain from half the bits there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # since PyTorch 2.6
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return False
+
+
 class Detector(nn.Module):
     """Base of the methods; each adds `energies`, and `prepare` if it has something to fit before training.
 
@@ -74,15 +84,11 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.levels.device
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """bfloat16 convolutions where the machine gains from them; likelihoods stay in float32."""
-        kind = self.device.type
-        gains = False
-        if kind == "cuda":
-            gains = torch.cuda.get_device_capability(self.device)[0] >= 8
-        elif kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-            gains = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-        return torch.autocast(kind, torch.bfloat16, enabled=gains and not self.full_precision)
+        if self.full_precision or not has_fast_bfloat16(self.device):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, size, size), higher is more anomalous, and scores (B,), each of its image alone."""

@@ -101,14 +101,15 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def marked(image: Image.Image) -> np.ndarray:
+def marked(mask: Image.Image) -> np.ndarray:
     """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
     labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""
-    lossy = image.format == "JPEG"
-    if image.mode == "F" or image.mode.startswith("I"):
-        return np.asarray(image) > 0
-    bands = np.asarray(image.convert("RGBA"))
-    return (bands[..., :3].max(axis=2) > (127 if lossy else 0)) & (bands[..., 3] > 0)
+    black = 127 if mask.format == "JPEG" else 0
+    mask = ImageOps.exif_transpose(mask)
+    if mask.mode == "F" or mask.mode.startswith("I"):
+        return np.asarray(mask) > 0
+    bands = np.asarray(mask.convert("RGBA"))
+    return (bands[..., :3].max(axis=2) > black) & (bands[..., 3] > 0)
 
 
 def read_mask(path: Path | None, size: int) -> np.ndarray:
@@ -116,7 +117,7 @@ def read_mask(path: Path | None, size: int) -> np.ndarray:
     pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
     if path is None:
         return np.zeros((size, size), dtype=bool)
-    mask = Image.fromarray(np.float32(marked(ImageOps.exif_transpose(load_image(path)))))
+    mask = Image.fromarray(np.float32(marked(load_image(path))))
     nearest = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
     if nearest.any():
         return nearest

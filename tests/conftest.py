@@ -1,0 +1,48 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import LITE, SMALL, call
+
+import autoencoder
+import train
+from kit.demo import draw_demo
+
+
+@pytest.fixture(scope="session")
+def category(tmp_path_factory) -> Path:
+    """A drawn category in MVTec AD layout; no test may change it."""
+    data = tmp_path_factory.mktemp("small")
+    draw_demo(data, SMALL)
+    return data
+
+
+def train_blind(category: Path, out: Path, *options: object) -> Path:
+    """`out`, a run that was trained with the category's test folder out of sight."""
+    blind = out.with_name(f"{out.name}-category") / category.name
+    shutil.copytree(category / "train", blind / "train")
+    call(train.main, "--data", blind, "--out", out, *options)
+    shutil.copytree(category / "test", blind / "test")
+    shutil.copytree(category / "ground_truth", blind / "ground_truth")
+    return out
+
+
+@pytest.fixture(scope="session")
+def finished_run(category, tmp_path_factory) -> Path:
+    """A CL-Flow run; tests only read it (copy it to change it)."""
+    return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192)
+
+
+@pytest.fixture(scope="session")
+def projecting_run(category, tmp_path_factory) -> Path:
+    """A run of the autoencoder."""
+    options = ["--method", "autoencoder", "--size", 64, "--epochs", 5, "--lr", 0.005]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 500)  # half: to save time
+        return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
+
+
+@pytest.fixture
+def run(finished_run, tmp_path) -> Path:
+    """A copy of the CL-Flow run, to write into."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))

@@ -1,0 +1,42 @@
+"""What the tests share: scripts in this process and in real ones, drawn categories."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kit.errors import run_script
+
+ROOT = Path(__file__).parents[1]
+LITE = ["--backbone", "efficientnet_lite0"]
+QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1]
+SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+
+
+def call(main, *arguments: object) -> None:
+    """A script's `main` in this process, as from the command line."""
+    main([str(argument) for argument in arguments])
+
+
+def refuse(main, capsys, *arguments: object, words: list) -> None:
+    """`main` with these arguments writes one line, with these words in it, and exits with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: call(main, *arguments))
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
+    assert all(str(word) in stderr for word in words), stderr
+
+
+def script(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """A real process."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def mask_of(path: Path) -> np.ndarray:
+    """The true mask of a test image of a drawn category."""
+    return np.asarray(Image.open(path.parents[2] / "ground_truth" / path.parent.name / path.name))

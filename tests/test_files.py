@@ -1,0 +1,106 @@
+"""Nothing on disk is lost: atomic writing, tables that survive a kill, run folders."""
+
+import csv
+
+import pytest
+import torch
+
+from kit import runs
+from kit.detector import FORMAT
+from kit.errors import InputError
+from kit.files import GrowingTable, plain_cell, write_atomically, write_table
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), RuntimeError("torch"), KeyboardInterrupt()]
+)
+def test_nothing_is_lost_or_left_behind_when_a_write_fails(tmp_path, failure):
+    target = tmp_path / "model.pt"
+    target.write_text("precious")
+
+    def fail(to):
+        to.write_text("half")
+        raise failure
+
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else InputError):
+        write_atomically(target, fail)
+    assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_growing_table_has_each_row_on_disk_at_once_and_drops_half_a_line(tmp_path):
+    path = tmp_path / "scores.csv"
+    table = GrowingTable(path, ["file", "score"], resume=False)
+    table.add(["a, b.png", 0.5])
+    assert path.read_text() == 'file,score\n"a, b.png",0.5\n'  # the table is still open
+    table.close()
+    path.write_text(path.read_text() + "c.png,0.")  # killed within a row
+    again = GrowingTable(path, ["file", "score"], resume=True)
+    assert again.keys == {"a, b.png"}
+    again.add(["c.png", 0.25])
+    again.close()
+    with open(path, newline="") as file:
+        assert list(csv.reader(file)) == [["file", "score"], ["a, b.png", "0.5"], ["c.png", "0.25"]]
+    anew = GrowingTable(path, ["file", "score"], resume=False)
+    anew.close()
+    assert path.read_text() == "file,score\n" and not anew.keys
+
+
+def test_a_table_killed_within_its_header_begins_again(tmp_path):
+    (tmp_path / "scores.csv").write_text("file,sc")
+    table = GrowingTable(tmp_path / "scores.csv", ["file", "score"], resume=True)
+    table.close()
+    assert (tmp_path / "scores.csv").read_text() == "file,score\n"
+
+
+def test_no_cell_is_a_formula():
+    assert plain_cell("=1+1.png") == "'=1+1.png" and plain_cell("@x") == "'@x" and plain_cell("-1.png") == "'-1.png"
+    assert plain_cell("a=1.png") == "a=1.png" and "\n" not in plain_cell("a\nb")
+
+
+def test_write_table(tmp_path):
+    write_table(tmp_path / "log.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+    assert (tmp_path / "log.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+
+
+# ---------------------------------------------------------------- run folders
+
+
+def checkpoint(path, data) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"format": FORMAT, "settings": {"data": str(data.resolve())}}, path)
+
+
+def test_what_a_new_run_may_not_write_over(tmp_path):
+    mine, other, out = tmp_path / "a" / "good", tmp_path / "b" / "good", tmp_path / "runs" / "good"
+    runs.check_out(out, mine, [mine], resume=False)  # nothing there
+    checkpoint(out / "model.pt", mine)
+    runs.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
+    with pytest.raises(InputError, match=f"a run of .*{mine.parent.name}"):
+        runs.check_out(out, other, [other], resume=False)
+    checkpoint(out / "state.pt", mine)
+    runs.check_out(out, mine, [mine], resume=True)
+    with pytest.raises(InputError, match="stopped run.*--resume"):
+        runs.check_out(out, mine, [mine], resume=False)
+    for inside in (mine, mine / "runs"):
+        with pytest.raises(InputError, match="whose images are read"):
+            runs.check_out(inside, mine, [mine], resume=False)
+    torch.save({"format": 3}, out / "state.pt")
+    with pytest.raises(InputError, match="format 3.*--out"):
+        runs.check_out(out, mine, [mine], resume=False)
+
+
+def test_the_state_of_an_unfinished_training_counts(tmp_path):
+    (tmp_path / "model.pt").touch()
+    assert runs.checkpoint_of(tmp_path).name == "model.pt"
+    (tmp_path / "state.pt").touch()
+    assert runs.checkpoint_of(tmp_path).name == "state.pt"
+    assert runs.checkpoint_of(tmp_path / "model.pt").name == "model.pt"
+
+
+def test_stale_files_are_removed_and_others_stay(tmp_path):
+    for name in ("model.pt", "metrics.json", "epoch_03.pt", "pictures/chip/a.png", "tests/b/metrics.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "state.pt").touch()
+    runs.remove_stale(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "state.pt"]

@@ -1,0 +1,173 @@
+"""What a file's pixels become. Oracles: the arrays that were written."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kit.errors import InputError
+from kit.images import read_image, read_mask, to_rgb
+
+RNG = np.random.default_rng(0)
+
+
+def refused(path, *words: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_image(path)
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in (path.name, *words)), text
+
+
+def test_16_bits_are_kept(tmp_path):
+    deep = (np.arange(64 * 48).reshape(48, 64) * 3).astype(np.uint16)  # up to 9213 of 65535: dark, and stays so
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(deep).save(tmp_path / name)
+        assert np.allclose(read_image(tmp_path / name)[..., 1], deep / 65535, atol=1e-7)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    Image.new(mode, (40, 33)).save(tmp_path / "mode.tif")
+    assert read_image(tmp_path / "mode.tif", 32).shape == (32, 32, 3)
+
+
+def test_float_tiff_within_0_to_1_is_taken_as_it_is(tmp_path):
+    values = RNG.random((40, 50), dtype=np.float32)
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    assert np.array_equal(read_image(tmp_path / "float.tif")[..., 0], values)
+
+
+@pytest.mark.parametrize(
+    "values", [np.float32(255), np.float32(-0.5), np.float32(np.nan), np.int32(65536), np.int32(-1)]
+)
+def test_values_out_of_range_are_refused_not_guessed(tmp_path, values):
+    Image.fromarray(np.full((40, 50), values)).save(tmp_path / "odd.tif")
+    refused(tmp_path / "odd.tif", "range")
+
+
+def test_transparent_pixels_are_white_whatever_colour_they_hide(tmp_path):
+    pixels = np.zeros((40, 40, 4), np.uint8)
+    pixels[:, :20] = 200, 0, 0, 255
+    pixels[:, 20:] = 0, 255, 0, 0
+    pixels[20:, 20:, 3] = 128
+    Image.fromarray(pixels).save(tmp_path / "clear.png")
+    found = read_image(tmp_path / "clear.png")
+    assert np.allclose(found[0, 0], [200 / 255, 0, 0]) and np.allclose(found[0, 30], 1)
+    assert np.allclose(found[30, 30], [0.5, 1, 0.5], atol=0.01)
+    palette = Image.new("P", (40, 40), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert np.allclose(read_image(tmp_path / "palette.png"), 1)
+
+
+def test_unreadable_and_tiny_files_are_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    Image.new("RGB", (31, 400)).save(tmp_path / "tiny.png")
+    refused(tmp_path / "broken.png")
+    refused(tmp_path / "tiny.png", "31x400")
+
+
+def test_other_formats_reach_no_decoder_whatever_they_are_called(tmp_path):
+    (tmp_path / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
+    with Image.open(tmp_path / "postscript.png") as image:
+        assert image.format == "EPS"  # what Pillow would do with it, if it was not told the formats
+    refused(tmp_path / "postscript.png", "cannot identify")
+    Image.new("RGB", (40, 40)).save(tmp_path / "animated.gif")
+    (tmp_path / "animated.gif").rename(tmp_path / "animated.png")
+    refused(tmp_path / "animated.png")
+
+
+def test_arrays_and_tensors_of_all_kinds_agree():
+    bytes_ = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    expected = to_rgb(Image.fromarray(bytes_), 32)
+    floats = bytes_.astype(np.float32) / 255
+    deep = bytes_.astype(np.uint16) * 257
+    for image in (bytes_, floats, floats.astype(np.float64), deep, *map(to_chw, (bytes_, floats))):
+        assert np.allclose(to_rgb(image, 32), expected, atol=1e-6)
+    grey = bytes_[..., 0]
+    expected = to_rgb(Image.fromarray(grey))
+    for image in (grey, grey[..., None], torch.from_numpy(grey)[None]):
+        assert np.allclose(to_rgb(image), expected)
+
+
+def to_chw(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "image, word",
+    [
+        (np.full((40, 40, 3), 200.0), "0..1"),
+        (np.zeros((40, 40, 3), np.int64), "int64"),
+        (np.zeros((40, 40, 2), np.uint8), "shape"),
+        (torch.zeros(40, 40, 3), "shape"),
+        (torch.zeros(1, 3, 40, 40), "shape"),
+        (torch.zeros(40, 40), "shape"),
+        (np.zeros((20, 40, 3), np.uint8), "40x20"),
+    ],
+)
+def test_arrays_that_could_mean_anything_are_refused(image, word):
+    with pytest.raises(InputError, match=word.replace("(", "")):
+        to_rgb(image)
+
+
+# ---------------------------------------------------------------- masks
+
+
+def half_marked(value: object, mode: str) -> Image.Image:
+    mask = Image.new(mode, (40, 40))
+    mask.paste(value, (0, 0, 20, 40))
+    return mask
+
+
+def palette_mask() -> Image.Image:
+    mask = half_marked(1, "P")
+    mask.putpalette([0, 0, 0, 0, 128, 0])  # green on black
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        half_marked(255, "L"),
+        half_marked(1, "L"),
+        half_marked(1, "1"),
+        half_marked((0, 128, 0), "RGB"),
+        half_marked((255, 255, 255, 255), "RGBA"),
+        half_marked(300, "I;16"),
+        palette_mask(),
+    ],
+    ids=["255", "label 1", "1 bit", "green", "alpha", "16 bit", "palette"],
+)
+def test_masks_of_all_kinds_mark_the_same(tmp_path, mask):
+    mask.save(tmp_path / "mask.png")
+    expected = np.zeros((32, 32), bool)
+    expected[:, :16] = True
+    assert np.array_equal(read_mask(tmp_path / "mask.png", 32), expected)
+
+
+def test_all_labels_of_one_mask_count(tmp_path):
+    labels = np.zeros((40, 40), np.uint8)
+    labels[:20], labels[20:, :20] = 1, 200
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    assert read_mask(tmp_path / "labels.png", 40).sum() == 1200
+
+
+def test_noise_of_a_jpeg_mask_marks_nothing(tmp_path):
+    half_marked(255, "L").save(tmp_path / "mask.jpg", quality=30)
+    found = read_mask(tmp_path / "mask.jpg", 40)
+    assert found[:, :20].all() and not found[:, 20:].any()
+
+
+def test_a_mask_too_thin_for_the_size_is_not_lost(tmp_path):
+    thin = np.zeros((400, 400), np.uint8)
+    thin[:, 201] = 255
+    Image.fromarray(thin).save(tmp_path / "thin.png")
+    assert read_mask(tmp_path / "thin.png", 64).any()

@@ -1,0 +1,70 @@
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
+import pytest
+import torch
+
+import kit.pairs
+import train
+from kit.data import list_images
+from kit.pairs import Pairs
+from kit.processes import Processes
+from synth import synthesize
+
+
+def make_pairs(category, processes: Processes = Processes(), size: int = 64) -> Pairs:  # noqa: B008 (it is frozen)
+    return Pairs(list_images(category / "train/good"), [], synthesize, size, 0, 100, processes)
+
+
+@pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
+def test_processes_divide_a_batch(category, world, size):
+    indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
+    whole, masks = make_pairs(category).__getitems__(indices)
+    assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
+    assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
+    normal, anomalous = [], []
+    for rank in range(world):
+        images, masks = make_pairs(category, Processes(rank, world)).__getitems__(indices)
+        normal += list(images[: -len(masks)])
+        anomalous += list(images[-len(masks) :])
+    assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
+    if size >= 2 * world:  # there is an x- for each process
+        assert len(normal) == size
+        assert sorted(x.sum() for x in anomalous) == sorted(x.sum() for x in whole[size:])
+
+
+def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
+    pairs = make_pairs(category)
+    images, _ = pairs.__getitems__([3, 4])
+    again, _ = pairs.__getitems__([3, 9])
+    assert np.array_equal(images[2], again[2])
+    pairs.epoch = 1
+    assert not np.array_equal(pairs.__getitems__([3, 4])[0][2], images[2])
+
+
+def test_small_sets_are_repeated(category):
+    assert len(make_pairs(category)) == 4 * 24  # about 100
+
+
+def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
+    monkeypatch.setattr(kit.pairs, "CACHE_BYTES", 3 * 6 * 64 * 64)
+    pairs = make_pairs(category)
+    assert len(pairs.cache) == 3
+    images, _ = pairs.__getitems__(list(range(8)))
+    expected, _ = make_pairs(category, size=64).__getitems__(list(range(8)))
+    assert np.allclose(images[:8], expected[:8], atol=1e-3)  # the cache has half the bits
+
+
+def test_batches_need_no_shared_memory(category, monkeypatch):
+    """A container has 64 MB of it, less than a few batches. What a worker sends must not be a tensor: that would go
+    there."""
+
+    def refuse(tensor):
+        raise AssertionError("a tensor is about to be sent through shared memory")
+
+    loader = train.make_loader(make_pairs(category), batch=8)
+    assert loader.num_workers > 0
+    for kind in (torch.Tensor, torch.UntypedStorage):
+        monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
+    images, masks = next(iter(loader))
+    assert images.shape == (12, 64, 64, 3) and masks.shape == (4, 64, 64, 1)

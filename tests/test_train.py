@@ -1,0 +1,365 @@
+"""train.py as a user runs it; in this process, but for what depends on a real one."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import LITE, QUICK, ROOT, call, refuse, script
+from PIL import Image
+
+import autoencoder
+import clflow
+import evaluate
+import train
+from kit import data, runs
+from kit.detector import read_checkpoint
+from methods import load
+
+
+def log_of(run) -> list[dict]:
+    with open(run / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
+    rows = log_of(finished_run)
+    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "contrast", "images_per_second"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
+    assert Image.open(finished_run / "loss.png").width == 960
+    assert sorted(p.name for p in finished_run.iterdir()) == ["log.csv", "loss.png", "model.pt"]
+
+
+# ---------------------------------------------------------------- held-out images
+
+
+@pytest.mark.parametrize(
+    "images, held_out", [(2, 1), (7, 1), (8, 2), (31, 7), (32, 8), (80, 8), (209, 21), (20000, 1000)]
+)
+def test_how_many_images_are_held_out(images, held_out):
+    assert train.held_out_count(images) == held_out
+
+
+def test_held_out_images_are_not_trained_on(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(50)]
+    held_out, trained_on = train.split(files, seed=3)
+    assert len(held_out) == 8 and set(held_out) | set(trained_on) == set(files) and not set(held_out) & set(trained_on)
+    assert train.split(files, seed=3) == (held_out, trained_on) != train.split(files, seed=4)
+
+
+def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_others(category, tmp_path, monkeypatch):
+    seen = {}
+    fit = train.fit
+
+    def watching(model, losses, pairs, held_out, *rest):
+        seen.update(trained=set(pairs.files), held_out=set(held_out), pairs=pairs)
+        fit(model, losses, pairs, held_out, *rest)
+
+    monkeypatch.setattr(train, "fit", watching)
+    call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
+    assert len(seen["held_out"]) == 6 and not seen["trained"] & seen["held_out"]
+    assert seen["trained"] | seen["held_out"] == set(data.list_images(category / "train/good"))
+    model = load(tmp_path / "run" / "model.pt")
+    scores = [model.inspect(path).score for path in seen["held_out"]]
+    assert sorted(model.normal[0].tolist()) == pytest.approx(sorted(scores), abs=1e-3)
+
+
+# ---------------------------------------------------------------- seeds, choices, layouts
+
+
+def test_same_seed_same_weights_and_another_seed_others(category, tmp_path):
+    states = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        call(train.main, "--data", category, "--out", tmp_path / name, *QUICK, "--seed", seed)
+        states.append(read_checkpoint(tmp_path / name / "model.pt")["state"])
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["flows.0.steps.0.scale"], states[2]["flows.0.steps.0.scale"])
+
+
+def test_epochs_differ_in_their_random_numbers(category, tmp_path, monkeypatch):
+    """Seeds count modulo 2^32: the epoch must not be lost in the upper bits."""
+    draws, forward = [], clflow.Losses.forward
+
+    def recording(*args):
+        draws.append(torch.randint(10**9, (1,)).item())
+        return forward(*args)
+
+    monkeypatch.setattr(clflow.Losses, "forward", recording)
+    call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--epochs", 2)
+    assert len(draws) > 20 and len(set(draws)) == len(draws)
+
+
+def test_every_open_choice_can_be_flipped(category, tmp_path):
+    textures = tmp_path / "textures" / "striped"
+    textures.mkdir(parents=True)
+    Image.effect_noise((64, 64), 80).save(textures / "noise.png")
+    choices = ["--contrast", "cosine", "--textures", tmp_path / "textures", "--score", "fastflow"]
+    call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices, "--kernels", 3, 1, "--steps", 2)
+    model = load(tmp_path / "run" / "model.pt")
+    assert [len(flow.steps) for flow in model.flows] == [2, 2, 2]
+    assert model.flows[0].steps[1].subnet[0].kernel_size == (1, 1)
+    images = data.read_batch(data.list_images(category / "test" / "good")[:2], 64)
+    for e, (z, _) in zip(model.energies(images), model.latents(images), strict=True):
+        assert torch.allclose(e, 0.5 * z.square().mean(dim=1))  # FastFlow's form has no log-determinant
+
+
+@pytest.mark.parametrize("layout", ["btad", "plain", "deep", "grey"])
+def test_folders_of_other_kinds(category, tmp_path, layout, capsys):
+    """BTAD with .bmp; nothing but good images; 16-bit; grey and not square, in a path with a space."""
+    folder = tmp_path / "my data"
+    good = folder if layout == "plain" else folder / "train" / ("ok" if layout == "btad" else "good")
+    parts = {category / "train/good": good}
+    if layout != "plain":
+        parts |= {category / "test/good": folder / "test/ok", category / "test/chip": folder / "test/ko"}
+    for source, target in parts.items():
+        target.mkdir(parents=True)
+        for path in data.list_images(source):
+            image = Image.open(path)
+            if layout == "deep":
+                Image.fromarray(np.asarray(image.convert("L"), dtype=np.uint16) * 257).save(target / path.name)
+            elif layout == "grey":
+                image.convert("L").resize((120, 80)).save(target / path.name)
+            else:
+                image.save(target / f"{path.stem}.bmp")
+    call(train.main, "--data", folder, "--out", tmp_path / "out", *QUICK)
+    if layout == "plain":
+        refuse(evaluate.main, capsys, tmp_path / "out", words=["test/good", "--images"])
+    else:
+        call(evaluate.main, tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text())["pixel_auroc"] is None  # no masks
+    call(evaluate.main, tmp_path / "out", "--images", good, "--out", tmp_path / "new")
+    assert len(list((tmp_path / "new").glob("*.png"))) == 24
+
+
+def test_demo_trains_and_evaluates_without_data(tmp_path):
+    call(train.main, "--out", tmp_path / "demo", "--epochs", 2, "--size", 192)
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["image_auroc"] >= 0.95 and metrics["backbone"] == "efficientnet_lite0"
+    assert len(list((tmp_path / "demo/data/demo/train/good").iterdir())) == 80
+    assert len(list((tmp_path / "demo/pictures").glob("*/*.png"))) == 60
+
+
+def test_folder_of_categories_and_seeds(category, tmp_path):
+    for name in ("nut", "bolt"):
+        shutil.copytree(category, tmp_path / "all" / name)
+    shutil.rmtree(tmp_path / "all" / "bolt" / "ground_truth")
+    out = tmp_path / "out"
+    command = ["--data", tmp_path / "all", "--out", out, *QUICK, "--seeds", 2, "--keep-epochs"]
+    call(train.main, *command)
+    rows = json.loads((out / "results.json").read_text())
+    assert [(r["category"], r["seed"]) for r in rows] == [("bolt", 0), ("bolt", 1), ("nut", 0), ("nut", 1)]
+    table = (out / "table.md").read_text().splitlines()
+    pair = [r["image_auroc"] for r in rows if r["category"] == "nut"]
+    assert f"| {np.mean(pair):.4f} ± {np.std(pair, ddof=1):.4f} |" in table[3] and "n/a" in table[2]
+
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*/*")}
+    call(train.main, *command, "--resume")
+    assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*/*")}
+
+    # Figures of another threshold, or of other images, do not slip into the table.
+    call(evaluate.main, out / "nut" / "seed0", "--false-alarm", 0.5)
+    call(evaluate.main, out / "nut" / "seed1", "--data", tmp_path / "all" / "bolt")
+    call(train.main, *command, "--resume")
+    again = json.loads((out / "results.json").read_text())
+    times = {"ms_per_image": 0}
+    assert [row | times for row in again] == [row | times for row in rows]
+
+    call(evaluate.main, out, "--curve")
+    curves = json.loads((out / "curve.json").read_text())
+    assert curves["image_auroc"]["nut/seed1"] == [[1, pytest.approx(rows[3]["image_auroc"])]]
+    assert Image.open(out / "curve.png").width == 960
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+@pytest.mark.parametrize("method", [[*LITE, "--steps", 2], ["--method", "autoencoder"]])
+def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
+    """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
+    monkeypatch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 100)
+    mine = shutil.copytree(category, tmp_path / "mine")
+
+    def arguments(out, *more):
+        return ["--data", mine, "--out", tmp_path / out, *method, "--size", 64, "--epochs", 4, *more]
+
+    call(train.main, *arguments("whole"))
+    step, steps = torch.optim.Adam.step, []
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 30:  # an epoch has 14: 18 images, six times, in batches of 8
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(train.main, *arguments("parts"))
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["log.csv", "loss.png", "state.pt"]
+    stopped = load(tmp_path / "parts" / "state.pt")
+    assert torch.isfinite(stopped(torch.rand(1, 3, 64, 64))[1]).all()
+    call(evaluate.main, tmp_path / "parts")
+    assert "not finished" in capsys.readouterr().out
+
+    refuse(train.main, capsys, *arguments("parts"), words=["stopped run", "--resume"])
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["another lr"])
+    spare = data.list_images(mine / "train" / "good")[3]
+    spare.rename(spare.with_name("renamed.png"))  # as many images as before, but others
+    refuse(train.main, capsys, *arguments("parts", "--resume"), words=["train/good/003.png is missing", "--out"])
+    spare.with_name("renamed.png").rename(spare)
+
+    call(train.main, *arguments("parts", "--resume"))
+    whole, parts = (load(tmp_path / name / "model.pt").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert [row["epoch"] for row in log_of(tmp_path / "parts")] == ["1", "2", "3", "4"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["log.csv", "loss.png", "model.pt"]
+    call(train.main, *arguments("parts", "--resume"))
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_path):
+    out = tmp_path / "run"
+    call(train.main, "--data", category, "--out", out, *QUICK, "--epochs", 2, "--keep-epochs")
+    call(evaluate.main, out)
+    (out / "pictures" / "chip" / "gone.png").write_text("of an image that is not there any more")
+    call(evaluate.main, out)
+    assert not (out / "pictures" / "chip" / "gone.png").exists()
+    call(train.main, "--data", category, "--out", out, *QUICK)
+    assert sorted(p.name for p in out.iterdir()) == ["log.csv", "loss.png", "model.pt"]
+
+
+SLOW_WRITES = """
+import sys, time, torch
+save = torch.save
+def slow(what, to):
+    import io
+    buffer = io.BytesIO()
+    save(what, buffer)
+    half = len(buffer.getvalue()) // 2
+    with open(to, "wb") as file:
+        for part in (buffer.getvalue()[:half], buffer.getvalue()[half:]):
+            file.write(part)
+            file.flush()
+            time.sleep(0.4)
+torch.save = slow
+import train
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
+    """Three kills, each while a checkpoint is half written; the training between them goes on by --resume."""
+    command = [sys.executable, "-c", SLOW_WRITES, "--data", category, "--out", tmp_path / "run", *QUICK]
+    command = [str(part) for part in [*command, "--epochs", 40, "--resume"]]
+    epochs = []
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline, seen = time.time() + 100, 0
+        while seen < 2 and time.time() < deadline and process.poll() is None:  # the second write of this process
+            if list((tmp_path / "run").glob(f"*.tmp{process.pid}")):
+                seen += 1
+                while seen < 2 and list((tmp_path / "run").glob(f"*.tmp{process.pid}")) and process.poll() is None:
+                    time.sleep(0.01)
+            time.sleep(0.01)
+        assert process.poll() is None and seen == 2, process.stderr.read()
+        time.sleep(0.2)  # into the pause in the middle of the write
+        process.kill()
+        process.communicate()
+        assert list((tmp_path / "run").glob(f"*.tmp{process.pid}")), "killed beside the write"
+        epochs.append(len(read_checkpoint(tmp_path / "run" / runs.STATE)["progress"]["log"]))
+    assert epochs == sorted(epochs)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_bad_training_input(category, tmp_path, capsys):
+    def attempt(*arguments, words):
+        refuse(train.main, capsys, "--out", tmp_path / "out", *arguments, words=words)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare" / "train" / "good").mkdir(parents=True)
+    (tmp_path / "one").mkdir()
+    shutil.copy(data.list_images(category / "train" / "good")[0], tmp_path / "one")
+    shutil.copytree(category / "train", tmp_path / "broken" / "train")
+    (tmp_path / "broken" / "train" / "good" / "zz.png").write_bytes(b"\x89PNG broken")
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    attempt("--data", tmp_path / "nowhere", words=["--data", "no such folder"])
+    attempt("--data", tmp_path / "empty", words=["--data", "empty", "train/good"])
+    attempt("--data", tmp_path / "bare", words=["bare", "no images", "train/good"])
+    attempt("--data", tmp_path / "one", words=["one good image"])
+    attempt("--data", tmp_path / "broken", *LITE, "--size", 64, words=["zz.png"])
+    attempt("--data", category, "--backbone", "vgg", words=["--backbone", "vgg", "resnet18"])
+    attempt("--data", category, "--weights", tmp_path / "weights.pth", words=["weights.pth", "--weights"])
+    attempt("--data", category, "--weights", tmp_path / "other.pth", words=["other.pth", "fit"])
+    attempt("--data", category, *LITE, "--textures", tmp_path / "empty", words=["--textures"])
+    refuse(train.main, capsys, *QUICK, "--out", tmp_path / "weights.pth", words=["weights.pth"])
+    good = category / "train" / "good"
+    refuse(train.main, capsys, "--data", category, *LITE, "--out", good / "run", words=["--out", "images are read"])
+    for flag, value in (("--epochs", 0), ("--seeds", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"),
+                        ("--contrast", "x"), ("--kernels", 2), ("--seed", -1), ("--lr", 0)):  # fmt: skip
+        attempt("--data", category, *LITE, flag, value, words=[flag])
+
+
+def test_options_without_effect_are_refused(category, tmp_path, capsys):
+    def attempt(*arguments, words):
+        refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *arguments, words=words)
+
+    for flag, value in (("--backbone", "resnet18"), ("--weights", "x"), ("--steps", 2), ("--kernels", 3),
+                        ("--contrast", "cosine"), ("--temperature", 2), ("--score", "nll")):  # fmt: skip
+        attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
+    attempt("--contrast-weight", 0, "--contrast", "cosine", words=["--contrast ", "no effect"])
+    attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
+    both = ["--classification-weight", 0, "--contrast-weight", 0]
+    attempt(*both, "--temperature", 2, words=["--temperature", "no effect"])
+    attempt("--method", "autoencoder", "--size", 100, words=["--size 100", "8"])
+
+
+def test_two_folders_of_the_same_name_do_not_share_a_run(category, tmp_path, monkeypatch, capsys):
+    for name in "ab":
+        shutil.copytree(category / "train" / "good", tmp_path / name / "good")
+    monkeypatch.chdir(tmp_path)
+    call(train.main, "--data", "a/good", *QUICK)
+    assert (tmp_path / "runs" / "good" / "model.pt").exists()
+    refuse(train.main, capsys, "--data", "b/good", *QUICK, words=["runs/good", "a/good", "--out"])
+
+
+def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_path, monkeypatch, capsys):
+    shutil.copytree(category / "train", tmp_path / "data" / "train")
+    monkeypatch.setattr("kit.pairs.CACHE_BYTES", 0)  # so that the workers decode
+
+    def spoil(model, images, weights):
+        for path in (tmp_path / "data" / "train" / "good").iterdir():
+            path.write_bytes(b"broken")
+
+    monkeypatch.setattr(clflow.CLFlow, "prepare", spoil)
+    monkeypatch.setattr(clflow.CLFlow, "calibrate", lambda *_: None)
+    refuse(train.main, capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", *QUICK,
+           words=["error: ", "good", ".png"])  # fmt: skip
+
+
+def test_weights_that_cannot_be_downloaded(category, tmp_path, monkeypatch, capsys):
+    for name, value in (("TORCH_HOME", str(tmp_path)), ("http_proxy", "http://127.0.0.1:9"),
+                        ("https_proxy", "http://127.0.0.1:9")):  # a proxy that refuses  # fmt: skip
+        monkeypatch.setenv(name, value)
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", words=["--weights", "efficientnet_lite0"])
+
+
+def test_skip_bad_goes_on_and_counts(category, tmp_path, capsys):
+    shutil.copytree(category / "train" / "good", tmp_path / "images")
+    whole = (tmp_path / "images" / "000.png").read_bytes()
+    (tmp_path / "images" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    call(train.main, "--data", tmp_path / "images", "--out", tmp_path / "run", *QUICK, "--skip-bad")
+    said = capsys.readouterr().out
+    assert "skipped 1 of 25 images" in said and "truncated.png" in said
+
+
+def test_a_real_process_trains(category, tmp_path):
+    result = script("train.py", "--data", category, "--out", tmp_path / "run", *QUICK)
+    assert result.returncode == 0 and "epoch 1/1" in result.stdout, result.stderr
