@@ -1,5 +1,8 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 
+from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+
+# isort: split
 import argparse
 import io
 import json
@@ -49,7 +52,9 @@ def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Pro
     maps = torch.zeros(len(tests), model.size, model.size)
     scores = torch.zeros(len(tests))
     times = []
-    for rows in torch.arange(len(tests))[processes.rank :: processes.count].split(BATCH):
+    mine = list(range(processes.rank, len(tests), processes.count))
+    for start in range(0, len(mine), BATCH):
+        rows = mine[start : start + BATCH]
         images = data.read_batch([tests[i].path for i in rows], model.size)
         started = time.perf_counter()
         with torch.no_grad():
@@ -84,7 +89,8 @@ def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
         return tests
     good, complaints = data.readable([test.path for test in tests])
     print_skipped(complaints, len(tests))
-    return [test for test in tests if test.path in set(good)]
+    usable = set(good)
+    return [test for test in tests if test.path in usable]
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
@@ -115,12 +121,17 @@ def report(
         **metrics.shares_at(limits.score, judged.labels, judged.scores),
     }
     for name, value in found.items():
-        text = "n/a" if value is None else f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name:14}", text)
+        print(f"{name:14} {as_text(value)}")
     draw_tests(model, judged, out, false_alarm)
     draw.save_picture(out / "histogram.png", draw.score_histogram(judged.labels, judged.scores, limits.score))
     write_text(out / "metrics.json", json.dumps(found, indent=2) + "\n")
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(judged.tests)} pictures into {out}")
+
+
+def as_text(value: object) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def print_extrapolation(model: Detector, false_alarm: float) -> None:

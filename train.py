@@ -1,5 +1,8 @@
 """Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 
+from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+
+# isort: split
 import argparse
 import json
 import os
@@ -116,17 +119,13 @@ def fit(
     def save_state() -> None:
         """A usable checkpoint, whenever training is stopped, and what it takes to go on."""
         model.calibrate(data.batches(held_out, model.size))
-        state = {
-            "log": log,
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "files": names(run),
-        }
+        state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        state["files"] = names(run)
         if processes.first:
             write_atomically(run.out / runs.STATE, lambda to: model.save(to, state))
 
     save_state()
-    if processes.first and not progress:
+    if processes.first and not log:
         runs.remove_stale(run.out)
     for epoch in range(len(log) + 1, settings["epochs"] + 1):
         started = time.perf_counter()
@@ -135,10 +134,8 @@ def fit(
         means = mean_over_processes(train_epoch(losses, loader, optimizer, schedule), processes)
         seconds = time.perf_counter() - started
         means["images_per_second"] = len(pairs) / seconds
+        print_epoch(epoch, settings["epochs"], means, seconds)
         log.append({"epoch": epoch, **{name: round(value, 5) for name, value in means.items()}})
-        left = seconds * (settings["epochs"] - epoch)
-        text = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-        print(f"epoch {epoch}/{settings['epochs']}: {text}, {left:.0f} s left", flush=True)
         if processes.first:
             write_log(run.out, log)
         save_state()
@@ -147,6 +144,11 @@ def fit(
     if processes.first:
         write_atomically(run.out / runs.MODEL, model.save)
         runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
+
+
+def print_epoch(epoch: int, epochs: int, means: dict[str, float], seconds: float) -> None:
+    text = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+    print(f"epoch {epoch}/{epochs}: {text}, {seconds * (epochs - epoch):.0f} s left", flush=True)
 
 
 def write_log(out: Path, log: list[dict]) -> None:
@@ -186,13 +188,17 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
             was = then.get(name)
             raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
-    for gone, word in ((before - now, "is missing"), (now - before, "is new")):
-        if gone:
-            others = f", and {len(gone) - 1} more" if len(gone) > 1 else ""
-            raise InputError(
-                f"--resume: {sorted(gone)[0]} {word}{others}, and which images are held out would change; give the "
-                f"same images, or another --out"
-            )
+    complain_of_files(before - now, "is missing")
+    complain_of_files(now - before, "is new")
+
+
+def complain_of_files(files: set[str], what: str) -> None:
+    """Raises InputError, naming the first, if there are any of these."""
+    if not files:
+        return
+    others = f", and {len(files) - 1} more" if len(files) > 1 else ""
+    consequence = "other images would be held out; give the same ones, or another --out"
+    raise InputError(f"--resume: {min(files)} {what}{others}: {consequence}")
 
 
 def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:

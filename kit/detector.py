@@ -21,13 +21,6 @@ FORMAT = 4  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """(B, C, h, w) -> (B, C, size, size), bilinear; the filter widens as it shrinks, as Pillow's does."""
-    if x.shape[2:] == (size, size):
-        return x
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)
-
-
 def anomaly_map(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
     """One map (B, size, size) of the scales' energies (B, h, w) and typical normal energies `levels` (S,):
 
@@ -37,7 +30,7 @@ def anomaly_map(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
     maps = []
     for e, level in zip(energies, levels, strict=True):
         density = (level - e[:, None]).clamp(max=1).exp()
-        maps.append(resize(1 - density, size))
+        maps.append(F.interpolate(1 - density, (size, size), mode="bilinear", antialias=True))
     sigma = size / 128  # 2 pixels at 256
     kernel = 2 * round(3 * sigma) + 1
     return gaussian_blur(torch.stack(maps).mean(dim=0), [kernel, kernel], [sigma, sigma])[:, 0]
