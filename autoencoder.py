@@ -103,7 +103,7 @@ class Autoencoder(Detector):
         sigma = self.size / 128
         kernel = 2 * round(3 * sigma) + 1
         moved = gaussian_blur(self.project(x) - x, [kernel, kernel], [sigma, sigma])
-        # At a quarter of the size the same filter reaches four times as far.
+        # At a quarter of the size the same filter, G2, is G8.
         moved = F.avg_pool2d(moved.square().mean(dim=1, keepdim=True), 4)
         gathered = gaussian_blur(moved, [kernel, kernel], [sigma, sigma])[:, 0]
         return [gathered / (2 * self.SIGMA**2)]
@@ -113,8 +113,9 @@ class Autoencoder(Detector):
 
 
 def bend(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Elastic deformation of every other image, at random: in a disc where there is contrast, a shift, turn and stretch
-    that fades towards the rim. Takes and returns images (A, 3, S, S) and masks (A, 1, S, S); these gain the discs."""
+    """Elastic deformation of each image with probability 1/2: in a disc where there is contrast, a shift, turn and
+    stretch that fades towards the rim. Takes and returns images (A, 3, S, S) and masks (A, 1, S, S), which gain the
+    discs."""
     contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).flatten(1) + 1e-9
     grid = F.affine_grid(torch.eye(2, 3)[None], images[:1].shape, align_corners=False).to(images)
     centre = grid.flatten(0, 2)[torch.multinomial(contrast, 1)][:, None]

@@ -16,7 +16,7 @@ from flows import Flow2D
 from kit.backbone import Backbone
 from kit.detector import Detector
 
-WHITENING_BATCHES = 8  # at most, to fit the whitening on: 64 images
+WHITENING_BATCHES = 8  # of eight images each, at most: what the whitening is fitted on
 POSITIONS = 128  # drawn from each image and kind, for the proxy tasks
 BOX_POSITIONS = 512  # in all, for the contrast by the cosine
 
@@ -52,7 +52,8 @@ def tamed(e: Tensor) -> Tensor:
 
 
 class CLFlow(Detector):
-    """The detector: the flows' energies of a frozen backbone's features."""
+    """The detector: the flows' energies of a frozen backbone's features. What it inherits makes map, score and verdict
+    of them, and knows the device; `settings` are the options, by name."""
 
     def __init__(self, settings: dict):
         backbone = Backbone(settings["backbone"])
@@ -152,8 +153,8 @@ def nll_loss(normal: Tensor, anomalous: Tensor, beside: Tensor) -> Tensor:
 
 
 def middle_energy(e: Tensor) -> Tensor:
-    """m, (A, 1): the energy at which a position of an image is as likely anomalous as normal, four standard deviations
-    above the mean of x+ (A, N). No gradient: it is where the border lies, not what is to move."""
+    """m, (A, 1), of the tamed energies of x+ (A, N): the energy at which a position is as likely anomalous as normal,
+    four standard deviations above the mean. No gradient: it is where the border lies, not what is to move."""
     return (e.mean(dim=1, keepdim=True) + 4 * e.std(dim=1, keepdim=True)).detach()
 
 
@@ -182,8 +183,9 @@ def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Te
 
 
 def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """L_con on the cosine, closest to the paper's words; all (n, C): latents of x+ and x- at the same places of the
-    anomaly's box (Box_s, Neg_Box_s), and of x+ at any places, towards which Box_s is pulled (globally)."""
+    """L_con on the cosine, closest to the paper's words; all (n, C). Box_s are latents of x+ inside the box of the
+    defect, Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ anywhere, and pushed away from
+    Neg_Box_s."""
     box, negative_box, normal = F.normalize(box, dim=1), F.normalize(negative_box, dim=1), F.normalize(normal, dim=1)
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
 
@@ -223,17 +225,18 @@ class Losses(nn.Module):
         temperature = settings["temperature"]
         pairs = len(mask)
         e = energy(z, log_det).flatten(1)
-        normal, anomalous = e[:-pairs], e[-pairs:]  # (B, N), (A, N)
+        normal, anomalous = e[:-pairs], e[-pairs:]  # of x+ and x-: (B, N), (A, N)
         touched, beside = touched_positions(mask, z.shape[2:])
         nll = nll_loss(normal, anomalous, beside.flatten(1))
 
-        anomalous = tamed(anomalous).gather(1, sample(touched.flatten(1), POSITIONS))  # (A, POSITIONS)
-        normal = tamed(normal[:pairs])  # the x+ that have an x-
-        middle = middle_energy(normal)
-        normal = sample_normal(normal)
-        classification = classification_loss(normal, anomalous, middle, settings["smoothing"], temperature)
+        # The proxy tasks see tamed energies, of some positions of each x- and of the x+ that it was made from.
+        tame_normal, tame_anomalous = tamed(normal[:pairs]), tamed(anomalous)  # (A, N) both
+        inside = tame_anomalous.gather(1, sample(touched.flatten(1), POSITIONS))  # (A, POSITIONS)
+        outside = sample_normal(tame_normal)  # (A, 2 POSITIONS)
+        middle = middle_energy(tame_normal)
+        classification = classification_loss(outside, inside, middle, settings["smoothing"], temperature)
         if settings["contrast"] == "energy":
-            contrast = contrast_energy(normal, anomalous, temperature)
+            contrast = contrast_energy(outside, inside, temperature)
         else:
             contrast = contrast_boxes(z[:pairs], z[-pairs:], touched, temperature)
         return torch.stack((nll, classification, contrast))

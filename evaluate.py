@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 
 from kit import data, draw, metrics, runs
-from kit.detector import FALSE_ALARM, Detector
+from kit.detector import FALSE_ALARM, Detector, read_checkpoint
 from kit.errors import InputError, run_script
-from kit.files import GrowingTable, plain_cell, write_atomically, write_text
+from kit.files import FORMULA_GUARD, GrowingTable, first_cells, plain_cell, write_atomically, write_text
 from kit.images import read_image, read_mask
 from kit.options import Parser, flag_of, is_given, is_inside, pick_device, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
@@ -90,6 +90,8 @@ def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     good, complaints = data.readable([test.path for test in tests])
     print_skipped(complaints, len(tests))
     usable = set(good)
+    if not usable:
+        raise InputError(f"--data {category}: not one of its test images can be read")
     return [test for test in tests if test.path in usable]
 
 
@@ -99,9 +101,16 @@ def print_skipped(complaints: list[str], images: int) -> None:
 
 
 def report(
-    model: Detector, category: Path, out: Path, false_alarm: float, skip_bad: bool, processes: Processes
+    checkpoint: Path,
+    category: Path,
+    out: Path,
+    false_alarm: float,
+    skip_bad: bool,
+    device: str,
+    processes: Processes,
 ) -> None:
-    """Measure `model` on a category's test images; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
+    """Measure a checkpoint on a category's test images; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
+    model = load(checkpoint, device)
     judged = judge_tests(model, readable_tests(category, skip_bad), processes)
     if not processes.first:
         return  # its part is done
@@ -110,6 +119,7 @@ def report(
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
     found = {
+        "checkpoint": checkpoint.name,
         "category": category.resolve().name,
         "data": str(category.resolve()),
         **{name: model.settings.get(name) for name in ("method", "backbone", "size", "seed", "epochs")},
@@ -170,7 +180,7 @@ def miss(verdict: Verdict, anomalous: bool) -> str:
 def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
-    for file in runs.epoch_files(run):
+    for file in runs.kept_epochs(run, subfolders=True):
         model = load(file, device)
         judged = judge_tests(model, readable_tests(Path(model.settings["data"]), skip_bad), processes)
         found = measure(judged)
@@ -224,6 +234,8 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
 def new_images(images: Path, out: Path) -> list[Path]:
     """The image `images`, or those below that folder. Raises InputError if there are none, or if the pictures of this
     call would lie among them in the next."""
+    if not images.exists():
+        raise InputError(f"--images {images}: no such file or folder")
     if not images.is_dir():
         return [images]
     if is_inside(out, images):
@@ -248,15 +260,26 @@ def open_scores(out: Path, call: dict) -> GrowingTable:
     """scores.csv, from the start; or, if just this `call` was interrupted, to go on behind its last whole row."""
     marker = out / UNFINISHED
     text = json.dumps(call)
-    interrupted = marker.exists() and marker.read_text() == text
-    write_text(marker, text)
-    return GrowingTable(out / "scores.csv", SCORES_COLUMNS, resume=interrupted)
+    if marker.exists() and marker.read_text() == text:
+        return GrowingTable(out / "scores.csv", SCORES_COLUMNS, resume=True)
+    remove_pictures(out)
+    marker.unlink(missing_ok=True)
+    table = GrowingTable(out / "scores.csv", SCORES_COLUMNS, resume=False)
+    write_text(marker, text)  # last: as long as it is there, the table is this call's
+    return table
+
+
+def remove_pictures(out: Path) -> None:
+    """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
+    for name in first_cells(out / "scores.csv"):
+        (out / f"{name.removeprefix(FORMULA_GUARD)}.png").unlink(missing_ok=True)
 
 
 def judge_files(
     model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
 ) -> Iterator[tuple[Path, np.ndarray, Verdict]]:
-    """Each file with its image (H, W, 3) and the verdict on it; a line on each unreadable one goes to `complaints`."""
+    """Each file with its image (H, W, 3) and the verdict on it. A line on each unreadable one is added to `complaints`,
+    which is complete when the last file is through."""
     for start in range(0, len(files), BATCH):
         readable, inputs = [], []
         for path in files[start : start + BATCH]:
@@ -312,10 +335,15 @@ def option_parser() -> Parser:
     add("--data", type=Path, help="category with test/, instead of the one it was trained on")
     add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
     add("--export", type=Path, metavar="FILE", help="write a torch.export program instead")
-    add("--curve", action="store_true", help="measure each epoch that train.py --keep-epochs kept, instead")
+    add(
+        "--curve",
+        action="store_true",
+        default=None,
+        help="measure each epoch that train.py --keep-epochs kept, instead",
+    )
     add("--out", type=Path, help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds")
     add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
-    add("--skip-bad", action="store_true", help="go on without images that cannot be read")
+    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
     return parser
 
@@ -348,21 +376,32 @@ def main(arguments: list[str] | None = None) -> None:
         if processes.first:
             export(load(checkpoint, "cpu"), args.export)
         return None
-    model = load(checkpoint, device)
     if checkpoint.name == runs.STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     if args.images:
         if processes.first:
+            model = load(checkpoint, device)
             judge_new(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm, args.skip_bad)
         return None
-    own_data = Path(model.settings["data"])
-    out = checkpoint.parent
-    if args.data and args.data.resolve() != own_data:
-        out = args.out or out / "tests" / args.data.resolve().name
-    report(model, args.data or own_data, out, false_alarm, args.skip_bad, processes)
+    own_data = Path(read_checkpoint(checkpoint)["settings"]["data"])
+    category = args.data or own_data
+    out = args.out or results_folder(checkpoint, category, own_data)
+    if is_inside(out, category / "test"):
+        raise InputError(f"--out {out}: lies in {category / 'test'}, whose images are read; give a folder outside")
+    report(checkpoint, category, out, false_alarm, args.skip_bad, device, processes)
     return None
+
+
+def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
+    """Where the figures go: into the run, if they are those of its last checkpoint on its own category; others stay
+    apart, so that nobody takes the one for the other."""
+    if checkpoint.name not in (runs.MODEL, runs.STATE):
+        return checkpoint.parent / "tests" / checkpoint.stem
+    if category.resolve() != own_data:
+        return checkpoint.parent / "tests" / category.resolve().name
+    return checkpoint.parent
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main)
+    run_script(main, on_interrupt="stopped; the same call with --images goes on where it was")

@@ -37,7 +37,7 @@ class Coupling(nn.Module):
     def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """s and t of the changed half, each (B, changed, H, W), from the kept half (B, kept, H, W)."""
         r, t = self.subnet(a).split(self.changed, dim=1)
-        r = r.to(a.dtype)  # under autocast only the convolutions are in bfloat16
+        r = r.to(a.dtype)  # under autocast the convolutions are in bfloat16; t is promoted when it is added
         tanh = 2 * torch.sigmoid(0.2 * r) - 1  # tanh(0.1 r); on CPUs tanh itself takes seven times as long
         return self.clamp * tanh, t
 

@@ -13,8 +13,8 @@ from kit.errors import InputError
 
 @dataclass(frozen=True)
 class Method:
-    """A detector and the losses that train it; `defaults` of all options of train.py that it knows (it refuses the
-    others), and what differs for the demo, which is small and has no weights but pip's."""
+    """A detector and the losses that train it; the `defaults` of its options, of which train.py refuses all others; and
+    what differs for the demo, which is small and has no weights but pip's."""
 
     detector: type[Detector]
     losses: type[nn.Module]

@@ -96,7 +96,7 @@ def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Genera
     image = Image.new("1", (width, height))
     draw = ImageDraw.Draw(image)
     for point, radius in zip(points - points[0], radii, strict=True):
-        x, y = point * unit + centre[::-1]
+        x, y = point * unit + centre[::-1]  # points are (x, y), as one draws; the centre is (y, x), as arrays are
         dx, dy = radius * unit
         draw.ellipse((x - dx, y - dy, x + dx, y + dy), fill=1)
     return np.asarray(image)

@@ -28,7 +28,7 @@ from kit.options import Parser, check_range, is_given, pick_device, refuse_witho
 from kit.pairs import Pairs
 from kit.processes import ALONE, Processes, join_processes, keep_freed_memory
 from kit.table import results_table
-from methods import METHODS, load
+from methods import METHODS
 from synth import synthesize
 
 
@@ -100,8 +100,10 @@ def fit(
     keep_epochs: bool,
     processes: Processes,
 ) -> None:
-    """Train `model`, from `progress` on if there is one; `state.pt` has all that --resume needs until `model.pt` is
-    complete. The number of epochs is fixed, and the last one counts."""
+    """Train `model`, from `progress` on if there is one. The number of epochs is fixed, and the last one counts.
+
+    As long as there is a state.pt in the run's folder, it counts, and has all that --resume needs: it is written before
+    anything of an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
     settings = run.settings
     loader = make_loader(pairs, settings["batch"])
     parameters = [p for p in losses.parameters() if p.requires_grad]
@@ -118,12 +120,12 @@ def fit(
 
     def save_state() -> None:
         """A usable checkpoint, whenever training is stopped, and what it takes to go on."""
-        model.calibrate(data.batches(held_out, model.size))
         state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state["files"] = names(run)
         if processes.first:
             write_atomically(run.out / runs.STATE, lambda to: model.save(to, state))
 
+    model.calibrate(data.batches(held_out, model.size))
     save_state()
     if processes.first and not log:
         runs.remove_stale(run.out)
@@ -138,9 +140,10 @@ def fit(
         log.append({"epoch": epoch, **{name: round(value, 5) for name, value in means.items()}})
         if processes.first:
             write_log(run.out, log)
-        save_state()
+        model.calibrate(data.batches(held_out, model.size))
         if keep_epochs and processes.first:
             write_atomically(runs.epoch_file(run.out, epoch), model.save)
+        save_state()
     if processes.first:
         write_atomically(run.out / runs.MODEL, model.save)
         runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
@@ -181,12 +184,14 @@ def names(run: Run) -> list[str]:
 
 
 def check_resumable(run: Run, checkpoint: dict) -> None:
-    """Raises InputError if the stopped run had other settings or other images."""
+    """Raises InputError if the run had other settings or, as far as the checkpoint still tells, other images."""
     then = checkpoint["settings"]
     for name, value in run.settings.items():
         if name not in ("images", "held_out") and then.get(name) != value:
             was = then.get(name)
             raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
+    if checkpoint["progress"] is None:  # it is finished
+        return
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
     complain_of_files(before - now, "is missing")
     complain_of_files(now - before, "is new")
@@ -205,13 +210,14 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     """Train on the run's good images, calibrate on some that are held out; its folder gets model.pt and log.csv."""
     method = METHODS[run.settings["method"]]
     progress = None
-    if args.resume and (run.out / runs.STATE).exists():
-        checkpoint = read_checkpoint(run.out / runs.STATE)
+    if args.resume and runs.checkpoint_of(run.out).exists():
+        checkpoint = read_checkpoint(runs.checkpoint_of(run.out))
         check_resumable(run, checkpoint)
-        model, progress = method.detector.restore(checkpoint), checkpoint["progress"]
-    elif args.resume and (run.out / runs.MODEL).exists():
-        print(f"{run.out} is finished already")
-        return
+        progress = checkpoint["progress"]
+        if progress is None:
+            print(f"{run.out} is finished already")
+            return
+        model = method.detector.restore(checkpoint)
     else:
         torch.manual_seed(run.settings["seed"])
         model = method.detector(run.settings).eval()
@@ -236,7 +242,9 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
     planned = []
     for category in categories:
         folder = data.good_folder(category)
-        read_folders = [folder, Path(args.textures)] if args.textures else [folder]
+        read_folders = [folder, category / "test", category / "ground_truth"]
+        if args.textures:
+            read_folders.append(args.textures)
         files = usable(data.list_images(folder), args.skip_bad)
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
@@ -246,7 +254,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             settings = {
                 "method": args.method,
                 **options,
-                "textures": args.textures,
+                "textures": str(args.textures.resolve()) if args.textures else None,
                 "seed": seed,
                 "data": str(category.resolve()),
                 "category": category.resolve().name,
@@ -270,15 +278,21 @@ def usable(files: list[Path], skip_bad: bool) -> list[Path]:
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:
     """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several.
 
-    The processes of torchrun train a single run together; several are spread over them, each trained by one alone."""
-    textures = usable(texture_files(args), args.skip_bad)
+    The processes of torchrun train a single run together; several are spread over them, each trained by one alone. Then
+    each has a folder of its own below `out`."""
+    textures = texture_files(args)
     categories = data.category_folders(args.data)
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
     if several:
         mine = planned[processes.rank :: processes.count]
+        if not args.resume:
+            for run in mine:
+                runs.remove(run.out, runs.MEASURED)  # or another process could take old figures for new ones
+        if processes.count > 1:
+            dist.barrier()  # all have planned, before one changes what the others look at
         for run in mine:
-            train(run, args, textures, ALONE)
+            train(run, args, textures, processes.alone())
     else:
         train(planned[0], args, textures, processes)
         mine = planned if processes.first else []
@@ -286,28 +300,23 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         for run in mine:
             evaluate_run(run, args)
     if several:
-        write_results([run for run in planned if has_tests(run)], out)
-
-
-def has_tests(run: Run) -> bool:
-    return (run.category / "test").is_dir()
+        write_results([run for run in planned if data.has_tests(run.category)], out)
 
 
 def measured(run: Run) -> dict | None:
-    """The run's metrics.json, if it tells of this run's own test images at the default threshold."""
+    """The run's metrics.json, if it tells of the finished model, its own test images and the default threshold."""
     path = run.out / "metrics.json"
     if not path.exists():
         return None
     metrics = json.loads(path.read_text())
-    expected = {"data": run.settings["data"], "false_alarm": FALSE_ALARM}
+    expected = {"checkpoint": runs.MODEL, "data": run.settings["data"], "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or it has been done."""
-    if has_tests(run) and measured(run) is None:
-        model = load(run.out / runs.MODEL, args.device)
-        evaluate.report(model, run.category, run.out, FALSE_ALARM, args.skip_bad, ALONE)
+    if data.has_tests(run.category) and measured(run) is None:
+        evaluate.report(run.out / runs.MODEL, run.category, run.out, FALSE_ALARM, args.skip_bad, args.device, ALONE)
 
 
 def write_results(planned: list[Run], out: Path) -> None:
@@ -331,16 +340,21 @@ def option_parser() -> Parser:
     add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
     add("--method", choices=METHODS, default="clflow", help="autoencoder: the other detector, in autoencoder.py")
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
-    add("--textures", help="folder of texture photographs to paint defects from, beside the normal images")
+    add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
     add("--epochs", type=int, help=default_text("epochs"))
     add("--batch", type=int, help=default_text("batch"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
     add("--size", type=int, help=default_text("size", "images are resized to SIZE x SIZE pixels"))
     add("--seed", type=int, default=0, help="(0)")
     add("--seeds", type=int, default=1, help="train this many, from SEED on, and write the table of their results (1)")
-    add("--resume", action="store_true", help="go on where a stopped run was after its last whole epoch")
-    add("--keep-epochs", action="store_true", help="keep epoch_NN.pt of each epoch, for evaluate.py --curve")
-    add("--skip-bad", action="store_true", help="go on without images that cannot be read")
+    add("--resume", action="store_true", default=None, help="go on where a stopped run was after its last whole epoch")
+    add(
+        "--keep-epochs",
+        action="store_true",
+        default=None,
+        help="keep epoch_NN.pt of each epoch, for evaluate.py --curve",
+    )
+    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
@@ -415,7 +429,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
         return []
-    found = data.list_images(Path(args.textures), subfolders=True)
+    found = usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
     if not found:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     return found
@@ -430,6 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or Path("runs", "demo" if args.is_demo else args.data.resolve().name)
     if args.is_demo:
         args.data = out / "data" / "demo"
+        runs.check_out(out, args.data, [], args.resume)  # before anything is drawn into it
         if processes.first:
             draw_demo(args.data)
         if processes.count > 1:
@@ -439,4 +454,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main)
+    run_script(main, on_interrupt="stopped; go on with --resume")

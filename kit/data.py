@@ -88,6 +88,11 @@ def labelled_images(data: Path) -> list[LabelledImage]:
     return found
 
 
+def has_tests(data: Path) -> bool:
+    """Whether there are labelled images to measure a detector on."""
+    return any(list_images(folder) for folder in data.glob("test/*"))
+
+
 def read_batch(files: list[Path], size: int) -> torch.Tensor:
     """(len(files), 3, size, size) float32 in [0, 1]."""
     images = np.stack([read_image(path, size) for path in files])

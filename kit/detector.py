@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from kit.errors import InputError
-from kit.images import AnyImage, load_image, resized, to_rgb
+from kit.images import AnyImage, read_any, resized
 from kit.verdict import Thresholds, Verdict, judge, thresholds
 
 FORMAT = 4  # of the checkpoint
@@ -54,9 +53,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 class Detector(nn.Module):
     """Base of the methods; each adds `energies`, and `prepare` if it has something to fit before training.
 
-    settings: plain values that the checkpoint keeps: the method's options, `size`, and `held_out`, how many normal
-    images calibrate it. Fitted on those: `levels` (S,), the scales' median energies, and `normal` (2, held_out), their
-    scores and their maps' maxima."""
+    From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
+    verdicts (`inspect`), and writes itself to a checkpoint (`save`). `settings` are plain values that the checkpoint
+    keeps: the method's options, `size`, and `held_out`, how many normal images calibrate it. Fitted on those: `levels`
+    (S,), the scales' median energies, and `normal` (2, held_out), their scores and their maps' maxima."""
 
     def __init__(self, settings: dict, scales: int):
         super().__init__()
@@ -108,14 +108,9 @@ class Detector(nn.Module):
     def inspect(self, image: AnyImage, false_alarm: float = FALSE_ALARM) -> Verdict:
         """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255 or float
         in 0..1. Raises InputError for anything else."""
-        if isinstance(image, str | Path):
-            image = load_image(image)
-        if not isinstance(image, Image.Image | np.ndarray | Tensor):
-            raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
-        height, width = to_rgb(image).shape[:2]
-        small = to_rgb(image, self.size)
+        small, shape = read_any(image, self.size)
         maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
-        return self.verdict(scores.item(), maps[0].cpu().numpy(), (height, width), self.thresholds(false_alarm))
+        return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))
 
     def verdict(self, score: float, heat: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:
         """The verdict on an image of `shape` (H, W), from its score and its map (size, size)."""

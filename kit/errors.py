@@ -18,13 +18,13 @@ def one_line(error: BaseException) -> str:
     return lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; what only the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
+def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
+    """Call `main`; what only the user can mend becomes one line and exit code 2, Ctrl-C `on_interrupt` and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; a training goes on with --resume", file=sys.stderr)
+        print(on_interrupt, file=sys.stderr)
         sys.exit(130)  # as shells report it
     except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         print("error:", one_line(error), file=sys.stderr)

@@ -45,11 +45,22 @@ def write_table(path: Path, rows: list[dict]) -> None:
     write_atomically(path, write)
 
 
+FORMULA_GUARD = "'"
+
+
 def plain_cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula, on one line: an apostrophe goes before a leading = + - @ or tab,
     line ends become \\n and \\r."""
     text = text.replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+    return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
+def first_cells(path: Path) -> list[str]:
+    """The first cell of each row of a CSV file, less its header; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [row[0] for row in list(csv.reader(file))[1:] if row]
 
 
 class GrowingTable:
@@ -63,8 +74,7 @@ class GrowingTable:
         whole = whole[: whole.rfind(b"\n") + 1]
         if resume and path.exists():
             os.truncate(path, len(whole))
-        lines = whole.decode("utf-8", "surrogateescape").splitlines()
-        self.keys = {row[0] for row in csv.reader(lines[1:]) if row}
+        self.keys = set(first_cells(path)) if whole else set()
         mode = "a" if whole else "w"
         self.file = open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")

@@ -15,6 +15,15 @@ LEAST = 32  # pixels a side
 AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """The image, turned by its EXIF tag: phones store the rotation beside the pixels. Malformed EXIF data hold no
+    rotation that anyone could read; Pillow answers them with all kinds of errors."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
 def composed(image: Image.Image) -> Image.Image:
     """RGB; transparent pixels as on white paper, not in the colour that their file hides there."""
     if not image.has_transparency_data:
@@ -48,10 +57,11 @@ def array_and_white(image: np.ndarray | torch.Tensor) -> tuple[np.ndarray, float
         channels = shape[0] if len(shape) == 3 else None
     else:
         channels = shape[2] if len(shape) == 3 else {2: 1}.get(len(shape))
-    if channels not in (1, 3):
+    if channels not in (1, 3) or 0 in shape:
         raise InputError(f"an image of shape {shape}: give an array (H, W, 3) or a tensor (3, H, W)")
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().permute(1, 2, 0).numpy()
+        image = image.detach().cpu().permute(1, 2, 0)
+        image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     whites = {"uint8": 255, "uint16": 65535, "float16": 1, "float32": 1, "float64": 1}
     white = whites.get(str(image.dtype))
     if white is None:
@@ -71,7 +81,7 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, size: int | None = No
 
     Raises InputError below 32 pixels, and where the values leave their range."""
     if isinstance(image, Image.Image):
-        values, white = values_and_white(ImageOps.exif_transpose(image))  # phones store the rotation beside the pixels
+        values, white = values_and_white(turned(image))
     else:
         values, white = array_and_white(image)
     height, width, channels = values.shape
@@ -101,11 +111,23 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
+def read_any(image: AnyImage, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """`to_rgb` at size x size, and the shape (H, W) before, of whatever a user has: a path, a PIL image, an array, a
+    tensor. Raises InputError for anything else, naming the file if it is one."""
+    if not isinstance(image, str | Path | Image.Image | np.ndarray | torch.Tensor):
+        raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
+    if isinstance(image, str | Path):
+        small, whole = read_image(image, size), read_image(image)
+    else:
+        small, whole = to_rgb(image, size), to_rgb(image)
+    return small, whole.shape[:2]
+
+
 def marked(mask: Image.Image) -> np.ndarray:
     """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
     labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""
     black = 127 if mask.format == "JPEG" else 0
-    mask = ImageOps.exif_transpose(mask)
+    mask = turned(mask)
     if mask.mode == "F" or mask.mode.startswith("I"):
         return np.asarray(mask) > 0
     bands = np.asarray(mask.convert("RGBA"))

@@ -29,13 +29,15 @@ def pixel_metrics(maps: np.ndarray, masks: np.ndarray) -> dict[str, float | None
     it. For AUROC all weigh alike; for AUPRO 1 / (area of the region), so that regions do (MVTec AD, IJCV 2021)."""
     if masks.all() or not masks.any():
         return dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"))
-    normal = np.sort(maps[~masks])
-    defective = maps[masks]
-    # Shares of normal pixels above, and at or above, each defect pixel: they differ where pixels are tied.
+    normal = np.sort(maps[~masks])  # (pixels,)
+    defective = maps[masks]  # (D,), as are all arrays from here on
+    # Shares of normal pixels above, and at or above, each defect pixel: false-positive rates between which a falling
+    # threshold finds it. They differ where pixels are tied; the curve is then a straight line, as in ROC curves.
     start = 1 - np.searchsorted(normal, defective, side="right") / normal.size
     end = 1 - np.searchsorted(normal, defective, side="left") / normal.size
     found = defective.size - np.searchsorted(np.sort(defective), defective)  # defect pixels at or above each
-    # The area up to the limit under a line that rises from 0 at `start` to 1 at `end` and stays there.
+    # Each pixel's part of the area up to the limit, under a line that rises from 0 at `start` to 1 at `end` and stays
+    # there: a rectangle less half of the slope's box; or, where the limit cuts the slope, a triangle.
     rising = np.maximum(FPR_LIMIT - start, 0) ** 2 / np.maximum(2 * (end - start), 1e-12)
     areas = np.where(end <= FPR_LIMIT, FPR_LIMIT - (start + end) / 2, rising)
     return {

@@ -22,8 +22,8 @@ def flag_of(name: str) -> str:
 
 
 def is_given(value: object) -> bool:
-    """Whether an option stands on the command line; all that may have no effect default to None or False."""
-    return value is not None and value is not False
+    """Whether an option stands on the command line: all that may have no effect default to None."""
+    return value is not None
 
 
 def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:

@@ -18,8 +18,9 @@ Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray], tuple]
 class Pairs(Dataset):
     """Batches of x+, and of x- for half of them (twice as many teach no more), for each process its part.
 
-    What is painted on an image depends on seed, epoch and image alone, whatever the processes and the order. Small
-    sets are repeated, to about `images_per_epoch`. Decoded images are kept in memory, up to CACHE_BYTES."""
+    Small sets are repeated, to about `images_per_epoch`: index i stands for file i modulo their number. What is painted
+    depends on seed, epoch and index alone, whatever the processes and the order. Decoded images are kept in memory with
+    half the bits, up to CACHE_BYTES; the others are read anew each time."""
 
     def __init__(
         self,
@@ -64,6 +65,9 @@ class Pairs(Dataset):
     def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
         (B + A, size, size, 3) float32, and the masks, (A, size, size, 1) float32.
+
+        Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
+        batch, so that each process makes one. Every process gets at least one image and one x-.
 
         Arrays, not tensors: what a loader's worker hands over as a tensor goes through shared memory, of which a
         container has 64 MB, less than a few batches."""

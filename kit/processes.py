@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number `rank` of `count`; the first one prints and writes, for all of them.
+    """This process, number `rank` of `count` that share a run; the first one prints and writes, for all of them.
     `local_rank` and `local_count` count those of this machine."""
 
     rank: int = 0
@@ -23,8 +23,12 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    def alone(self) -> "Processes":
+        """For a run that this process does by itself, whatever the others on its machine do."""
+        return replace(self, rank=0, count=1)
 
-ALONE = Processes()  # of a run that a process does by itself, whatever the others do
+
+ALONE = Processes()
 
 
 def join_processes() -> Processes:

@@ -1,5 +1,6 @@
 """The run folder: which checkpoint in it counts, and what a new run may write over."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from kit.options import is_inside
 
 MODEL = "model.pt"  # of a finished run
 STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
-MEASURED = ("metrics.json", "sheet.png", "histogram.png", "pictures", "tests")  # by evaluate.py
-TRAINED = (MODEL, "log.csv", "loss.png", "projection.png", "curve.png", "curve.json")
+MEASURED = ("metrics.json", "sheet.png", "histogram.png", "pictures", "tests", "curve.png", "curve.json")
+TRAINED = (MODEL, "log.csv", "loss.png", "projection.png")  # the last one: what the autoencoder draws of itself
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -52,7 +53,7 @@ def remove(out: Path, names: tuple[str, ...]) -> None:
 def remove_stale(out: Path) -> None:
     """Remove what an earlier run left in `out`, once a new one has begun there."""
     remove(out, TRAINED + MEASURED)
-    for path in out.glob("epoch_*.pt"):
+    for path in kept_epochs(out):
         path.unlink()
 
 
@@ -65,6 +66,8 @@ def epoch_of(path: Path) -> int:
     return int(path.stem.removeprefix("epoch_"))
 
 
-def epoch_files(run: Path) -> list[Path]:
-    """All kept epochs of a run, or of the runs in a folder, by run and epoch."""
-    return sorted(run.glob("**/epoch_[0-9]*.pt"), key=lambda path: (path.parent, epoch_of(path)))
+def kept_epochs(out: Path, subfolders: bool = False) -> list[Path]:
+    """The epochs that were kept in a run's folder, or in those of all runs below it, by run and epoch."""
+    found = out.glob("**/*.pt" if subfolders else "*.pt")
+    kept = [path for path in found if re.fullmatch(r"epoch_\d+", path.stem)]
+    return sorted(kept, key=lambda path: (path.parent, epoch_of(path)))

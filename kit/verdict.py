@@ -61,7 +61,7 @@ def threshold(values: np.ndarray, rate: float) -> tuple[float, bool]:
     energies = -np.log1p(-values.clip(max=0.999))
     t = stats.t.ppf(1 - rate, n - 1)
     bound = energies.mean() + t * np.sqrt(1 + 1 / n) * energies.std(ddof=1)
-    highest_possible = 7  # in energy: below 1 as a value, so that something can still be flagged
+    highest_possible = 7  # 0.999 as a value: a score of 1 can still be above it
     return float(max(values[0], -np.expm1(-min(bound, highest_possible)))), True
 
 

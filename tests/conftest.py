@@ -1,3 +1,6 @@
+from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+
+# isort: split
 import shutil
 from pathlib import Path
 

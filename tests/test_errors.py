@@ -42,7 +42,7 @@ def test_bad_input_is_one_line_in_a_real_process(tmp_path):
 
 
 def test_options():
-    args = argparse.Namespace(keep_epochs=False, lr=None, size=0)
+    args = argparse.Namespace(keep_epochs=None, lr=None, size=0)
     refuse_without_effect(args, ["keep_epochs", "lr"], "here")
     with pytest.raises(InputError, match="--keep-epochs has no effect here"):
         refuse_without_effect(argparse.Namespace(keep_epochs=True), ["keep_epochs"], "here")

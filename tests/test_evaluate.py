@@ -29,7 +29,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     call(evaluate.main, run)
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == [
-        *("category", "data", "method", "backbone", "size", "seed", "epochs"),
+        *("checkpoint", "category", "data", "method", "backbone", "size", "seed", "epochs"),
         *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"),
         *("false_alarm", "threshold", "recall", "precision", "false_alarms"),
     ]
@@ -64,6 +64,13 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     metrics = json.loads((run / "tests" / "data" / "metrics.json").read_text())
     assert metrics["aupro"] is None and metrics["pixel_auroc"] is None and metrics["image_auroc"] >= 0.9
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
+
+
+def test_figures_of_another_checkpoint_stay_apart(run, category):
+    shutil.copy(run / "model.pt", run / "epoch_02.pt")
+    call(evaluate.main, run / "epoch_02.pt")
+    assert json.loads((run / "tests" / "epoch_02" / "metrics.json").read_text())["checkpoint"] == "epoch_02.pt"
+    assert not (run / "metrics.json").exists()
 
 
 # ---------------------------------------------------------------- new images
@@ -135,7 +142,9 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     whole = (out / "scores.csv").read_text()
     assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
     assert sorted(p.suffix for p in out.iterdir()) == [".csv", *[".png"] * 4]
-    (out / "scores.csv").write_text("rubbish\n")  # not of an interrupted call: nothing of it stays
+    call(evaluate.main, run, "--images", category / "test" / "crack" / "000.png", "--out", out)  # another call
+    assert list(rows_of(out)) == ["000.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["000.png.png", "scores.csv"]  # no picture without a row
     call(evaluate.main, run, "--images", images, "--out", out)
     assert (out / "scores.csv").read_text() == whole
 
@@ -185,6 +194,8 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
     images = category / "test" / "chip"
     cases = [
         ([run, "--images", tmp_path / "empty"], ["--images", "empty"]),
+        ([run, "--images", tmp_path / "typo.jpg"], ["typo.jpg", "no such file"]),
+        ([run, "--data", category, "--out", category / "test" / "out"], ["--out", "images are read"]),
         ([run, "--images", tmp_path / "junk.pt", "--out", tmp_path / "out"], ["junk.pt"]),
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),

@@ -32,6 +32,11 @@ def test_exif_rotation_is_applied(tmp_path):
     assert read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
 
 
+def test_malformed_exif_data_hold_no_rotation_and_do_no_harm(tmp_path):
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "odd.jpg", dpi=(72, 72), exif=b"Exif\x00\x00broken data")
+    assert read_image(tmp_path / "odd.jpg").shape == (40, 60, 3)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new(mode, (40, 33)).save(tmp_path / "mode.tif")
@@ -91,6 +96,7 @@ def test_arrays_and_tensors_of_all_kinds_agree():
     deep = bytes_.astype(np.uint16) * 257
     for image in (bytes_, floats, floats.astype(np.float64), deep, *map(to_chw, (bytes_, floats))):
         assert np.allclose(to_rgb(image, 32), expected, atol=1e-6)
+    assert np.allclose(to_rgb(to_chw(floats).bfloat16(), 32), expected, atol=0.01)
     grey = bytes_[..., 0]
     expected = to_rgb(Image.fromarray(grey))
     for image in (grey, grey[..., None], torch.from_numpy(grey)[None]):
@@ -110,6 +116,7 @@ def to_chw(image: np.ndarray) -> torch.Tensor:
         (torch.zeros(40, 40, 3), "shape"),
         (torch.zeros(1, 3, 40, 40), "shape"),
         (torch.zeros(40, 40), "shape"),
+        (np.zeros((0, 40, 3), np.uint8), "shape"),
         (np.zeros((20, 40, 3), np.uint8), "40x20"),
     ],
 )

@@ -64,6 +64,7 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
 
     loader = train.make_loader(make_pairs(category), batch=8)
     assert loader.num_workers > 0
+    loader.timeout = 30  # a worker that cannot send says nothing
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
     images, masks = next(iter(loader))

@@ -165,6 +165,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
     # Figures of another threshold, or of other images, do not slip into the table.
     call(evaluate.main, out / "nut" / "seed0", "--false-alarm", 0.5)
     call(evaluate.main, out / "nut" / "seed1", "--data", tmp_path / "all" / "bolt")
+    call(evaluate.main, out / "bolt" / "seed1" / "epoch_01.pt")
     call(train.main, *command, "--resume")
     again = json.loads((out / "results.json").read_text())
     times = {"ms_per_image": 0}
@@ -220,6 +221,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["log.csv", "loss.png", "model.pt"]
     call(train.main, *arguments("parts", "--resume"))
     assert "finished already" in capsys.readouterr().out
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["another epochs (4)"])
 
 
 def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_path):
@@ -300,8 +302,10 @@ def test_bad_training_input(category, tmp_path, capsys):
     attempt("--data", category, "--weights", tmp_path / "other.pth", words=["other.pth", "fit"])
     attempt("--data", category, *LITE, "--textures", tmp_path / "empty", words=["--textures"])
     refuse(train.main, capsys, *QUICK, "--out", tmp_path / "weights.pth", words=["weights.pth"])
-    good = category / "train" / "good"
-    refuse(train.main, capsys, "--data", category, *LITE, "--out", good / "run", words=["--out", "images are read"])
+    for part in ("train/good/run", "test/run"):
+        refuse(
+            train.main, capsys, "--data", category, *LITE, "--out", category / part, words=["--out", "images are read"]
+        )
     for flag, value in (("--epochs", 0), ("--seeds", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"),
                         ("--contrast", "x"), ("--kernels", 2), ("--seed", -1), ("--lr", 0)):  # fmt: skip
         attempt("--data", category, *LITE, flag, value, words=[flag])
