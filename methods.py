@@ -7,17 +7,18 @@ from torch import nn
 
 import autoencoder
 import clflow
+import nearest
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError
 
 
 @dataclass(frozen=True)
 class Method:
-    """A detector and the losses that train it; the `defaults` of its options, of which train.py refuses all others; and
-    what differs for the demo, which is small and has no weights but pip's."""
+    """A detector and the losses that train it, if anything is trained; the `defaults` of its options, of which train.py
+    refuses all others; and what differs for the demo, which is small and has no weights but pip's."""
 
     detector: type[Detector]
-    losses: type[nn.Module]
+    losses: type[nn.Module] | None
     defaults: dict[str, object]
     demo_defaults: dict[str, object]
 
@@ -31,6 +32,7 @@ METHODS = {
             "epochs": 12,
             "batch": 8,
             "lr": 2e-3,
+            "textures": None,
             "backbone": "resnet18",
             "weights": None,
             "steps": 4,
@@ -44,10 +46,16 @@ METHODS = {
         },
         demo_defaults={"backbone": "efficientnet_lite0"},
     ),
+    "patchcore": Method(
+        detector=nearest.Nearest,
+        losses=None,
+        defaults={"size": 320, "backbone": "resnet18", "weights": None, "bank": 4000, "local": True},
+        demo_defaults={"backbone": "efficientnet_lite0"},
+    ),
     "autoencoder": Method(
         detector=autoencoder.Autoencoder,
         losses=autoencoder.Losses,
-        defaults={"size": 256, "epochs": 50, "batch": 8, "lr": 2e-3},
+        defaults={"size": 256, "epochs": 50, "batch": 8, "lr": 2e-3, "textures": None},
         demo_defaults={"size": 128, "epochs": 15, "lr": 5e-3},
     ),
 }

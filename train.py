@@ -222,15 +222,30 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
         torch.manual_seed(run.settings["seed"])
         model = method.detector(run.settings).eval()
     model.to(args.device)
-    losses = method.losses(model)
     held_out, trained_on = split(run.files, run.settings["seed"])
     print(f"reading {len(run.files)} images, of which {len(held_out)} are held out", flush=True)
     if not progress:
         model.prepare(data.batches(trained_on, model.size), args.weights)
+    if method.losses is None:
+        finish_untrained(model, held_out, run)
+        return
+    losses = method.losses(model)
     pairs = Pairs(
         trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
     )
     fit(model, losses, pairs, held_out, run, progress, args.keep_epochs, processes)
+    print_finished(run)
+
+
+def finish_untrained(model: Detector, held_out: list[Path], run: Run) -> None:
+    """Calibrate and write a model that `prepare` has completed, since there is nothing to train."""
+    model.calibrate(data.batches(held_out, model.size))
+    runs.remove_stale(run.out)
+    write_atomically(run.out / runs.MODEL, model.save)
+    print_finished(run)
+
+
+def print_finished(run: Run) -> None:
     print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
@@ -254,7 +269,6 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             settings = {
                 "method": args.method,
                 **options,
-                "textures": str(args.textures.resolve()) if args.textures else None,
                 "seed": seed,
                 "data": str(category.resolve()),
                 "category": category.resolve().name,
@@ -338,7 +352,12 @@ def option_parser() -> Parser:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
-    add("--method", choices=METHODS, default="clflow", help="autoencoder: the other detector, in autoencoder.py")
+    add(
+        "--method",
+        choices=METHODS,
+        default="clflow",
+        help="patchcore: nearest.py; autoencoder: autoencoder.py (clflow)",
+    )
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
     add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
     add("--epochs", type=int, help=default_text("epochs"))
@@ -356,10 +375,15 @@ def option_parser() -> Parser:
     )
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
-    add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
+    add = parser.add_argument_group("CL-Flow and PatchCore").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", choices=BACKBONES, metavar="NAME", help=default_text("backbone", backbones))
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
+    add = parser.add_argument_group("PatchCore").add_argument
+    add("--bank", type=int, help=default_text("bank", "feature vectors to keep"))
+    local = "divide distances by the bank's spacing there"
+    add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
+    add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
     add("--steps", type=int, help=default_text("steps", "flow steps per scale"))
     odd = range(1, 16, 2)
     add("--kernels", type=int, nargs="+", choices=odd, help=default_text("kernels", "sizes, alternate over the steps"))
@@ -391,6 +415,7 @@ RANGES = {
     "size": (64, 4096),
     "batch": (1, 4096),
     "lr": (1e-9, 1),
+    "bank": (10, 100_000),
     "steps": (1, 64),
     "temperature": (1e-3, 1e3),
     "smoothing": (0, 0.9),
@@ -422,6 +447,10 @@ def method_options(args: argparse.Namespace) -> dict:
     if not classifies and not contrasts:
         refuse_without_effect(args, ["temperature"], "without both proxy tasks")
     options.pop("weights", None)  # not what is learnt, but where it lies
+    if args.textures:
+        options["textures"] = str(args.textures.resolve())
+    if method.losses is None:
+        refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
     return options
 
 

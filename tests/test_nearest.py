@@ -1,0 +1,126 @@
+"""The nearest neighbour: distances, coreset and spacing against loops; the same scripts."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import LITE, call, refuse
+from scipy.spatial import distance
+
+import evaluate
+import nearest
+import train
+from kit import data
+from methods import load
+
+RNG = np.random.default_rng(0)
+
+
+def test_distances_are_those_of_scipy_nearest_first():
+    rows, bank = torch.from_numpy(RNG.random((50, 7))), torch.from_numpy(RNG.random((20, 7)))
+    found, index = nearest.nearest(rows, bank, 3)
+    expected = distance.cdist(rows, bank)
+    assert np.allclose(found, np.sort(expected, axis=1)[:, :3], atol=1e-6)
+    assert np.array_equal(index, np.argsort(expected, axis=1)[:, :3])
+
+
+def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch):
+    """Random directions keep the order of distances mostly; here they are replaced by the rows' own dimensions."""
+    monkeypatch.setattr(nearest, "SKETCH", 4)
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator: 2 * torch.eye(4))  # 2 is the root of SKETCH
+    rows = torch.from_numpy(RNG.random((40, 4), dtype=np.float32))
+    chosen = [0]
+    for _ in range(7):
+        to_chosen = [min(float((row - rows[c]).norm()) for c in chosen) for row in rows]
+        chosen.append(int(np.argmax(to_chosen)))
+    assert nearest.covering(rows, 8, torch.Generator()).tolist() == chosen
+
+
+def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
+    rows = torch.cat((torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)), 20 + torch.zeros(1, 16)))
+    assert 5000 in nearest.covering(rows, 20, torch.Generator().manual_seed(0)).tolist()
+
+
+class Features(torch.nn.Module):
+    """A backbone whose features are given."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.given = features
+
+    def channels(self):
+        return [1, 2, 1]
+
+    def load_imagenet(self, weights):
+        self.weights = weights
+
+    def forward(self, images):
+        return self.given
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_energies_by_hand(monkeypatch, local):
+    """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
+    monkeypatch.setattr(nearest, "Backbone", lambda name: Features(None))
+    settings = {"backbone": "given", "size": 16, "images": 3, "held_out": 1, "bank": 3, "local": local, "method": "x"}
+    model = nearest.Nearest(settings)
+    model.bank.copy_(torch.tensor([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]]))
+    model.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
+    x = torch.tensor([[1.0, 0, 0], [10, 0, 4], [31, 0, 0], [4, 0, 0]])
+    monkeypatch.setattr(model, "features", lambda images: x.T.reshape(1, 3, 2, 2))
+    (e,) = model.energies(torch.empty(1, 3, 16, 16))
+    expected = [1 / 1, 4 / 2, 1 / 6, 4 / 1] if local else [1 / 3, 4 / 3, 1 / 3, 4 / 3]
+    assert e.flatten().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_features_join_two_strides_position_by_position():
+    """The coarse map is averaged, then laid over the fine one."""
+    fine, coarse = torch.rand(1, 2, 4, 4), torch.rand(1, 1, 2, 2)
+    given = Features([torch.rand(1, 1, 8, 8), fine, coarse])
+    settings = {"backbone": "resnet18", "size": 32, "images": 3, "held_out": 1, "bank": 3, "local": True, "seed": 0}
+    model = nearest.Nearest(settings)
+    model.backbone = given
+    x = model.features(torch.empty(1, 3, 32, 32))
+    assert x.shape == (1, 3, 4, 4)
+    neighbours = [fine[0, 1, i, j] for i, j in itertools.product((0, 1), (0, 1))]  # of the corner: four, not nine
+    assert x[0, 1, 0, 0].item() == pytest.approx(float(np.mean(neighbours)), abs=1e-5)
+    assert x[0, 2].mean().item() == pytest.approx(coarse.mean().item(), abs=1e-5)  # 2x2, all averaged to their mean
+
+
+@pytest.fixture(scope="module")
+def bank_run(category, tmp_path_factory):
+    out = tmp_path_factory.mktemp("nearest")
+    call(train.main, "--data", category, "--out", out, "--method", "patchcore", *LITE, "--size", 128, "--bank", 500)
+    return out
+
+
+def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
+    model = load(bank_run / "model.pt")
+    assert model.bank.shape == (500, 40 + 112)
+    between = np.sort(distance.cdist(model.bank, model.bank), axis=1)
+    assert np.allclose(between[:, 1:6].mean(axis=1), model.spacing, rtol=1e-3)
+
+
+def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
+    assert sorted(p.name for p in bank_run.iterdir()) == ["model.pt"]
+    call(evaluate.main, bank_run)
+    metrics = json.loads((bank_run / "metrics.json").read_text())
+    assert metrics["method"] == "patchcore" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
+    call(evaluate.main, bank_run, "--export", tmp_path / "model.pt2")
+    images = data.read_batch(data.list_images(category / "test" / "chip")[:3], 128)
+    model = load(bank_run / "model.pt")
+    model.full_precision = True
+    with torch.no_grad():
+        exported = torch.export.load(tmp_path / "model.pt2").module()(images)
+        for ours, theirs in zip(model(images), exported, strict=True):
+            assert ours.std() > 1e-3 and (ours - theirs).abs().max() < 1e-3
+
+
+def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, capsys):
+    command = ["--data", category, "--out", tmp_path / "out", "--method", "patchcore"]
+    for flag, value in (("--epochs", 3), ("--lr", 0.1), ("--batch", 4), ("--contrast", "energy"), ("--textures", "x")):
+        refuse(train.main, capsys, *command, flag, value, words=[flag, "--method patchcore"])
+    refuse(train.main, capsys, *command, "--keep-epochs", words=["--keep-epochs", "--method patchcore"])
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--bank", 3, words=["--bank", "clflow"])
