@@ -95,7 +95,7 @@ def test_verdict_tells_where_the_defect_is_in_the_images_own_pixels(model, chip)
     truth = mask_of(chip)
     x0, y0, x1, y1 = verdict.regions[0].box
     assert truth[y0:y1, x0:x1].sum() > 0.5 * truth.sum() and (x1 - x0) * (y1 - y0) < 100**2
-    assert np.corrcoef(verdict.heat.ravel(), ndimage.gaussian_filter(truth.astype(float), 6).ravel())[0, 1] > 0.3
+    assert np.corrcoef(verdict.heat.ravel(), ndimage.gaussian_filter(truth.astype(float), 6).ravel())[0, 1] > 0.2
     turned = Image.new("RGB", (300, 90))
     turned.getexif()[0x0112] = 6
     assert model.inspect(turned).heat.shape == (300, 90)
