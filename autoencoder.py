@@ -13,7 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data, draw
-from kit.detector import Detector, read_checkpoint
+from kit.detector import Detector, read_checkpoint, smoothed
 from kit.errors import InputError, run_script
 from kit.images import read_image
 from kit.options import Parser
@@ -100,12 +100,10 @@ class Autoencoder(Detector):
     def energies(self, images: Tensor) -> list[Tensor]:
         """[E], E (B, size / 4, size / 4)."""
         x = images.to(self.device)
-        sigma = self.size / 128
-        kernel = 2 * round(3 * sigma) + 1
-        moved = gaussian_blur(self.project(x) - x, [kernel, kernel], [sigma, sigma])
+        moved = smoothed(self.project(x) - x, self.size)
         # At a quarter of the size the same filter, G2, is G8.
         moved = F.avg_pool2d(moved.square().mean(dim=1, keepdim=True), 4)
-        gathered = gaussian_blur(moved, [kernel, kernel], [sigma, sigma])[:, 0]
+        gathered = smoothed(moved, self.size)[:, 0]
         return [gathered / (2 * self.SIGMA**2)]
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows import Flow2D
-from kit.backbone import Backbone
+from kit.backbone import Backbone, as_rows, averaged
 from kit.detector import Detector
 
 WHITENING_BATCHES = 8  # of eight images each, at most: what the whitening is fitted on
@@ -66,11 +66,10 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> list[Tensor]:
-        """(B, C, h, w) a scale, each feature averaged with its neighbours, as in PatchCore: single ones are noisy."""
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
+        """(B, C, h, w) a scale, each feature averaged with its neighbours."""
         with self.autocast():
-            maps = self.backbone(images)
-        return [F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False) for x in maps]
+            maps = self.backbone(images.to(self.device))
+        return [averaged(x) for x in maps]
 
     def latents(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Latents z and log-determinants, a pair for each scale."""
@@ -94,8 +93,7 @@ class CLFlow(Detector):
         self.backbone.load_imagenet(weights)
         batches = [self.features(batch) for batch in itertools.islice(images, WHITENING_BATCHES)]
         for scale, norm in enumerate(self.norms):
-            rows = [features[scale].permute(0, 2, 3, 1).flatten(0, 2) for features in batches]
-            norm.fit(torch.cat(rows))
+            norm.fit(torch.cat([as_rows(features[scale]) for features in batches]))
 
 
 # ---------------------------------------------------------------- which positions a loss sees

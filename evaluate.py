@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from kit import data, draw, metrics, runs
-from kit.detector import FALSE_ALARM, Detector, read_checkpoint
+from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
 from kit.files import FORMULA_GUARD, GrowingTable, first_cells, plain_cell, write_atomically, write_text
 from kit.images import read_image, read_mask
-from kit.options import Parser, flag_of, is_given, is_inside, pick_device, refuse_without_effect
+from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
 from kit.verdict import Thresholds, Verdict
 from methods import load
@@ -85,14 +85,19 @@ def measure(judged: Judged) -> dict[str, float | None]:
 def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
     tests = data.labelled_images(category)
-    if not skip_bad:
-        return tests
-    good, complaints = data.readable([test.path for test in tests])
-    print_skipped(complaints, len(tests))
-    usable = set(good)
-    if not usable:
+    good = set(usable([test.path for test in tests], skip_bad))
+    if not good:
         raise InputError(f"--data {category}: not one of its test images can be read")
-    return [test for test in tests if test.path in usable]
+    return [test for test in tests if test.path in good]
+
+
+def usable(files: list[Path], skip_bad: bool) -> list[Path]:
+    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
+    if not skip_bad:
+        return files
+    good, complaints = data.readable(files)
+    print_skipped(complaints, len(files))
+    return good
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
@@ -101,21 +106,20 @@ def print_skipped(complaints: list[str], images: int) -> None:
 
 
 def report(
+    model: Detector,
     checkpoint: Path,
     category: Path,
     out: Path,
     false_alarm: float,
     skip_bad: bool,
-    device: str,
     processes: Processes,
 ) -> None:
-    """Measure a checkpoint on a category's test images; metrics.json, sheet.png, histogram.png, pictures/ in `out`."""
-    model = load(checkpoint, device)
+    """Measure the `model` of a checkpoint on a category's test images; `out` gets metrics.json, sheet.png,
+    histogram.png and pictures/."""
     judged = judge_tests(model, readable_tests(category, skip_bad), processes)
     if not processes.first:
         return  # its part is done
-    limits = model.thresholds(false_alarm)
-    print_extrapolation(model, false_alarm)
+    limits = thresholds_with_warning(model, false_alarm)
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
     found = {
@@ -132,7 +136,7 @@ def report(
     }
     for name, value in found.items():
         print(f"{name:14} {as_text(value)}")
-    draw_tests(model, judged, out, false_alarm)
+    draw_tests(model, judged, out, limits)
     draw.save_picture(out / "histogram.png", draw.score_histogram(judged.labels, judged.scores, limits.score))
     write_text(out / "metrics.json", json.dumps(found, indent=2) + "\n")
     print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(judged.tests)} pictures into {out}")
@@ -144,16 +148,18 @@ def as_text(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def print_extrapolation(model: Detector, false_alarm: float) -> None:
-    if model.thresholds(false_alarm).extrapolated:
+def thresholds_with_warning(model: Detector, false_alarm: float) -> Thresholds:
+    """The model's thresholds; a line says so if there were too few good images for them."""
+    limits = model.thresholds(false_alarm)
+    if limits.extrapolated:
         images = model.normal.shape[1]
         print(f"--false-alarm {false_alarm} is finer than {images} held-out good images support: extrapolated")
+    return limits
 
 
-def draw_tests(model: Detector, judged: Judged, out: Path, false_alarm: float) -> None:
+def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds) -> None:
     """pictures/<kind>/<file>.png of every test image, and sheet.png: missed defects and false alarms first, then the
     closest calls. Pictures of an earlier evaluation are removed."""
-    limits = model.thresholds(false_alarm)
     runs.remove(out, ("pictures",))
     wrong_by = np.where(judged.labels, limits.score - judged.scores, judged.scores - limits.score)
     rows = []
@@ -209,8 +215,7 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
     files = new_images(images, out)
     root = images if images.is_dir() else images.parent
-    print_extrapolation(model, false_alarm)
-    limits = model.thresholds(false_alarm)
+    limits = thresholds_with_warning(model, false_alarm)
     call = {"checkpoint": checkpoint_key(checkpoint), "images": str(images.resolve()), "false_alarm": false_alarm}
     table = open_scores(out, call)
     todo = [path for path in files if plain_cell(name_below(root, path)) not in table.keys]
@@ -238,8 +243,7 @@ def new_images(images: Path, out: Path) -> list[Path]:
         raise InputError(f"--images {images}: no such file or folder")
     if not images.is_dir():
         return [images]
-    if is_inside(out, images):
-        raise InputError(f"--out {out}: lies in {images}, whose images are read; give a folder outside")
+    refuse_inside(out, images)
     files = data.list_images(images, subfolders=True)
     if not files:
         raise InputError(f"--images {images}: no images there")
@@ -378,17 +382,16 @@ def main(arguments: list[str] | None = None) -> None:
         return None
     if checkpoint.name == runs.STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
+    model = load(checkpoint, device)
     if args.images:
         if processes.first:
-            model = load(checkpoint, device)
             judge_new(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm, args.skip_bad)
         return None
-    own_data = Path(read_checkpoint(checkpoint)["settings"]["data"])
+    own_data = Path(model.settings["data"])
     category = args.data or own_data
     out = args.out or results_folder(checkpoint, category, own_data)
-    if is_inside(out, category / "test"):
-        raise InputError(f"--out {out}: lies in {category / 'test'}, whose images are read; give a folder outside")
-    report(checkpoint, category, out, false_alarm, args.skip_bad, device, processes)
+    refuse_inside(out, category / "test")
+    report(model, checkpoint, category, out, false_alarm, args.skip_bad, processes)
     return None
 
 

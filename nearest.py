@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.backbone import Backbone
+from kit.backbone import Backbone, as_rows, averaged
 from kit.detector import Detector
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
@@ -42,11 +42,10 @@ class Nearest(Detector):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """(B, C, h, w): strides 8 and 16, each averaged with its neighbours, joined at stride 8."""
-        images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            _, fine, coarse = self.backbone(images)
-        fine, coarse = average(fine.float()), average(coarse.float())
-        coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear")
+            _, fine, coarse = self.backbone(images.to(self.device))
+        fine = averaged(fine)
+        coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
         return torch.cat((fine, coarse), dim=1)
 
     @torch.no_grad()
@@ -77,16 +76,6 @@ class Nearest(Detector):
         parts = [nearest(part, self.bank, 1 + NEIGHBOURS)[0] for part in self.bank.split(CHUNK)]
         spacing = torch.cat(parts)[:, 1:].mean(dim=1)  # without the nearest one, which is the vector itself
         self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
-
-
-def average(x: Tensor) -> Tensor:
-    """Each feature averaged with its neighbours, 3x3."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B h w, C)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:

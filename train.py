@@ -28,7 +28,7 @@ from kit.options import Parser, check_range, is_given, pick_device, refuse_witho
 from kit.pairs import Pairs
 from kit.processes import ALONE, Processes, join_processes, keep_freed_memory
 from kit.table import results_table
-from methods import METHODS
+from methods import METHODS, load
 from synth import synthesize
 
 
@@ -90,6 +90,20 @@ def make_loader(pairs: Pairs, batch: int) -> DataLoader:
     )
 
 
+def make_optimizer(
+    losses: nn.Module, settings: dict, steps_per_epoch: int, progress: dict | None
+) -> tuple[optim.Optimizer, optim.lr_scheduler.LRScheduler]:
+    """Adam and one cycle of its learning rate over all epochs, where a stopped training left them."""
+    parameters = [p for p in losses.parameters() if p.requires_grad]
+    optimizer = optim.Adam(parameters, settings["lr"], weight_decay=losses.WEIGHT_DECAY)
+    steps = settings["epochs"] * steps_per_epoch
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, settings["lr"], steps, pct_start=0.11)
+    if progress:
+        optimizer.load_state_dict(progress["optimizer"])
+        schedule.load_state_dict(progress["schedule"])
+    return optimizer, schedule
+
+
 def fit(
     model: Detector,
     losses: nn.Module,
@@ -106,15 +120,8 @@ def fit(
     anything of an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
     settings = run.settings
     loader = make_loader(pairs, settings["batch"])
-    parameters = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = optim.Adam(parameters, settings["lr"], weight_decay=losses.WEIGHT_DECAY)
-    steps = settings["epochs"] * len(loader)
-    schedule = optim.lr_scheduler.OneCycleLR(optimizer, settings["lr"], steps, pct_start=0.11)
-    log = []
-    if progress:
-        log = progress["log"]
-        optimizer.load_state_dict(progress["optimizer"])
-        schedule.load_state_dict(progress["schedule"])
+    optimizer, schedule = make_optimizer(losses, settings, len(loader), progress)
+    log = progress["log"] if progress else []
     if processes.count > 1:
         losses = nn.parallel.DistributedDataParallel(losses)
 
@@ -228,13 +235,13 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
         model.prepare(data.batches(trained_on, model.size), args.weights)
     if method.losses is None:
         finish_untrained(model, held_out, run)
-        return
-    losses = method.losses(model)
-    pairs = Pairs(
-        trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
-    )
-    fit(model, losses, pairs, held_out, run, progress, args.keep_epochs, processes)
-    print_finished(run)
+    else:
+        losses = method.losses(model)
+        pairs = Pairs(
+            trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
+        )
+        fit(model, losses, pairs, held_out, run, progress, args.keep_epochs, processes)
+    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
 def finish_untrained(model: Detector, held_out: list[Path], run: Run) -> None:
@@ -242,11 +249,6 @@ def finish_untrained(model: Detector, held_out: list[Path], run: Run) -> None:
     model.calibrate(data.batches(held_out, model.size))
     runs.remove_stale(run.out)
     write_atomically(run.out / runs.MODEL, model.save)
-    print_finished(run)
-
-
-def print_finished(run: Run) -> None:
-    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
 # ---------------------------------------------------------------- all runs
@@ -260,7 +262,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
             read_folders.append(args.textures)
-        files = usable(data.list_images(folder), args.skip_bad)
+        files = evaluate.usable(data.list_images(folder), args.skip_bad)
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
@@ -277,16 +279,6 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             }
             planned.append(Run(category, files, settings, target))
     return planned
-
-
-def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with --skip-bad less those that cannot be read, which are named and counted."""
-    if not skip_bad:
-        return files
-    good, complaints = data.readable(files)
-    for count, complaint in enumerate(complaints, start=1):
-        print(f"skipped {count} of {len(files)} images: {complaint}")
-    return good
 
 
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:
@@ -330,7 +322,9 @@ def measured(run: Run) -> dict | None:
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or it has been done."""
     if data.has_tests(run.category) and measured(run) is None:
-        evaluate.report(run.out / runs.MODEL, run.category, run.out, FALSE_ALARM, args.skip_bad, args.device, ALONE)
+        checkpoint = run.out / runs.MODEL
+        model = load(checkpoint, args.device)
+        evaluate.report(model, checkpoint, run.category, run.out, FALSE_ALARM, args.skip_bad, ALONE)
 
 
 def write_results(planned: list[Run], out: Path) -> None:
@@ -458,7 +452,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
         return []
-    found = usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
+    found = evaluate.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
     if not found:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     return found

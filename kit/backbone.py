@@ -91,6 +91,7 @@ class Backbone(nn.Module):
         return [features.shape[1] for features in self(torch.zeros(1, 3, 64, 64))]
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        images = images.contiguous(memory_format=torch.channels_last)
         if self.name == LITE0:
             x = (images * 255 - 127) / 128
         else:
@@ -128,6 +129,16 @@ class Backbone(nn.Module):
                 f"{file or 'download'}: no ImageNet weights for --backbone {self.name} ({error!r:.200}); give a "
                 f"state dict with --weights FILE, or use --backbone {LITE0}, whose come with pip"
             ) from error
+
+
+def averaged(x: Tensor) -> Tensor:
+    """Each feature averaged with its neighbours, 3x3, as in PatchCore: single ones are noisy."""
+    return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B h w, C): one feature for each position of each image."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -30,9 +30,14 @@ def anomaly_map(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
     for e, level in zip(energies, levels, strict=True):
         density = (level - e[:, None]).clamp(max=1).exp()
         maps.append(F.interpolate(1 - density, (size, size), mode="bilinear", antialias=True))
-    sigma = size / 128  # 2 pixels at 256
+    return smoothed(torch.stack(maps).mean(dim=0), size)[:, 0]
+
+
+def smoothed(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W), Gaussian-filtered with a standard deviation of size / 128: 2 pixels at 256."""
+    sigma = size / 128
     kernel = 2 * round(3 * sigma) + 1
-    return gaussian_blur(torch.stack(maps).mean(dim=0), [kernel, kernel], [sigma, sigma])[:, 0]
+    return gaussian_blur(x, [kernel, kernel], [sigma, sigma])
 
 
 def image_score(maps: Tensor) -> Tensor:

@@ -104,7 +104,11 @@ def load_image(path: Path | str) -> Image.Image:
 
 def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
     """`to_rgb` of an image file. Raises InputError, naming the file, if it cannot be decoded or is refused."""
-    image = load_image(path)
+    return named(path, load_image(path), size)
+
+
+def named(path: Path | str, image: Image.Image, size: int | None) -> np.ndarray:
+    """`to_rgb` of the decoded image of a file, which a refusal names."""
     try:
         return to_rgb(image, size)
     except (InputError, ValueError) as error:
@@ -117,7 +121,8 @@ def read_any(image: AnyImage, size: int) -> tuple[np.ndarray, tuple[int, int]]:
     if not isinstance(image, str | Path | Image.Image | np.ndarray | torch.Tensor):
         raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
     if isinstance(image, str | Path):
-        small, whole = read_image(image, size), read_image(image)
+        decoded = load_image(image)  # once: it is what takes long
+        small, whole = named(image, decoded, size), named(image, decoded, None)
     else:
         small, whole = to_rgb(image, size), to_rgb(image)
     return small, whole.shape[:2]

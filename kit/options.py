@@ -44,6 +44,12 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
+def refuse_inside(out: Path, folder: Path) -> None:
+    """Raises InputError if --out is a folder that is read, or lies in it: a later call would read what this wrote."""
+    if is_inside(out, folder):
+        raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside")
+
+
 def pick_device(name: str | None, local_rank: int) -> str:
     """The device called `name`; for None a GPU where there is one, each process of a machine its own.
     Raises InputError if it is not there."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kit.detector import read_checkpoint
 from kit.errors import InputError
-from kit.options import is_inside
+from kit.options import refuse_inside
 
 MODEL = "model.pt"  # of a finished run
 STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
@@ -25,8 +25,7 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
     """Raises InputError if training on category `data` may not write into `out`: if it lies in one of the folders
     that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder."""
     for folder in inputs:
-        if is_inside(out, folder):
-            raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside")
+        refuse_inside(out, folder)
     checkpoint = checkpoint_of(out)
     if not checkpoint.exists():
         return

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import evaluate
 from kit.errors import run_script
+from methods import load
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
@@ -35,6 +38,17 @@ def script(*arguments: object, **options) -> subprocess.CompletedProcess:
     """A real process."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float) -> None:
+    """The exported program gives the maps and scores of the run's own model in float32."""
+    call(evaluate.main, run, "--export", to)
+    model = load(run / "model.pt")
+    model.full_precision = True
+    with torch.no_grad():
+        exported = torch.export.load(to).module()(images)
+        for ours, theirs in zip(model(images), exported, strict=True):
+            assert ours.std() > 1e-3 and (ours - theirs).abs().max() < tolerance
 
 
 def mask_of(path: Path) -> np.ndarray:

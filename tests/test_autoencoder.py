@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, refuse
+from helpers import SMALL, call, check_export, refuse
 from PIL import Image
 from scipy import ndimage
 
@@ -132,14 +132,8 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["backbone"] is None and metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
-    call(evaluate.main, projecting_run, "--export", tmp_path / "model.pt2")
     images = data.read_batch(data.list_images(category / "test" / "good")[:3], 64)
-    model = load(projecting_run / "model.pt")
-    model.full_precision = True
-    with torch.no_grad():
-        exported = torch.export.load(tmp_path / "model.pt2").module()(images)
-        for ours, theirs in zip(model(images), exported, strict=True):
-            assert ours.std() > 1e-3 and (ours - theirs).abs().max() < 1e-4
+    check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(autoencoder.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call, refuse
+from helpers import LITE, call, check_export, refuse
 from scipy.spatial import distance
 
 import evaluate
@@ -108,14 +108,8 @@ def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
     call(evaluate.main, bank_run)
     metrics = json.loads((bank_run / "metrics.json").read_text())
     assert metrics["method"] == "patchcore" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
-    call(evaluate.main, bank_run, "--export", tmp_path / "model.pt2")
     images = data.read_batch(data.list_images(category / "test" / "chip")[:3], 128)
-    model = load(bank_run / "model.pt")
-    model.full_precision = True
-    with torch.no_grad():
-        exported = torch.export.load(tmp_path / "model.pt2").module()(images)
-        for ours, theirs in zip(model(images), exported, strict=True):
-            assert ours.std() > 1e-3 and (ours - theirs).abs().max() < 1e-3
+    check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 
 def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, capsys):
