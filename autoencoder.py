@@ -17,6 +17,7 @@ from kit.detector import Detector, read_checkpoint, smoothed
 from kit.errors import InputError, run_script
 from kit.images import read_image
 from kit.options import Parser
+from kit.pairs import PairFeed, Pairs
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -88,7 +89,7 @@ class Autoencoder(Detector):
     def __init__(self, settings: dict):
         if settings["size"] % 8:
             raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8")
-        super().__init__(settings, scales=1)
+        super().__init__(settings, experts=1)
         self.projection = Projection().to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
@@ -97,14 +98,13 @@ class Autoencoder(Detector):
             return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.no_grad()
-    def energies(self, images: Tensor) -> list[Tensor]:
-        """[E], E (B, size / 4, size / 4)."""
-        x = images.to(self.device)
-        moved = smoothed(self.project(x) - x, self.size)
+    def judge(self, code: Tensor) -> list[Tensor]:
+        """[1 - exp(-E)], (B, size / 4, size / 4), of images: bounded, so that no defect spills over."""
+        moved = smoothed(self.project(code) - code, self.size)
         # At a quarter of the size the same filter, G2, is G8.
         moved = F.avg_pool2d(moved.square().mean(dim=1, keepdim=True), 4)
         gathered = smoothed(moved, self.size)[:, 0]
-        return [gathered / (2 * self.SIGMA**2)]
+        return [-torch.expm1(gathered / (-2 * self.SIGMA**2))]
 
 
 # ---------------------------------------------------------------- corruptions and losses
@@ -143,7 +143,12 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
+    def feed(self, pairs: Pairs, batch: int, fresh: bool) -> PairFeed:
+        """Batches of images, painted while training goes on."""
+        return PairFeed(pairs, batch)
+
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        images, mask = images.to(self.model.device), mask.to(self.model.device)
         clean, painted = images[: len(mask)], images[-len(mask) :]
         corrupted, mask = bend(painted, mask)
         self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere

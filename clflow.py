@@ -1,207 +1,200 @@
-"""CL-Flow (arXiv 2311.06794), from top to bottom as the data flow: frozen features -> whitening -> one 2D flow a scale
--> energies, the exact likelihood, position by position -> three losses, trained in one stage.
+"""CL-Flow (arXiv 2311.06794), from top to bottom as the data flow: frozen features -> the local scale -> a flow, whose
+energy is the exact likelihood, and a classifier beside it -> three losses, trained in one stage.
 
-Shapes: images (B, 3, size, size) in [0, 1]; features x and latents z (B, C, h, w), log-determinants and energies
-(B, h, w), at each of three scales, strides 4, 8 and 16. In the losses the N = h w positions lie in one axis: (B, N)."""
+Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) at stride 8. A row is one position's feature: rows
+x (N, K), latents z (N, K), log-determinants and energies (N,). Training sees rows, drawn from all images at once."""
 
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows import Flow2D
-from kit.backbone import Backbone, as_rows, averaged
+from kit.backbone import Backbone, as_rows, joined
 from kit.detector import Detector
+from kit.pairs import Pairs
+from nearest import CANDIDATES, CHUNK, Prototypes, from_lines, lines, prototype_count, spread
 
-WHITENING_BATCHES = 8  # of eight images each, at most: what the whitening is fitted on
-POSITIONS = 128  # drawn from each image and kind, for the proxy tasks
-BOX_POSITIONS = 512  # in all, for the contrast by the cosine
+HIDDEN = 1024  # units of the classifier
+ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
+PAINTED = 800  # synthetic anomalies in all, however many good images there are
+STEPS_PER_EPOCH = 40
+NOISE = 2.0  # standard deviations
+UPPER = 0.05  # the share of the batch with the highest energies
 
 
-# ---------------------------------------------------------------- features -> z -> energy
+# ---------------------------------------------------------------- features -> rows -> energies
 
 
-class Whitening(nn.Conv2d):
-    """The norm before a flow: PCA whitening, fitted once on normal features. Never trained: that would lower the NLL
-    for free, as no log-determinant accounts for it. With it, the flow starts as a Mahalanobis distance."""
+class Whitening(nn.Linear):
+    """PCA whitening to the K strongest components: rows (N, C) -> (N, K). Fitted once on normal rows, never trained:
+    that would lower the NLL for free, as no log-determinant accounts for it. With it, the flow starts as a Mahalanobis
+    distance."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, kernel_size=1)
+    def __init__(self, channels: int, components: int):
+        super().__init__(channels, components)
         self.requires_grad_(False)
 
-    def fit(self, x: Tensor) -> None:
-        """x: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
-        x = x.to("cpu", torch.float64)  # not every device has it
-        variance, axes = torch.linalg.eigh(torch.cov(x.T))
-        matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T
-        self.weight.copy_(matrix[:, :, None, None])
-        self.bias.copy_(-matrix @ x.mean(dim=0))
+    def fit(self, rows: Tensor) -> None:
+        """rows: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
+        rows = rows.to("cpu", torch.float64)  # not every device has it
+        variance, axes = torch.linalg.eigh(torch.cov(rows.T))  # in ascending order
+        variance, axes = variance.flip(0), axes.flip(1)
+        matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T[: self.out_features]
+        self.weight.copy_(matrix)
+        self.bias.copy_(-matrix @ rows.mean(dim=0))
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
-    """E = 1/2 mean_c z^2 - log|det| / C: one position's term of the exact NLL per dimension, less 1/2 log 2 pi."""
+    """E = 1/2 mean_c z^2 - log|det| / K: one position's term of the exact NLL per dimension, less 1/2 log 2 pi."""
     return 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
 
 
 def tamed(e: Tensor) -> Tensor:
-    """E up to 1, 1 + log E above: on x- E knows no bounds, and few outliers would be all that clipped gradients see."""
+    """E up to 1, 1 + log E above: E knows no bounds on anomalies, and one position must not count like a thousand."""
     return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
+def classifier(components: int) -> nn.Sequential:
+    """Rows (N, K) -> (N, 1), the log-odds of being anomalous."""
+    return nn.Sequential(nn.Linear(components, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+
+
 class CLFlow(Detector):
-    """The detector: the flows' energies of a frozen backbone's features. What it inherits makes map, score and verdict
-    of them, and knows the device; `settings` are the options, by name."""
+    """The detector: two experts on the rows of a frozen backbone's features, the flow's energies and the classifier's
+    log-odds. What it inherits makes map, score and verdict of them, and knows the device; `settings` are the options,
+    by name."""
 
     def __init__(self, settings: dict):
         backbone = Backbone(settings["backbone"])
-        channels = backbone.channels()
-        super().__init__(settings, scales=len(channels))
+        channels = sum(backbone.channels()[1:])
+        components = channels // 2  # the strongest half of the directions: the others are noise
+        self.classifies: bool = settings["classification_weight"] > 0
+        super().__init__(settings, experts=2 if self.classifies else 1)
         self.backbone = backbone
-        self.norms = nn.ModuleList(Whitening(c) for c in channels)
-        self.flows = nn.ModuleList(Flow2D(c, settings["steps"], settings["kernels"]) for c in channels)
+        self.prototypes = Prototypes(prototype_count(settings), channels)
+        self.whitening = Whitening(channels, components)
+        self.flow = Flow2D(components, settings["steps"], kernel_sizes=(1,), hidden_ratio=2.0)
+        self.classifier = classifier(components) if self.classifies else None
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> list[Tensor]:
-        """(B, C, h, w) a scale, each feature averaged with its neighbours."""
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, h, w): strides 8 and 16, joined at stride 8."""
         with self.autocast():
-            maps = self.backbone(images.to(self.device))
-        return [averaged(x) for x in maps]
-
-    def latents(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Latents z and log-determinants, a pair for each scale."""
-        whitened = [norm(x) for norm, x in zip(self.norms, self.features(images), strict=True)]
-        with self.autocast():
-            return [flow(x) for flow, x in zip(self.flows, whitened, strict=True)]
+            return joined(self.backbone(images.to(self.device)))
 
     @torch.no_grad()
-    def energies(self, images: Tensor) -> list[Tensor]:
-        """Energies of each scale; with --score fastflow without the log-determinant, as FastFlow judges."""
-        found = []
-        for z, log_det in self.latents(images):
-            if self.settings["score"] == "fastflow":
-                log_det = torch.zeros_like(log_det)
-            found.append(energy(z, log_det))
-        return found
+    def relative(self, parts: list[Tensor]) -> Tensor:
+        """Rows (N, C), given in parts, seen from where they are: (x - p) / spacing of p, the nearest prototype. Density
+        on these is local by construction. With --no-local the rows as they are."""
+        rows = torch.cat(parts)
+        if not self.settings["local"]:
+            return rows
+        index = self.prototypes.nearest(parts, self.dtype)
+        return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """All that training never changes: images -> maps of whitened rows (B, K, h, w)."""
+        x = self.features(images)
+        whitened = self.whitening(self.relative(lines(x)))
+        return torch.stack([from_lines(component, x) for component in whitened.unbind(dim=1)], dim=1)
+
+    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K)."""
+        width = math.gcd(len(rows), 64)  # they come as one map of any shape; a line of N positions takes a fifth longer
+        as_map = rows.view(1, -1, width, rows.shape[1]).permute(0, 3, 1, 2)
+        with self.autocast():
+            z, log_det = self.flow(as_map)
+        return as_rows(z), log_det.flatten()
+
+    def log_odds(self, rows: Tensor) -> Tensor:
+        """The classifier's opinion of whitened rows: (N, K) -> (N,)."""
+        with self.autocast():
+            return self.classifier(rows)[:, 0].float()
+
+    @torch.no_grad()
+    def judge(self, code: Tensor) -> list[Tensor]:
+        """Maps (B, K, h, w) -> energies (B, h, w) of each expert."""
+        batch, _, height, width = code.shape
+        rows = as_rows(code)
+        found = [tamed(energy(*self.latents(rows)))]
+        if self.classifies:
+            found.append(self.log_odds(rows))
+        return [e.view(batch, height, width) for e in found]
+
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Load the backbone's ImageNet weights; fit the whitening on batches of normal images."""
+        """Load the backbone's ImageNet weights. What is fitted to the images is fitted to their rows, by `fit`."""
         self.backbone.load_imagenet(weights)
-        batches = [self.features(batch) for batch in itertools.islice(images, WHITENING_BATCHES)]
-        for scale, norm in enumerate(self.norms):
-            norm.fit(torch.cat([as_rows(features[scale]) for features in batches]))
 
+    @torch.no_grad()
+    def fit(self, candidates: Tensor) -> None:
+        """Fit what is never trained on rows (N, C) of normal images: prototypes and whitening."""
+        if self.settings["local"]:
+            generator = torch.Generator().manual_seed(self.settings["seed"])
+            self.prototypes.fit(candidates.to(self.device), generator)
+        self.whitening.fit(torch.cat(list(self.without_prototypes(candidates))))
 
-# ---------------------------------------------------------------- which positions a loss sees
-
-
-def touched_positions(mask: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Masks (A, 1, size, size) at a scale of `shape` (h, w), as two (A, h, w) bool: the positions that the defect
-    touches, be it by a thin scratch's one pixel, and those that it does not even come near."""
-    coverage = F.adaptive_max_pool2d(mask, shape)
-    near = F.max_pool2d(coverage, 3, stride=1, padding=1)
-    return coverage[:, 0] > 0, near[:, 0] == 0
-
-
-def bounding_boxes(where: Tensor) -> Tensor:
-    """The box around all that `where` (A, h, w) bool marks, as (A, h, w) bool: one box an image, like the paper's."""
-    rows = first_to_last(where.any(dim=2))
-    columns = first_to_last(where.any(dim=1))
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def first_to_last(line: Tensor) -> Tensor:
-    """(A, n) bool -> the same, with all between the first and the last marked one marked too."""
-    from_first = line.cumsum(dim=1) > 0
-    to_last = line.flip(1).cumsum(dim=1).flip(1) > 0
-    return from_first & to_last
-
-
-def sample(where: Tensor, count: int) -> Tensor:
-    """(A, count) places, with replacement, of those that `where` (A, N) marks: small defects count like large ones."""
-    return torch.multinomial(where.float(), count, replacement=True)
-
-
-def sample_normal(e: Tensor) -> Tensor:
-    """Energies of x+ (A, N) -> (A, 2 POSITIONS) of them, half from the whole image, half from its worst positions,
-    since an image's score is that of its worst positions."""
-    worst = e.topk(math.ceil(e.shape[1] / 20), dim=1).values  # the highest 5 %
-    anywhere = e.gather(1, sample(torch.ones_like(e), POSITIONS))
-    hard = worst.gather(1, sample(torch.ones_like(worst), POSITIONS))
-    return torch.cat((anywhere, hard), dim=1)
-
-
-def rows_at(z: Tensor, places: Tensor) -> Tensor:
-    """Latents (A, C, h, w) at places (A, n) -> (A n, C)."""
-    index = places[:, None].expand(-1, z.shape[1], -1)
-    return z.flatten(2).gather(2, index).mT.flatten(0, 1)
+    @torch.no_grad()
+    def without_prototypes(self, rows: Tensor) -> Iterator[Tensor]:
+        """`relative` rows (n, C) of many normal ones (N, C), a part at a time; less the prototypes themselves, which
+        nothing is nearer to."""
+        for part in rows.split(CHUNK):
+            found = self.relative([part.to(self.device).float()])
+            yield found[found.any(dim=1)]
 
 
 # ---------------------------------------------------------------- the three losses
 
 
-def nll_loss(normal: Tensor, anomalous: Tensor, beside: Tensor) -> Tensor:
-    """L_nll: mean of E over all of x+ (B, N), and of tamed E over what of x- (A, N) lies `beside` its defect. There,
-    too, features should be likely: the map then does not spill over."""
-    return torch.cat((normal.flatten(), tamed(anomalous[beside]))).mean()
+def nll_loss(e: Tensor, tail_weight: float) -> Tensor:
+    """L_nll of normal energies (B,): their mean, and the mean of the highest 5 % (the conditional value at risk), whose
+    weight is `tail_weight`. The mean alone describes the bulk; an image's score is that of its worst positions."""
+    return (1 - tail_weight) * e.mean() + tail_weight * highest(e).mean()
 
 
-def middle_energy(e: Tensor) -> Tensor:
-    """m, (A, 1), of the tamed energies of x+ (A, N): the energy at which a position is as likely anomalous as normal,
-    four standard deviations above the mean. No gradient: it is where the border lies, not what is to move."""
-    return (e.mean(dim=1, keepdim=True) + 4 * e.std(dim=1, keepdim=True)).detach()
+def highest(values: Tensor) -> Tensor:
+    """The highest 5 % of (B,)."""
+    return values.topk(math.ceil(UPPER * len(values))).values
 
 
-def classification_loss(
-    normal: Tensor, anomalous: Tensor, middle: Tensor, smoothing: float, temperature: float
-) -> Tensor:
-    """L_cls, smooth classification: cross-entropy of normal and anomalous energies (A, any), with p(anomalous) =
-    sigmoid((E - middle) / temperature). A smoothed label is met at a finite energy: a far anomaly pulls no more."""
-
-    def cross_entropy(e: Tensor, label: float) -> Tensor:
-        return F.binary_cross_entropy_with_logits((e - middle) / temperature, torch.full_like(e, label))
-
-    return cross_entropy(normal, smoothing / 2) / 2 + cross_entropy(anomalous, 1 - smoothing / 2) / 2
+def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
+    """L_cls, smooth classification: cross-entropy of log-odds (B,) and (A,) with smoothed labels. Half of what normal
+    rows count comes from the worst 5 % of them. A smoothed label is met at finite odds: what is certain pulls no
+    more."""
+    wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2), reduction="none")
+    missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
+    return (wrong.mean() + highest(wrong).mean()) / 2 + 2 * missed
 
 
 def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
     """InfoNCE (arXiv 1807.03748): mean over anchors of -log( e^(p/T) / (e^(p/T) + sum_k e^(n_k/T)) ); the similarity p
     (A,) is to stand out from the others n (A, K), or (K,) for all."""
-    logits = torch.cat((anchors[:, None], others.expand(len(anchors), -1)), dim=1) / temperature
-    return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
+    rivals = (others / temperature).logsumexp(dim=-1)
+    return (torch.logaddexp(anchors / temperature, rivals) - anchors / temperature).mean()
 
 
 def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: each anomalous one (A, n) is to stand out from the normal ones of its own x+ (A, K)."""
-    return info_nce(anomalous.flatten(), normal.repeat_interleave(anomalous.shape[1], dim=0), temperature)
+    """L_con on energies: each anomalous one (A,) is to stand out from all normal ones (B,)."""
+    return info_nce(tamed(anomalous), tamed(normal), temperature)
 
 
 def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """L_con on the cosine, closest to the paper's words; all (n, C). Box_s are latents of x+ inside the box of the
-    defect, Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ anywhere, and pushed away from
-    Neg_Box_s."""
+    """L_con on the cosine, closest to the paper's words; all (A, K). Neg_Box_s are latents of x- where its defect is,
+    Box_s those of x+ at the same places. Box_s is pulled towards x+ anywhere, and pushed away from Neg_Box_s."""
     box, negative_box, normal = F.normalize(box, dim=1), F.normalize(negative_box, dim=1), F.normalize(normal, dim=1)
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
 
 
-def contrast_boxes(z: Tensor, negative_z: Tensor, touched: Tensor, temperature: float) -> Tensor:
-    """`contrast_cosine` of latents of x+ and x- (A, C, h, w) at places drawn from the defects' boxes."""
-    boxes = bounding_boxes(touched).flatten(1)
-    count = math.ceil(BOX_POSITIONS / len(boxes))
-    inside = sample(boxes, count)
-    anywhere = sample(torch.ones_like(boxes), count)
-    return contrast_cosine(rows_at(z, inside), rows_at(negative_z, inside), rows_at(z, anywhere), temperature)
-
-
 class Losses(nn.Module):
-    """L = L_nll + a L_cls + b L_con, means over the scales. A module, since that is what DistributedDataParallel wraps.
+    """L = L_nll + a L_cls + b L_con. A module, since that is what DistributedDataParallel wraps.
 
-    `forward(images, mask)`: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size,
-    size). Returns the losses of the batch by name; "loss" is the one to descend."""
+    `forward(normal, anomalous, untouched)`: whitened rows of good images (B, K), of synthetic defects (A, K), and of
+    x+ at the same places as those, (A, K), where the contrast asks for them, else (0, K). Returns the losses of the
+    batch by name; "loss" is the one to descend."""
 
     IMAGES_PER_EPOCH = 100
     WEIGHT_DECAY = 1e-5
@@ -210,31 +203,99 @@ class Losses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
-        scales = [self.scale_losses(z, log_det, mask) for z, log_det in self.model.latents(images)]
-        nll, classification, contrast = torch.stack(scales).mean(dim=0)
-        loss = nll + settings["classification_weight"] * classification + settings["contrast_weight"] * contrast
-        return {"loss": loss, "nll": nll, "classification": classification, "contrast": contrast}
+        z, log_det = self.model.latents(normal)
+        e = energy(z, log_det)
+        nll = nll_loss(e, settings["tail_weight"])
+        found = {"loss": nll, "nll": nll}
+        if settings["classification_weight"]:
+            noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
+            odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
+            loss = classification_loss(odds[: len(normal)], odds[len(normal) :], settings["smoothing"])
+            found["classification"] = loss
+            found["loss"] = found["loss"] + settings["classification_weight"] * loss
+        if settings["contrast_weight"]:
+            found["contrast"] = self.contrast(z, e, anomalous, untouched)
+            found["loss"] = found["loss"] + settings["contrast_weight"] * found["contrast"]
+        return found
 
-    def scale_losses(self, z: Tensor, log_det: Tensor, mask: Tensor) -> Tensor:
-        """The three losses (3,) of one scale."""
-        settings = self.model.settings
-        temperature = settings["temperature"]
-        pairs = len(mask)
-        e = energy(z, log_det).flatten(1)
-        normal, anomalous = e[:-pairs], e[-pairs:]  # of x+ and x-: (B, N), (A, N)
-        touched, beside = touched_positions(mask, z.shape[2:])
-        nll = nll_loss(normal, anomalous, beside.flatten(1))
+    def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor) -> Tensor:
+        """L_con of normal latents (B, K) and energies (B,) against rows of defects (A, K)."""
+        temperature = self.model.settings["temperature"]
+        negative_box, log_det = self.model.latents(anomalous)
+        if self.model.settings["contrast"] == "energy":
+            return contrast_energy(e, energy(negative_box, log_det), temperature)
+        box, _ = self.model.latents(untouched)
+        return contrast_cosine(box, negative_box, z[: len(box)], temperature)
 
-        # The proxy tasks see tamed energies, of some positions of each x- and of the x+ that it was made from.
-        tame_normal, tame_anomalous = tamed(normal[:pairs]), tamed(anomalous)  # (A, N) both
-        inside = tame_anomalous.gather(1, sample(touched.flatten(1), POSITIONS))  # (A, POSITIONS)
-        outside = sample_normal(tame_normal)  # (A, 2 POSITIONS)
-        middle = middle_energy(tame_normal)
-        classification = classification_loss(outside, inside, middle, settings["smoothing"], temperature)
-        if settings["contrast"] == "energy":
-            contrast = contrast_energy(outside, inside, temperature)
-        else:
-            contrast = contrast_boxes(z[:pairs], z[-pairs:], touched, temperature)
-        return torch.stack((nll, classification, contrast))
+    def feed(self, pairs: Pairs, batch: int, fresh: bool) -> "RowFeed":
+        """What training draws from: all rows are computed here, once. If the model is `fresh`, it is fitted to them
+        first. Each process keeps the rows of its own part of the images."""
+        torch.manual_seed(self.model.settings["seed"])
+        normal = normal_rows(self.model, pairs)
+        if fresh:
+            count = math.ceil(CANDIDATES / pairs.processes.count)
+            candidates = normal[torch.randperm(len(normal))[:count]]
+            self.model.fit(pairs.processes.concatenated(candidates))
+        with torch.no_grad():
+            normal = torch.cat([self.model.whitening(part).half() for part in self.model.without_prototypes(normal)])
+        anomalous, untouched = painted_rows(self.model, pairs)
+        return RowFeed(normal, anomalous, untouched, math.ceil(batch / pairs.processes.count))
+
+
+# ---------------------------------------------------------------- the rows that training draws from
+
+
+def normal_rows(model: CLFlow, pairs: Pairs) -> Tensor:
+    """Rows (N, C) of this process's good images, with half the bits; at most ROWS, spread over all images, of all
+    processes together."""
+    per_image = math.ceil(ROWS / len(pairs.files))
+    parts = [spread(model.features(images), per_image, torch.default_generator) for images in pairs.normal()]
+    return torch.cat([part.half() for part in parts])
+
+
+def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """Of maps (A, C, h, w) the rows (N, C) that a mask (A, 1, size, size) touches, be it by a thin scratch's one
+    pixel."""
+    touched = F.adaptive_max_pool2d(mask, x.shape[2:])[:, 0] > 0
+    return x.permute(0, 2, 3, 1)[touched]
+
+
+@torch.no_grad()
+def painted_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Whitened rows (N, K) of synthetic defects, and of x+ at the same places if the contrast needs them, else (0, K);
+    with half the bits."""
+    settings = model.settings
+    needs_both = settings["contrast_weight"] > 0 and settings["contrast"] == "cosine"
+    anomalous, untouched = [], []
+
+    def whitened(images: Tensor, mask: Tensor) -> Tensor:
+        rows = touched_rows(model.features(images), mask.to(model.device))
+        return model.whitening(model.relative([rows])).half()
+
+    for before, painted, mask in pairs.painted(PAINTED):
+        anomalous.append(whitened(painted, mask))
+        untouched.append(whitened(before, mask) if needs_both else anomalous[-1][:0])
+    return torch.cat(anomalous), torch.cat(untouched)
+
+
+class RowFeed:
+    """Random batches for `Losses.forward`: of B normal rows and a quarter as many anomalous ones. Drawn with
+    replacement, so that few defects will do; which, depends on torch's seed."""
+
+    def __init__(self, normal: Tensor, anomalous: Tensor, untouched: Tensor, batch: int):
+        self.normal = normal
+        self.anomalous = anomalous
+        self.untouched = untouched
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return STEPS_PER_EPOCH
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for _ in range(STEPS_PER_EPOCH):
+            normal = torch.randint(len(self.normal), (self.batch,))
+            places = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
+            untouched = self.untouched[places] if len(self.untouched) else self.untouched
+            yield self.normal[normal].float(), self.anomalous[places].float(), untouched.float()

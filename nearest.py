@@ -1,88 +1,60 @@
 """PatchCore (Roth et al., arXiv 2106.08265), the honest rival: a bank of normal features, and how far an image's
-features are from it. Nothing is trained. What a flow learns has to beat this.
+features are from it. Nothing is trained. What a flow learns has to beat this, and stands on the same bank.
 
-Shapes: images (B, 3, size, size) in [0, 1]; rows (N, C): one feature for each position of each image,
-at stride 8."""
+Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) at stride 8; rows (N, C): one feature for each
+position of each image."""
 
 import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kit.backbone import Backbone, as_rows, averaged
+from kit.backbone import Backbone, as_rows, joined
 from kit.detector import Detector
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions in which the bank is chosen
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
-CHUNK = 4096  # bank vectors whose distances to the bank are held at once
+CHUNK = 4096  # rows whose distances to the bank are held at once
 
 
-class Nearest(Detector):
-    """The detector: E = d / spacing, d the distance of a position's feature to the nearest one in the bank.
+class Prototypes(nn.Module):
+    """A bank of M normal features that cover all others, and its `spacing` (M,): the mean distance of each to its own 5
+    nearest (after REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together:
+    what is near, and what is far, has to be asked place by place. The bank (M, C) is kept less its `centre` (C,)."""
 
-    With `local`, spacing is that of the bank there: the mean distance of the nearest vector to its own 5 nearest (after
-    REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together, and one scale
-    for all drowns the defects of the second in the noise of the first. Without, it is the bank's mean spacing, which is
-    PatchCore's distance, up to a factor."""
+    def __init__(self, count: int, channels: int):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(channels))
+        self.register_buffer("bank", torch.zeros(count, channels))
+        self.register_buffer("spacing", torch.ones(count))
 
-    def __init__(self, settings: dict):
-        backbone = Backbone(settings["backbone"])
-        super().__init__(settings, scales=1)
-        self.backbone = backbone
-        channels = sum(backbone.channels()[1:])
-        images = settings["images"] - settings["held_out"]
-        vectors = min(settings["bank"], CANDIDATES, images * math.ceil(self.size / 8) ** 2)
-        self.register_buffer("bank", torch.zeros(vectors, channels))
-        self.register_buffer("spacing", torch.ones(vectors))
-        self.to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, h, w): strides 8 and 16, each averaged with its neighbours, joined at stride 8."""
-        with self.autocast():
-            _, fine, coarse = self.backbone(images.to(self.device))
-        fine = averaged(fine)
-        coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
-        return torch.cat((fine, coarse), dim=1)
-
-    @torch.no_grad()
-    def energies(self, images: Tensor) -> list[Tensor]:
-        """[E], E (B, h, w)."""
-        x = self.features(images)
-        lines = []
-        for line in x.unbind(dim=2):  # one line of the map at a time, (B, C, w): all distances at once fill the memory
-            distance, index = nearest(line.mT.flatten(0, 1), self.bank, 1)
-            spacing = self.spacing[index] if self.settings["local"] else self.spacing.mean()
-            lines.append((distance / spacing).view(x.shape[0], -1))
-        return [torch.stack(lines, dim=1)]
-
-    @torch.no_grad()
-    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Load the backbone's ImageNet weights; choose the bank from the features of normal images."""
-        self.backbone.load_imagenet(weights)
-        generator = torch.Generator().manual_seed(self.settings["seed"])
-        per_image = math.ceil(CANDIDATES / (self.settings["images"] - self.settings["held_out"]))
+    def fit(self, candidates: Tensor, generator: torch.Generator) -> None:
+        """Choose the bank from normal rows (N, C), N >= M."""
+        candidates = candidates.float()
+        self.centre.copy_(candidates.mean(dim=0))
+        candidates = candidates - self.centre
+        self.bank.copy_(candidates[covering(candidates, len(self.bank), generator)])
+        neighbours = min(NEIGHBOURS, len(self.bank) - 1)
         parts = []
-        for batch in images:
-            for x in self.features(batch):
-                rows = as_rows(x[None])
-                parts.append(rows[torch.randperm(len(rows), generator=generator)[:per_image]])
-        rows = torch.cat(parts)
-        chosen = covering(rows, len(self.bank), generator)
-        self.bank.copy_(rows[chosen])
-        parts = [nearest(part, self.bank, 1 + NEIGHBOURS)[0] for part in self.bank.split(CHUNK)]
-        spacing = torch.cat(parts)[:, 1:].mean(dim=1)  # without the nearest one, which is the vector itself
+        for part in self.bank.split(CHUNK):
+            distances = torch.cdist(part, self.bank).topk(1 + neighbours, largest=False).values
+            parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
+        spacing = torch.cat(parts)
         self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
 
+    def nearest(self, parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+        """Which prototype is nearest to each of the rows in `parts`, (n, C) each: (N,) for all. All distances at once
+        would fill the memory. Half the bits will do, since nearly equal distances may be mistaken for each other."""
+        bank = self.bank.to(dtype)
+        bias = self.bank.square().sum(dim=1).to(dtype) / -2  # |x - p|^2 = |x|^2 - 2 (x p - |p|^2 / 2)
+        found = [torch.addmm(bias, (part - self.centre).to(dtype), bank.T).max(dim=1).indices for part in parts]
+        return torch.cat(found)
 
-def nearest(rows: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances of rows (N, C) to their k nearest in the bank (M, C), and which these are: both (N, k), the nearest
-    first."""
-    found = torch.cdist(rows, bank).topk(k, dim=1, largest=False)
-    return found.values, found.indices
+    def away(self, rows: Tensor, index: Tensor) -> Tensor:
+        """Rows (N, C) less the prototypes with these numbers (N,)."""
+        return rows - self.centre - self.bank[index]
 
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -90,9 +62,76 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     farthest from all that are chosen, in a few random directions (which keep distances, Johnson and Lindenstrauss)."""
     directions = torch.randn(rows.shape[1], SKETCH, generator=generator).to(rows) / math.sqrt(SKETCH)
     sketch = rows @ directions
+    squares = sketch.square().sum(dim=1)
     chosen = [0]
     distance = torch.full((len(rows),), torch.inf, device=rows.device)  # squared, to the nearest chosen row
     for _ in range(count - 1):
-        distance = torch.minimum(distance, (sketch - sketch[chosen[-1]]).square().sum(dim=1))
+        new = chosen[-1]
+        distance = torch.minimum(distance, squares - 2 * (sketch @ sketch[new]) + squares[new])
         chosen.append(int(distance.argmax()))
     return torch.tensor(chosen, device=rows.device)
+
+
+def prototype_count(settings: dict) -> int:
+    """How many prototypes --bank N makes: N, or of few images as many as there are candidates."""
+    images = settings["images"] - settings["held_out"]
+    positions = math.ceil(settings["size"] / 8) ** 2
+    return min(settings["bank"], CANDIDATES, images * positions)
+
+
+def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Of each map of x (B, C, h, w) `count` rows at random, or all that there are: (<= B count, C)."""
+    kept = []
+    for features in x:
+        rows = as_rows(features[None])
+        kept.append(rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)])
+    return torch.cat(kept)
+
+
+def lines(x: Tensor) -> list[Tensor]:
+    """A map (B, C, h, w), line by line: h times rows (B w, C)."""
+    return [line.mT.flatten(0, 1) for line in x.unbind(dim=2)]
+
+
+def from_lines(values: Tensor, x: Tensor) -> Tensor:
+    """A value for each row of `lines(x)`, (h B w,), back in place: (B, h, w)."""
+    return values.view(x.shape[2], x.shape[0], x.shape[3]).transpose(0, 1)
+
+
+class Nearest(Detector):
+    """The detector: E = d / spacing, d the distance of a position's feature to the nearest one in the bank.
+
+    With `local`, spacing is that of the bank there; without, the bank's mean, which is PatchCore's distance, up to a
+    factor."""
+
+    def __init__(self, settings: dict):
+        backbone = Backbone(settings["backbone"])
+        super().__init__(settings, experts=1)
+        self.backbone = backbone
+        self.prototypes = Prototypes(prototype_count(settings), sum(backbone.channels()[1:]))
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B, C, h, w): strides 8 and 16, joined at stride 8."""
+        with self.autocast():
+            return joined(self.backbone(images.to(self.device)))
+
+    @torch.no_grad()
+    def judge(self, code: Tensor) -> list[Tensor]:
+        """[E], E (B, h, w), of features (B, C, h, w)."""
+        parts = lines(code)
+        index = self.prototypes.nearest(parts, self.dtype)
+        spacing = self.prototypes.spacing
+        spacing = spacing[index] if self.settings["local"] else spacing.mean()
+        distance = self.prototypes.away(torch.cat(parts), index).norm(dim=1)
+        return [from_lines(distance / spacing, code)]
+
+    @torch.no_grad()
+    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
+        """Load the backbone's ImageNet weights; choose the bank from the features of normal images."""
+        self.backbone.load_imagenet(weights)
+        generator = torch.Generator().manual_seed(self.settings["seed"])
+        per_image = math.ceil(CANDIDATES / (self.settings["images"] - self.settings["held_out"]))
+        candidates = [spread(self.encode(batch), per_image, generator) for batch in images]
+        self.prototypes.fit(torch.cat(candidates), generator)

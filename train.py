@@ -5,9 +5,8 @@ from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
 # isort: split
 import argparse
 import json
-import os
-import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader
 
+import clflow
 import evaluate
 from kit import data, draw, runs
 from kit.backbone import BACKBONES
@@ -25,7 +24,7 @@ from kit.detector import FALSE_ALARM, Detector, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_table, write_text
 from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
-from kit.pairs import Pairs
+from kit.pairs import PairFeed, Pairs
 from kit.processes import ALONE, Processes, join_processes, keep_freed_memory
 from kit.table import results_table
 from methods import METHODS, load
@@ -46,14 +45,16 @@ class Run:
 
 
 def train_epoch(
-    losses: nn.Module, loader: DataLoader, optimizer: optim.Optimizer, schedule: optim.lr_scheduler.LRScheduler
+    losses: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    optimizer: optim.Optimizer,
+    schedule: optim.lr_scheduler.LRScheduler,
 ) -> dict[str, float]:
-    """One pass over the images; the means of the losses by name. Raises InputError if training diverges."""
+    """A step for each batch; the means of the losses by name. Raises InputError if training diverges."""
     parameters = optimizer.param_groups[0]["params"]
-    device = parameters[0].device
     steps = []
-    for images, masks in loader:
-        found = losses(to_tensor(images, device), to_tensor(masks, device))
+    for batch in batches:
+        found = losses(*batch)
         loss = found["loss"]
         if not loss.isfinite():
             raise InputError(f"--lr: training diverged to {loss.item()}; try a lower learning rate")
@@ -66,11 +67,6 @@ def train_epoch(
     return dict(zip(found, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
 
 
-def to_tensor(images: np.ndarray, device: torch.device) -> Tensor:
-    """(B, H, W, C) array -> (B, C, H, W) tensor."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-
-
 def mean_over_processes(values: dict[str, float], processes: Processes) -> dict[str, float]:
     """The losses of all processes; each has seen its part of every batch."""
     if processes.count == 1:
@@ -78,16 +74,6 @@ def mean_over_processes(values: dict[str, float], processes: Processes) -> dict[
     shared = torch.tensor(list(values.values())) / processes.count
     dist.all_reduce(shared)
     return dict(zip(values, shared.tolist(), strict=True))
-
-
-def make_loader(pairs: Pairs, batch: int) -> DataLoader:
-    """Batches of `pairs`, shuffled, painted in the background where processes can be forked; elsewhere each of them
-    would have to copy the decoded images."""
-    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0
-    context = "fork" if workers else None
-    return DataLoader(
-        pairs, batch, shuffle=True, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
-    )
 
 
 def make_optimizer(
@@ -107,7 +93,7 @@ def make_optimizer(
 def fit(
     model: Detector,
     losses: nn.Module,
-    pairs: Pairs,
+    feed: clflow.RowFeed | PairFeed,
     held_out: list[Path],
     run: Run,
     progress: dict | None,
@@ -119,38 +105,36 @@ def fit(
     As long as there is a state.pt in the run's folder, it counts, and has all that --resume needs: it is written before
     anything of an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
     settings = run.settings
-    loader = make_loader(pairs, settings["batch"])
-    optimizer, schedule = make_optimizer(losses, settings, len(loader), progress)
+    codes = [model.encode(images).half() for images in data.batches(held_out, model.size)]
+    optimizer, schedule = make_optimizer(losses, settings, len(feed), progress)
     log = progress["log"] if progress else []
     if processes.count > 1:
         losses = nn.parallel.DistributedDataParallel(losses)
 
     def save_state() -> None:
         """A usable checkpoint, whenever training is stopped, and what it takes to go on."""
+        model.calibrate(code.float() for code in codes)
         state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state["files"] = names(run)
         if processes.first:
             write_atomically(run.out / runs.STATE, lambda to: model.save(to, state))
 
-    model.calibrate(data.batches(held_out, model.size))
     save_state()
     if processes.first and not log:
         runs.remove_stale(run.out)
     for epoch in range(len(log) + 1, settings["epochs"] + 1):
         started = time.perf_counter()
-        pairs.epoch = epoch
         torch.manual_seed(settings["seed"] + 10_000 * epoch)  # so that --resume need not know the generator's state
-        means = mean_over_processes(train_epoch(losses, loader, optimizer, schedule), processes)
+        means = mean_over_processes(train_epoch(losses, feed.batches(epoch), optimizer, schedule), processes)
         seconds = time.perf_counter() - started
-        means["images_per_second"] = len(pairs) / seconds
+        means["steps_per_second"] = len(feed) / seconds
         print_epoch(epoch, settings["epochs"], means, seconds)
         log.append({"epoch": epoch, **{name: round(value, 5) for name, value in means.items()}})
         if processes.first:
             write_log(run.out, log)
-        model.calibrate(data.batches(held_out, model.size))
+        save_state()
         if keep_epochs and processes.first:
             write_atomically(runs.epoch_file(run.out, epoch), model.save)
-        save_state()
     if processes.first:
         write_atomically(run.out / runs.MODEL, model.save)
         runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
@@ -164,7 +148,7 @@ def print_epoch(epoch: int, epochs: int, means: dict[str, float], seconds: float
 def write_log(out: Path, log: list[dict]) -> None:
     """log.csv, a row an epoch, and loss.png, a line for each part of the loss."""
     write_table(out / "log.csv", log)
-    parts = [name for name in log[0] if name not in ("epoch", "loss", "images_per_second")]
+    parts = [name for name in log[0] if name not in ("epoch", "loss", "steps_per_second")]
     lines = {name: [(row["epoch"], row[name]) for row in log] for name in parts}
     draw.save_picture(out / "loss.png", draw.line_chart("losses by epoch", lines))
 
@@ -240,13 +224,14 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
         pairs = Pairs(
             trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
         )
-        fit(model, losses, pairs, held_out, run, progress, args.keep_epochs, processes)
+        feed = losses.feed(pairs, run.settings["batch"], fresh=progress is None)
+        fit(model, losses, feed, held_out, run, progress, args.keep_epochs, processes)
     print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
 def finish_untrained(model: Detector, held_out: list[Path], run: Run) -> None:
     """Calibrate and write a model that `prepare` has completed, since there is nothing to train."""
-    model.calibrate(data.batches(held_out, model.size))
+    model.calibrate(model.encode(images) for images in data.batches(held_out, model.size))
     runs.remove_stale(run.out)
     write_atomically(run.out / runs.MODEL, model.save)
 
@@ -355,7 +340,7 @@ def option_parser() -> Parser:
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
     add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
     add("--epochs", type=int, help=default_text("epochs"))
-    add("--batch", type=int, help=default_text("batch"))
+    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
     add("--size", type=int, help=default_text("size", "images are resized to SIZE x SIZE pixels"))
     add("--seed", type=int, default=0, help="(0)")
@@ -373,20 +358,17 @@ def option_parser() -> Parser:
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", choices=BACKBONES, metavar="NAME", help=default_text("backbone", backbones))
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
-    add = parser.add_argument_group("PatchCore").add_argument
-    add("--bank", type=int, help=default_text("bank", "feature vectors to keep"))
-    local = "divide distances by the bank's spacing there"
+    add("--bank", type=int, help=default_text("bank", "prototypes, normal features that cover all others"))
+    local = "see features on the scale of the prototypes' spacing there"
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
-    add("--steps", type=int, help=default_text("steps", "flow steps per scale"))
-    odd = range(1, 16, 2)
-    add("--kernels", type=int, nargs="+", choices=odd, help=default_text("kernels", "sizes, alternate over the steps"))
-    add("--score", choices=("nll", "fastflow"), help=default_text("score", "exact likelihood, or FastFlow's form"))
+    add("--steps", type=int, help=default_text("steps", "flow steps"))
+    add("--tail-weight", type=float, help=default_text("tail_weight", "share of L_nll on the highest 5 %%"))
     add("--classification-weight", type=float, help=default_text("classification_weight", "weight a of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight b of L_con"))
     add("--contrast", choices=("energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
-    add("--temperature", type=float, help=default_text("temperature", "temperature of both proxy tasks"))
+    add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
     return parser
 
 
@@ -407,11 +389,12 @@ RANGES = {
     "seeds": (1, 99),
     "epochs": (1, 9999),
     "size": (64, 4096),
-    "batch": (1, 4096),
+    "batch": (1, 1_000_000),
     "lr": (1e-9, 1),
     "bank": (10, 100_000),
     "steps": (1, 64),
     "temperature": (1e-3, 1e3),
+    "tail_weight": (0, 1),
     "smoothing": (0, 0.9),
     "classification_weight": (0, 1e3),
     "contrast_weight": (0, 1e3),
@@ -437,9 +420,7 @@ def method_options(args: argparse.Namespace) -> dict:
     if not classifies:
         refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
     if not contrasts:
-        refuse_without_effect(args, ["contrast"], "with --contrast-weight 0")
-    if not classifies and not contrasts:
-        refuse_without_effect(args, ["temperature"], "without both proxy tasks")
+        refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
     options.pop("weights", None)  # not what is learnt, but where it lies
     if args.textures:
         options["textures"] = str(args.textures.resolve())

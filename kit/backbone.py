@@ -136,6 +136,15 @@ def averaged(x: Tensor) -> Tensor:
     return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
 
 
+def joined(maps: list[Tensor]) -> Tensor:
+    """Of a `Backbone`'s maps those of strides 8 and 16, each averaged with its neighbours, joined at stride 8:
+    (B, C, h, w)."""
+    _, fine, coarse = maps
+    fine = averaged(fine)
+    coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
+    return torch.cat((fine, coarse), dim=1)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(B, C, h, w) -> (B h w, C): one feature for each position of each image."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)

@@ -1,6 +1,6 @@
 """What all methods share. A method gives energies; from these come map, score, calibration, verdict, checkpoint.
 
-Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for each scale; maps (B, size, size)."""
+Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for each expert; maps (B, size, size)."""
 
 import contextlib
 from collections.abc import Iterable
@@ -16,21 +16,19 @@ from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
 from kit.verdict import Thresholds, Verdict, judge, thresholds
 
-FORMAT = 4  # of the checkpoint
+FORMAT = 5  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
 
 
-def anomaly_map(energies: list[Tensor], levels: Tensor, size: int) -> Tensor:
-    """One map (B, size, size) of the scales' energies (B, h, w) and typical normal energies `levels` (S,):
+def anomaly_map(energies: list[Tensor], levels: Tensor, units: Tensor, size: int) -> Tensor:
+    """One map (B, size, size) of the experts' energies (B, h, w), on the common scale that good images gave them:
 
-        mean over scales of 1 - exp(min(level - E, 1)), Gaussian-filtered: 0 is typically normal, 1 is certainly not
+        mean over experts of (E - level) / unit, Gaussian-filtered
 
-    exp(-E) is the density per dimension. Bounded, so that no scale outshouts the others and no defect spills over."""
-    maps = []
-    for e, level in zip(energies, levels, strict=True):
-        density = (level - e[:, None]).clamp(max=1).exp()
-        maps.append(F.interpolate(1 - density, (size, size), mode="bilinear", antialias=True))
-    return smoothed(torch.stack(maps).mean(dim=0), size)[:, 0]
+    0 is typically normal, and 1 is as conspicuous as the worst place of a good image usually is."""
+    scaled = [(e - level) / unit for e, level, unit in zip(energies, levels, units, strict=True)]
+    together = torch.stack(scaled).mean(dim=0)[:, None]
+    return smoothed(F.interpolate(together, (size, size), mode="bilinear", antialias=True), size)[:, 0]
 
 
 def smoothed(x: Tensor, size: int) -> Tensor:
@@ -56,23 +54,30 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 class Detector(nn.Module):
-    """Base of the methods; each adds `energies`, and `prepare` if it has something to fit before training.
+    """Base of the methods; each adds `judge`, `encode` if a part of it is frozen, and `prepare` if there is something
+    to fit before training.
 
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). `settings` are plain values that the checkpoint
     keeps: the method's options, `size`, and `held_out`, how many normal images calibrate it. Fitted on those: `levels`
-    (S,), the scales' median energies, and `normal` (2, held_out), their scores and their maps' maxima."""
+    and `units` (S,), the scale of each of S experts' energies, and `normal` (2, held_out), their scores and their maps'
+    maxima."""
 
-    def __init__(self, settings: dict, scales: int):
+    def __init__(self, settings: dict, experts: int):
         super().__init__()
         self.settings = settings
         self.size: int = settings["size"]
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
-        self.register_buffer("levels", torch.zeros(scales))
+        self.register_buffer("levels", torch.zeros(experts))
+        self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, settings["held_out"]))
 
-    def energies(self, images: Tensor) -> list[Tensor]:
-        """Energies (B, h, w) of each of S scales; high is anomalous. What a method is."""
+    def encode(self, images: Tensor) -> Tensor:
+        """All that training never changes, of images (B, 3, size, size): what `judge` takes."""
+        return images.to(self.device)
+
+    def judge(self, code: Tensor) -> list[Tensor]:
+        """Energies (B, h, w) of each of S experts; high is anomalous. What a method is."""
         raise NotImplementedError
 
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
@@ -82,26 +87,40 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.levels.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 where the machine gains from it, for what can bear it."""
+        fast = not self.full_precision and has_fast_bfloat16(self.device)
+        return torch.bfloat16 if fast else torch.float32
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        """bfloat16 convolutions where the machine gains from them; likelihoods stay in float32."""
-        if self.full_precision or not has_fast_bfloat16(self.device):
+        """Matrix products and convolutions in `dtype`; likelihoods stay in float32."""
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, self.dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, size, size), higher is more anomalous, and scores (B,), each of its image alone."""
-        maps = anomaly_map(self.energies(images), self.levels, self.size)
+        maps = self.maps(self.judge(self.encode(images)))
         return maps, image_score(maps)
 
+    def maps(self, energies: list[Tensor]) -> Tensor:
+        """Anomaly maps (B, size, size) of the experts' energies."""
+        return anomaly_map(energies, self.levels, self.units, self.size)
+
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Learn what held-out normal images look like: `levels` and `normal`."""
-        energies = [self.energies(images) for images in batches]
-        for scale, parts in enumerate(zip(*energies, strict=True)):
-            self.levels[scale] = torch.cat(parts).median()
+    def calibrate(self, codes: Iterable[Tensor]) -> None:
+        """Learn what held-out normal images look like, from batches that `encode` made: `levels`, `units` and
+        `normal`."""
+        batches = [self.judge(code) for code in codes]
+        for expert, parts in enumerate(zip(*batches, strict=True)):
+            level = torch.cat(parts).median()
+            alone = [anomaly_map([e], level[None], torch.ones_like(level)[None], self.size) for e in parts]
+            self.levels[expert] = level
+            self.units[expert] = torch.cat([image_score(maps) for maps in alone]).mean().clamp(min=1e-6)
         found = []
-        for batch in energies:
-            maps = anomaly_map(batch, self.levels, self.size)
+        for energies in batches:
+            maps = self.maps(energies)
             found.append(torch.stack((image_score(maps), maps.amax(dim=(1, 2)))))
         self.normal = torch.cat(found, dim=1)
 

@@ -16,8 +16,8 @@ RED = (255, 25, 25)
 
 
 def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
-    """(H, W) -> (H, W, 3) uint8: black is normal, red at `limit`, yellow certain, on the same scale in all images."""
-    stops = [0, limit / 2, limit, (1 + limit) / 2, 1]
+    """(H, W) -> (H, W, 3) uint8: black is normal, red at `limit`, yellow at twice that, alike in all images."""
+    stops = limit * np.array([0, 0.5, 1, 1.5, 2])
     colours = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
     channels = [np.interp(heat, stops, channel) for channel in colours.T]
     return np.stack(channels, axis=-1).astype(np.uint8)

@@ -1,10 +1,14 @@
 """Training batches: normal images x+, and the anomalous ones x- that a given function paints on some of them."""
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from kit.images import read_image
 from kit.processes import Processes
@@ -72,7 +76,7 @@ class Pairs(Dataset):
         Arrays, not tensors: what a loader's worker hands over as a tensor goes through shared memory, of which a
         container has 64 MB, less than a few batches."""
         rank, count = self.processes.rank, self.processes.count
-        mine = indices[rank % len(indices) :: count]
+        mine = self.processes.part(indices)
         normal = [self.image(self.files[i % len(self.files)]) for i in mine]
         half = (len(indices) + 1) // 2  # of the whole batch
         pairs = max(1, len(range(rank, half, count)))
@@ -82,3 +86,53 @@ class Pairs(Dataset):
             painted.append(anomalous)
             masks.append(mask)
         return np.stack(normal + painted), np.float32(masks)[..., None]
+
+    def normal(self, batch: int = 8) -> Iterator[Tensor]:
+        """This process's part of the files x+, each once, as (<= batch, 3, size, size) tensors."""
+        mine = self.processes.part(self.files)
+        for start in range(0, len(mine), batch):
+            yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
+
+    def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """x+ and the x- made from it, both (A, 3, size, size), and the masks (A, 1, size, size), until all processes
+        together have had `count` of them; anew in each epoch."""
+        left = count / self.processes.count
+        while left > 0:
+            self.epoch += 1
+            for images, masks in loader(self, batch=16):
+                pairs = len(masks)
+                yield to_tensor(images[:pairs]), to_tensor(images[-pairs:]), to_tensor(masks)
+                left -= pairs
+                if left <= 0:
+                    break
+
+
+def loader(pairs: Pairs, batch: int) -> DataLoader:
+    """Batches of `pairs`, shuffled, painted in the background where processes can be forked; elsewhere each of them
+    would have to copy the decoded images."""
+    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0
+    context = "fork" if workers else None
+    return DataLoader(
+        pairs, batch, shuffle=True, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
+    )
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """(B, H, W, C) array -> (B, C, H, W) tensor."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+class PairFeed:
+    """Batches for losses that see images: (x+ and x-, masks) of `pairs`, shuffled, painted anew in each epoch."""
+
+    def __init__(self, pairs: Pairs, batch: int):
+        self.pairs = pairs
+        self.loader = loader(pairs, batch)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.pairs.epoch = epoch
+        for images, masks in self.loader:
+            yield to_tensor(images), to_tensor(masks)

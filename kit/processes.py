@@ -27,6 +27,18 @@ class Processes:
         """For a run that this process does by itself, whatever the others on its machine do."""
         return replace(self, rank=0, count=1)
 
+    def part(self, items: list) -> list:
+        """This process's part of `items`, of which there is at least one: at least one."""
+        return items[self.rank % len(items) :: self.count]
+
+    def concatenated(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (N, C) of all processes, in their order; the same for each."""
+        if self.count == 1:
+            return rows
+        found = [None] * self.count
+        dist.all_gather_object(found, rows)
+        return torch.cat(found)
+
 
 ALONE = Processes()
 

@@ -50,7 +50,7 @@ def threshold(values: np.ndarray, rate: float) -> tuple[float, bool]:
     """What a share `rate` of values like these n exceeds, and whether that is an extrapolation.
 
     The k-th highest, k = rate (n + 1) rounded down (conformal prediction). If k is 0: Student's bound for one more
-    draw, mean + t s sqrt(1 + 1/n), on the energies -log(1 - value); but at least the highest value, and below 1."""
+    draw, mean + t s sqrt(1 + 1/n); but at least the highest value."""
     values = np.sort(np.asarray(values, dtype=np.float64))[::-1]
     n = len(values)
     k = int(rate * (n + 1))
@@ -58,11 +58,8 @@ def threshold(values: np.ndarray, rate: float) -> tuple[float, bool]:
         return float(values[k - 1]), False
     if n == 1:
         return float(values[0]), True
-    energies = -np.log1p(-values.clip(max=0.999))
-    t = stats.t.ppf(1 - rate, n - 1)
-    bound = energies.mean() + t * np.sqrt(1 + 1 / n) * energies.std(ddof=1)
-    highest_possible = 7  # 0.999 as a value: a score of 1 can still be above it
-    return float(max(values[0], -np.expm1(-min(bound, highest_possible)))), True
+    bound = values.mean() + stats.t.ppf(1 - rate, n - 1) * np.sqrt(1 + 1 / n) * values.std(ddof=1)
+    return float(max(values[0], bound)), True
 
 
 def judge(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:
