@@ -148,7 +148,6 @@ class Losses(nn.Module):
         return PairFeed(pairs, batch)
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        images, mask = images.to(self.model.device), mask.to(self.model.device)
         clean, painted = images[: len(mask)], images[-len(mask) :]
         corrupted, mask = bend(painted, mask)
         self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere

@@ -19,8 +19,8 @@ from nearest import CANDIDATES, CHUNK, Prototypes, from_lines, lines, prototype_
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
-PAINTED = 800  # synthetic anomalies in all, however many good images there are
-STEPS_PER_EPOCH = 40
+PAINTED = 600  # synthetic anomalies in all, however many good images there are
+STEPS_PER_EPOCH = 50
 NOISE = 2.0  # standard deviations
 UPPER = 0.05  # the share of the batch with the highest energies
 
@@ -99,9 +99,11 @@ class CLFlow(Detector):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """All that training never changes: images -> maps of whitened rows (B, K, h, w)."""
-        x = self.features(images)
-        whitened = self.whitening(self.relative(lines(x)))
-        return torch.stack([from_lines(component, x) for component in whitened.unbind(dim=1)], dim=1)
+        return self.whitened_map(self.features(images))
+
+    def whitened_map(self, x: Tensor) -> Tensor:
+        """Features (B, C, h, w) -> (B, K, h, w)."""
+        return from_lines(self.whitening(self.relative(lines(x))), x)
 
     def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K)."""
@@ -135,7 +137,7 @@ class CLFlow(Detector):
         """Fit what is never trained on rows (N, C) of normal images: prototypes and whitening."""
         if self.settings["local"]:
             generator = torch.Generator().manual_seed(self.settings["seed"])
-            self.prototypes.fit(candidates.to(self.device), generator)
+            self.prototypes.fit(candidates, generator)
         self.whitening.fit(torch.cat(list(self.without_prototypes(candidates))))
 
     @torch.no_grad()
@@ -143,7 +145,7 @@ class CLFlow(Detector):
         """`relative` rows (n, C) of many normal ones (N, C), a part at a time; less the prototypes themselves, which
         nothing is nearer to."""
         for part in rows.split(CHUNK):
-            found = self.relative([part.to(self.device).float()])
+            found = self.relative([part.float()])
             yield found[found.any(dim=1)]
 
 
@@ -230,18 +232,25 @@ class Losses(nn.Module):
         return contrast_cosine(box, negative_box, z[: len(box)], temperature)
 
     def feed(self, pairs: Pairs, batch: int, fresh: bool) -> "RowFeed":
-        """What training draws from: all rows are computed here, once. If the model is `fresh`, it is fitted to them
-        first. Each process keeps the rows of its own part of the images."""
+        """What training draws from: all rows, computed once. A `fresh` model is fitted to them first. Each process
+        keeps the rows of its own part of the images."""
         torch.manual_seed(self.model.settings["seed"])
         normal = normal_rows(self.model, pairs)
         if fresh:
-            count = math.ceil(CANDIDATES / pairs.processes.count)
-            candidates = normal[torch.randperm(len(normal))[:count]]
+            candidates = normal[torch.randperm(len(normal))[: math.ceil(CANDIDATES / pairs.processes.count)]]
             self.model.fit(pairs.processes.concatenated(candidates))
-        with torch.no_grad():
-            normal = torch.cat([self.model.whitening(part).half() for part in self.model.without_prototypes(normal)])
-        anomalous, untouched = painted_rows(self.model, pairs)
-        return RowFeed(normal, anomalous, untouched, math.ceil(batch / pairs.processes.count))
+        return self.feed_of(normal, *painted_rows(self.model, pairs), math.ceil(batch / pairs.processes.count))
+
+    @torch.no_grad()
+    def feed_of(self, normal: Tensor, anomalous: Tensor, untouched: Tensor, batch: int) -> "RowFeed":
+        """Batches of these rows (N, C), whitened; kept with half the bits."""
+        whiten = self.model.whitening
+        kept = [whiten(part).half() for part in self.model.without_prototypes(normal)]
+        defects = []
+        for rows in (anomalous, untouched):
+            parts = [whiten(self.model.relative([part.float()])).half() for part in rows.split(CHUNK)]
+            defects.append(torch.cat(parts))
+        return RowFeed(torch.cat(kept), *defects, batch)
 
 
 # ---------------------------------------------------------------- the rows that training draws from
@@ -251,8 +260,20 @@ def normal_rows(model: CLFlow, pairs: Pairs) -> Tensor:
     """Rows (N, C) of this process's good images, with half the bits; at most ROWS, spread over all images, of all
     processes together."""
     per_image = math.ceil(ROWS / len(pairs.files))
-    parts = [spread(model.features(images), per_image, torch.default_generator) for images in pairs.normal()]
-    return torch.cat([part.half() for part in parts])
+    parts = [spread(model.features(images), per_image, torch.default_generator).half() for images in pairs.normal()]
+    return torch.cat(parts)
+
+
+def painted_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Rows (N, C) of synthetic defects, and of x+ at the same places if the contrast needs them, else (0, C); with half
+    the bits."""
+    needs_both = model.settings["contrast_weight"] > 0 and model.settings["contrast"] == "cosine"
+    anomalous, untouched = [], []
+    for before, after, mask in pairs.painted(PAINTED):
+        mask = mask.to(model.device)
+        anomalous.append(touched_rows(model.features(after), mask).half())
+        untouched.append(touched_rows(model.features(before), mask).half() if needs_both else anomalous[-1][:0])
+    return torch.cat(anomalous), torch.cat(untouched)
 
 
 def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
@@ -260,24 +281,6 @@ def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
     pixel."""
     touched = F.adaptive_max_pool2d(mask, x.shape[2:])[:, 0] > 0
     return x.permute(0, 2, 3, 1)[touched]
-
-
-@torch.no_grad()
-def painted_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Whitened rows (N, K) of synthetic defects, and of x+ at the same places if the contrast needs them, else (0, K);
-    with half the bits."""
-    settings = model.settings
-    needs_both = settings["contrast_weight"] > 0 and settings["contrast"] == "cosine"
-    anomalous, untouched = [], []
-
-    def whitened(images: Tensor, mask: Tensor) -> Tensor:
-        rows = touched_rows(model.features(images), mask.to(model.device))
-        return model.whitening(model.relative([rows])).half()
-
-    for before, painted, mask in pairs.painted(PAINTED):
-        anomalous.append(whitened(painted, mask))
-        untouched.append(whitened(before, mask) if needs_both else anomalous[-1][:0])
-    return torch.cat(anomalous), torch.cat(untouched)
 
 
 class RowFeed:
@@ -295,7 +298,7 @@ class RowFeed:
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for _ in range(STEPS_PER_EPOCH):
-            normal = torch.randint(len(self.normal), (self.batch,))
-            places = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
-            untouched = self.untouched[places] if len(self.untouched) else self.untouched
-            yield self.normal[normal].float(), self.anomalous[places].float(), untouched.float()
+            normal = self.normal[torch.randint(len(self.normal), (self.batch,))]
+            which = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
+            untouched = self.untouched[which] if len(self.untouched) else self.untouched
+            yield normal.float(), self.anomalous[which].float(), untouched.float()

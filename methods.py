@@ -29,7 +29,7 @@ METHODS = {
         losses=clflow.Losses,
         defaults={
             "size": 384,
-            "epochs": 10,
+            "epochs": 8,
             "batch": 8192,
             "lr": 2e-3,
             "textures": None,
@@ -37,7 +37,7 @@ METHODS = {
             "weights": None,
             "bank": 8000,
             "local": True,
-            "steps": 4,
+            "steps": 2,
             "tail_weight": 0.5,
             "classification_weight": 1.0,
             "smoothing": 0.1,

@@ -73,10 +73,10 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def prototype_count(settings: dict) -> int:
-    """How many prototypes --bank N makes: N, or of few images as many as there are candidates."""
-    images = settings["images"] - settings["held_out"]
-    positions = math.ceil(settings["size"] / 8) ** 2
-    return min(settings["bank"], CANDIDATES, images * positions)
+    """How many prototypes --bank N makes: N, or of few images a tenth of their rows, so that others are left to be seen
+    from them."""
+    rows = (settings["images"] - settings["held_out"]) * math.ceil(settings["size"] / 8) ** 2
+    return min(settings["bank"], math.ceil(rows / 10), CANDIDATES)
 
 
 def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -93,9 +93,10 @@ def lines(x: Tensor) -> list[Tensor]:
     return [line.mT.flatten(0, 1) for line in x.unbind(dim=2)]
 
 
-def from_lines(values: Tensor, x: Tensor) -> Tensor:
-    """A value for each row of `lines(x)`, (h B w,), back in place: (B, h, w)."""
-    return values.view(x.shape[2], x.shape[0], x.shape[3]).transpose(0, 1)
+def from_lines(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows (h B w, K), one for each of `lines(x)`, back in place: (B, K, h, w)."""
+    batch, _, height, width = x.shape
+    return rows.view(height, batch, width, -1).permute(1, 3, 0, 2)
 
 
 class Nearest(Detector):
@@ -125,7 +126,7 @@ class Nearest(Detector):
         spacing = self.prototypes.spacing
         spacing = spacing[index] if self.settings["local"] else spacing.mean()
         distance = self.prototypes.away(torch.cat(parts), index).norm(dim=1)
-        return [from_lines(distance / spacing, code)]
+        return [from_lines((distance / spacing)[:, None], code)[:, 0]]
 
     @torch.no_grad()
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:

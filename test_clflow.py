@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clflow
 import synth
 from flows import Flow2D
+from kit.backbone import as_rows
+from kit.processes import Processes
 
 
 def randomised(flow: Flow2D) -> Flow2D:
@@ -163,27 +165,35 @@ def test_foreground_finds_an_object_and_leaves_textures_alone():
 
 
 def test_energy_is_the_gaussian_nll_per_dimension():
-    torch.manual_seed(0)
-    z, log_det = torch.randn(2, 5, 3, 3), torch.randn(2, 3, 3)
-    exact = -torch.distributions.Normal(0, 1).log_prob(z).mean(dim=1) - log_det / 5
-    assert torch.allclose(clflow.energy(z, log_det) + 0.5 * math.log(2 * math.pi), exact, atol=1e-6)
+    z = torch.randn(5, 8)
+    log_det = torch.randn(5)
+    log_density = -0.5 * (z**2).sum(dim=1) - 4 * math.log(2 * math.pi) + log_det
+    expected = -log_density / 8 - 0.5 * math.log(2 * math.pi)
+    assert torch.allclose(clflow.energy(z, log_det), expected, atol=1e-6)
+
+
+def test_nll_loss_is_the_mean_and_the_mean_of_the_highest_twentieth():
+    e = torch.arange(100.0)[torch.randperm(100)]
+    assert clflow.nll_loss(e, tail_weight=0).item() == pytest.approx(49.5)
+    assert clflow.nll_loss(e, tail_weight=1).item() == pytest.approx((95 + 96 + 97 + 98 + 99) / 5)
+    assert clflow.nll_loss(e, tail_weight=0.25).item() == pytest.approx(0.75 * 49.5 + 0.25 * 97)
+
+
+def cross_entropy(odds: float, label: float) -> float:
+    p = 1 / (1 + math.exp(-odds))
+    return -label * math.log(p) - (1 - label) * math.log(1 - p)
 
 
 def test_classification_loss_by_hand_and_its_gradient():
-    normal, anomalous = torch.tensor([0.0, 2.0]), torch.tensor([5.0], requires_grad=True)
-    middle = torch.tensor(6.0)
-
-    def bce(e, label):
-        p = 1 / (1 + math.exp(-(e - 6) / 2))
-        return -label * math.log(p) - (1 - label) * math.log(1 - p)
-
-    expected = (bce(0, 0.05) + bce(2, 0.05)) / 4 + bce(5, 0.95) / 2
-    loss = clflow.classification_loss(normal, anomalous, middle, smoothing=0.1, temperature=2.0)
+    normal, anomalous = torch.tensor([-1.0, 2.0, -3.0]), torch.tensor([1.0], requires_grad=True)
+    each = [cross_entropy(odds, 0.05) for odds in (-1, 2, -3)]
+    expected = (sum(each) / 3 + max(each)) / 2 + 2 * cross_entropy(1, 0.95)  # the worst 5 % of three are one
+    loss = clflow.classification_loss(normal, anomalous, smoothing=0.1)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    assert anomalous.grad.item() < 0  # descent raises the anomaly's energy
-    far = torch.tensor([26.0], requires_grad=True)
-    clflow.classification_loss(normal, far, middle, 0.1, 2.0).backward()
+    assert anomalous.grad.item() < 0  # descent raises the odds of what is anomalous
+    far = torch.tensor([5.0], requires_grad=True)
+    clflow.classification_loss(normal, far, smoothing=0.1).backward()
     assert far.grad.item() > 0  # beyond the smoothed label it is not pushed any further
 
 
@@ -219,14 +229,93 @@ def test_tamed_energy_is_continuous_and_grows_like_the_logarithm():
     assert e.grad[:3].tolist() == [1, 1, 1] and e.grad[-1].item() == pytest.approx(1e-8)
 
 
-def test_whitening_whitens():
+class Given(torch.nn.Module):
+    """A model whose latents and log-odds are given functions of the rows, in place of a flow and a classifier."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = {"tail_weight": 0.5, "classification_weight": 0.3, "smoothing": 0.2, "contrast_weight": 0.7}
+        self.settings |= {"contrast": "energy", "temperature": 0.5} | settings
+
+    def latents(self, rows):
+        return 1.5 * rows, rows[:, 0]
+
+    def log_odds(self, rows):
+        return rows[:, 1] - 2 * rows[:, 2]
+
+
+@pytest.mark.parametrize("contrast", ["energy", "cosine"])
+def test_losses_against_a_loop_over_rows(monkeypatch, contrast):
     torch.manual_seed(0)
-    mix = torch.diag(torch.arange(1.0, 5.0)) @ torch.linalg.qr(torch.randn(4, 4)).Q
-    x = torch.randn(5000, 4) @ mix + 3
-    norm = clflow.Whitening(4)
+    normal, anomalous, untouched = torch.randn(40, 4), 2 * torch.randn(3, 4), torch.randn(3, 4)
+    noise = torch.randn(3, 4)
+    monkeypatch.setattr(torch, "randn_like", lambda rows: noise)
+    found = clflow.Losses(Given(contrast=contrast))(normal, anomalous, untouched)
+
+    def energy(row):
+        return sum(float(1.5 * v) ** 2 for v in row) / 8 - float(row[0]) / 4
+
+    def tame(e):
+        return e if e <= 1 else 1 + math.log(e)
+
+    def odds(row):
+        return float(row[1] - 2 * row[2])
+
+    energies = [energy(row) for row in normal]
+    nll = np.mean(energies) / 2 + np.mean(sorted(energies)[-2:]) / 2
+    wrong = [cross_entropy(odds(row), 0.1) for row in normal]
+    noised = [row + clflow.NOISE * move for row, move in zip(normal, noise, strict=False)]
+    missed = [cross_entropy(odds(row), 0.9) for row in (*anomalous, *noised)]
+    classification = (np.mean(wrong) + np.mean(sorted(wrong)[-2:])) / 2 + 2 * np.mean(missed)
+    info = []
+    if contrast == "energy":
+        rivals = sum(math.exp(tame(e) / 0.5) for e in energies)
+        for row in anomalous:
+            similar = math.exp(tame(energy(row)) / 0.5)
+            info.append(-math.log(similar / (similar + rivals)))
+    else:
+        for anchor, pull in zip(untouched, normal, strict=False):
+            similar = math.exp(F.cosine_similarity(anchor, pull, dim=0) / 0.5)
+            rivals = sum(math.exp(F.cosine_similarity(anchor, other, dim=0) / 0.5) for other in anomalous)
+            info.append(-math.log(similar / (similar + rivals)))
+    parts = [found[name].item() for name in ("nll", "classification", "contrast")]
+    assert parts == pytest.approx([nll, classification, np.mean(info)], rel=1e-4)
+    assert found["loss"].item() == pytest.approx(nll + 0.3 * classification + 0.7 * np.mean(info), rel=1e-4)
+
+
+@pytest.mark.parametrize("off", ["classification", "contrast"])
+def test_a_proxy_task_of_weight_zero_is_left_out(off):
+    rows = torch.randn(40, 4)
+    found = clflow.Losses(Given(**{f"{off}_weight": 0}))(rows, rows[:3], rows[:0])
+    assert off not in found and len(found) == 3
+
+
+def test_the_contrast_raises_the_energies_of_defects_and_lowers_the_others():
+    """One step down the loss, on the rows themselves: the direction in which each kind goes."""
+    torch.manual_seed(0)
+    normal, anomalous = torch.randn(64, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    clflow.Losses(Given(classification_weight=0))(normal, anomalous, normal[:0])["loss"].backward()
+
+    def change(rows):
+        energies = [clflow.energy(1.5 * x, x[:, 0]) for x in (rows - 0.1 * rows.grad, rows)]
+        return (energies[0] - energies[1]).mean()
+
+    assert change(anomalous) > 0 > change(normal)
+
+
+# ---------------------------------------------------------------- clflow.py: from features to rows, and back
+
+
+def test_whitening_whitens_the_strongest_directions():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(4, 4)).Q
+    x = torch.randn(5000, 4) @ torch.diag(torch.tensor([1.0, 4, 2, 3])) @ directions + 3
+    norm = clflow.Whitening(4, 2)
     norm.fit(x)
-    y = norm(x.T.reshape(1, 4, 50, 100)).flatten(2)[0]
-    assert y.mean(dim=1).abs().max() < 1e-4 and (torch.cov(y) - torch.eye(4)).abs().max() < 0.05
+    y = norm(x)
+    assert y.mean(dim=0).abs().max() < 1e-4 and (torch.cov(y.T) - torch.eye(2)).abs().max() < 0.05
+    strongest = norm.weight[0] / norm.weight[0].norm()
+    assert (strongest @ directions[1]).abs() > 0.99
 
 
 def test_whitening_needs_float64_on_the_cpu_only():
@@ -240,158 +329,112 @@ def test_whitening_needs_float64_on_the_cpu_only():
             return func(*args, **kwargs)
 
     with Watch():
-        clflow.Whitening(3).fit(torch.randn(100, 3))
+        clflow.Whitening(3, 2).fit(torch.randn(100, 3))
 
 
-# ---------------------------------------------------------------- clflow.py: which positions a loss sees
+SETTINGS = {"backbone": "efficientnet_lite0", "size": 64, "images": 5, "held_out": 1, "bank": 40, "seed": 0, "steps": 2}
+SETTINGS |= {"local": True, "tail_weight": 0.5, "classification_weight": 1.0, "contrast_weight": 0.0}
+CHANNELS = 40 + 112
 
 
-def test_positions_are_sampled_per_image_from_those_marked():
-    where = torch.zeros(3, 50, dtype=torch.bool)
-    where[0, 7], where[1, :3], where[2, ::2] = True, True, True
-    places = clflow.sample(where, 200)
-    assert [sorted(set(row)) for row in places.tolist()] == [[7], [0, 1, 2], list(range(0, 50, 2))]
+@pytest.fixture
+def model() -> clflow.CLFlow:
+    """Fitted to given features of five images; nothing is trained, but no parameter of the flow is zero."""
+    torch.manual_seed(0)
+    model = clflow.CLFlow(dict(SETTINGS)).eval()
+    model.full_precision = True
+    randomised(model.flow)
+    with torch.no_grad():
+        for step in model.flow.steps:
+            step.scale.mul_(0.1)
+    model.fit(as_rows(features(5)))
+    return model
 
 
-def test_half_of_the_normal_sample_is_from_the_worst_twentieth():
-    e = torch.arange(400.0).repeat(2, 1)
-    drawn = clflow.sample_normal(e)
-    assert drawn.shape == (2, 256)
-    assert drawn[:, 128:].min() >= 380 and drawn[:, :128].min() < 100
+def features(images: int) -> torch.Tensor:
+    """(images, C, 8, 8)."""
+    return torch.randn(images, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_single_pixel_touches_its_position_and_spoils_its_neighbours():
-    mask = torch.zeros(1, 1, 32, 32)
+def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
+    bank, spacing = model.prototypes.bank + model.prototypes.centre, model.prototypes.spacing
+    rows = torch.randn(20, CHANNELS)
+    expected = []
+    for row in rows:
+        nearest = (bank - row).norm(dim=1).argmin()
+        expected.append((row - bank[nearest]) / spacing[nearest])
+    assert torch.allclose(model.relative([rows[:7], rows[7:]]), torch.stack(expected), atol=1e-4)
+    model.settings["local"] = False
+    assert torch.equal(model.relative([rows[:7], rows[7:]]), rows)
+
+
+def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, model):
+    """Each position by itself, without its neighbours and its batch, gives the same energies."""
+    x = features(3)
+    monkeypatch.setattr(model, "features", lambda images: x)
+    code = model.encode(torch.empty(3, 3, 64, 64))
+    flow, odds = model.judge(code)
+    assert flow.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
+    for image, y, column in itertools.product(range(3), range(8), range(8)):
+        row = model.whitening(model.relative([x[image, :, y, column][None]]))
+        assert torch.allclose(code[image, :, y, column], row[0], atol=1e-3)
+        alone = clflow.tamed(clflow.energy(*model.latents(row)))
+        assert torch.allclose(flow[image, y, column], alone[0], atol=1e-3)
+        assert torch.allclose(odds[image, y, column], model.log_odds(row)[0], atol=1e-3)
+
+
+def test_without_classification_there_is_one_expert():
+    model = clflow.CLFlow(SETTINGS | {"classification_weight": 0})
+    assert len(model.judge(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
+
+
+def test_prototypes_are_no_examples_of_themselves(model):
+    rows = as_rows(features(5))  # 320, of which 40 are prototypes
+    kept = torch.cat(list(model.without_prototypes(rows)))
+    assert len(kept) == 320 - 40 and kept.norm(dim=1).min() > 0.05
+
+
+def test_a_single_pixel_touches_its_position():
+    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(2, 1, 1, 1)
+    mask = torch.zeros(2, 1, 32, 32)
     mask[0, 0, 9, 17] = 1
-    touched, beside = clflow.touched_positions(mask, (8, 8))
-    assert touched.nonzero().tolist() == [[0, 2, 4]]
-    assert (~beside).nonzero().tolist() == [[0, y, x] for y in (1, 2, 3) for x in (3, 4, 5)]
+    mask[1, 0, 0:5, 31] = 1
+    assert clflow.touched_rows(x, mask)[:, 0].tolist() == [2 * 8 + 4, 7, 15]
 
 
-def test_bounding_box_of_two_blobs_holds_both_and_what_lies_between():
-    where = torch.zeros(2, 7, 9, dtype=torch.bool)
-    where[0, 1, 2], where[0, 4, 6] = True, True  # two blobs: rows and columns without any of them lie in between
-    where[1, 3, 3] = True
-    boxes = clflow.bounding_boxes(where)
-    expected = torch.zeros_like(boxes)
-    expected[0, 1:5, 2:7], expected[1, 3, 3] = True, True
-    assert torch.equal(boxes, expected)
+class Painted:
+    """Two images in place of files and loaders; the second one has a defect."""
 
+    files = ["a", "b"]
+    processes = Processes()
 
-# ---------------------------------------------------------------- clflow.py: all losses, position by position
+    def normal(self):
+        yield torch.zeros(2, 3, 64, 64)
 
-
-class Given(torch.nn.Module):
-    """A model whose latents are given, in place of a backbone and flows."""
-
-    def __init__(self, latents: list, contrast: str):
-        super().__init__()
-        self.given = latents
-        self.settings = {"classification_weight": 0.3, "contrast_weight": 0.7, "contrast": contrast}
-        self.settings |= {"smoothing": 0.2, "temperature": 0.5}
-
-    def latents(self, images):
-        return self.given
-
-
-def tame(e: float) -> float:
-    return e if e <= 1 else 1 + math.log(e)
-
-
-def cross_entropy(e: float, middle: float, label: float) -> float:
-    p = 1 / (1 + math.exp(-(e - middle) / 0.5))
-    return -label * math.log(p) - (1 - label) * math.log(1 - p)
+    def painted(self, count):
+        mask = torch.zeros(1, 1, 64, 64)
+        mask[0, 0, :8, :20] = 1  # three positions
+        yield torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), mask
 
 
 @pytest.mark.parametrize("contrast", ["energy", "cosine"])
-def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
-    """Three x+, two x- made from the first two; a scratch of one pixel, and two blobs. What the sampling drew is
-    recorded; everything else is computed here anew, one position at a time."""
-    torch.manual_seed(0)
-    draws, sample = [], clflow.sample
-
-    def recording(where, count):
-        draws.append(sample(where, count))
-        assert all(where[i, place] for i, row in enumerate(draws[-1].tolist()) for place in row)
-        return draws[-1]
-
-    monkeypatch.setattr(clflow, "sample", recording)
-    monkeypatch.setattr(clflow, "POSITIONS", 5)
-    monkeypatch.setattr(clflow, "BOX_POSITIONS", 6)
-    mask = torch.zeros(2, 1, 24, 24)
-    mask[0, 0, 9, 13] = 1
-    mask[1, 0, 0:4, 0:4], mask[1, 0, 13:20, 16:20] = 1, 1
-    scales = [(1.5 * torch.randn(5, 4, side, side), torch.randn(5, side, side)) for side in (6, 3)]
-    found = clflow.Losses(Given(scales, contrast))(torch.empty(5, 3, 24, 24), mask)
-
-    expected = np.zeros(3)
-    for z, log_det in scales:
-        side, step = z.shape[2], 24 // z.shape[2]
-        positions = list(itertools.product(range(side), repeat=2))
-
-        def energy(image, place, z=z, log_det=log_det, positions=positions):
-            y, x = positions[place]
-            return sum(float(v) ** 2 for v in z[image, :, y, x]) / 8 - float(log_det[image, y, x]) / 4
-
-        def is_touched(pair, y, x, step=step, side=side):
-            inside = 0 <= y < side and 0 <= x < side
-            return inside and bool(mask[pair, 0, step * y : step * (y + 1), step * x : step * (x + 1)].any())
-
-        def is_near(pair, y, x, is_touched=is_touched):
-            return any(is_touched(pair, y + i, x + j) for i in (-1, 0, 1) for j in (-1, 0, 1))
-
-        terms = [energy(image, place) for image in range(3) for place in range(len(positions))]
-        for pair, (place, (y, x)) in itertools.product(range(2), enumerate(positions)):
-            if not is_near(pair, y, x):
-                terms.append(tame(energy(3 + pair, place)))
-        nll = np.mean(terms)
-
-        touched, anywhere, hard = (draws.pop(0).tolist() for _ in range(3))
-        smooth_normal, smooth_anomalous, info = [], [], []
-        for pair in range(2):
-            normal = [tame(energy(pair, place)) for place in range(len(positions))]
-            middle = np.mean(normal) + 4 * np.std(normal, ddof=1)
-            worst = sorted(normal, reverse=True)[: math.ceil(len(normal) / 20)]
-            reference = [normal[place] for place in anywhere[pair]] + [worst[place] for place in hard[pair]]
-            anomalous = [tame(energy(3 + pair, place)) for place in touched[pair]]
-            assert all(is_touched(pair, *positions[place]) for place in touched[pair])
-            smooth_normal += [cross_entropy(e, middle, 0.1) for e in reference]
-            smooth_anomalous += [cross_entropy(e, middle, 0.9) for e in anomalous]
-            for e in anomalous:
-                rivals = sum(math.exp(n / 0.5) for n in reference)
-                info.append(-math.log(math.exp(e / 0.5) / (math.exp(e / 0.5) + rivals)))
-        if contrast == "cosine":
-            inside, elsewhere = (draws.pop(0).tolist() for _ in range(2))
-            rows = z.flatten(2)
-            box = [rows[pair, :, place] for pair in range(2) for place in inside[pair]]
-            negatives = [rows[3 + pair, :, place] for pair in range(2) for place in inside[pair]]
-            pulls = [rows[pair, :, place] for pair in range(2) for place in elsewhere[pair]]
-            info = []
-            for anchor, pull in zip(box, pulls, strict=True):
-                similar = math.exp(F.cosine_similarity(anchor, pull, dim=0) / 0.5)
-                rivals = sum(math.exp(F.cosine_similarity(anchor, other, dim=0) / 0.5) for other in negatives)
-                info.append(-math.log(similar / (similar + rivals)))
-        expected += np.array([nll, (np.mean(smooth_normal) + np.mean(smooth_anomalous)) / 2, np.mean(info)]) / 2
-    assert not draws
-    parts = [found[name].item() for name in ("nll", "classification", "contrast")]
-    assert parts == pytest.approx(expected.tolist(), rel=1e-4)
-    assert found["loss"].item() == pytest.approx(expected @ [1, 0.3, 0.7], rel=1e-4)
-
-
-def test_nll_leaves_out_what_lies_near_a_defect():
-    normal, anomalous = torch.tensor([[0.0, 1.0]]), torch.tensor([[math.e, 99.0]])
-    beside = torch.tensor([[True, False]])
-    assert clflow.nll_loss(normal, anomalous, beside).item() == pytest.approx((0 + 1 + 2) / 3)
-
-
-def test_synthetic_defects_raise_their_energies_and_the_rest_sinks():
-    """One step down the whole loss, on latents themselves: the direction in which each kind of position goes."""
-    torch.manual_seed(0)
-    z = torch.randn(2, 8, 8, 8)
-    z.requires_grad_(True)
-    mask = torch.zeros(1, 1, 32, 32)
-    mask[0, 0, 8:16, 8:16] = 1
-    losses = clflow.Losses(Given([(z, torch.zeros(2, 8, 8))], "energy"))
-    losses(torch.empty(0), mask)["loss"].backward()
-    change = clflow.energy(z - 0.1 * z.grad, torch.zeros(2, 8, 8)) - clflow.energy(z, torch.zeros(2, 8, 8))
-    assert change[1, 2:4, 2:4].mean() > 0 > change[0].mean() and change[1, 5:].mean() < 0
+def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch, model, contrast):
+    before, after = features(2), features(2) + 9
+    monkeypatch.setattr(model, "features", lambda images: after[1:] if images.max() > 0 else before[-len(images) :])
+    model.settings |= {"contrast_weight": 0.5, "contrast": contrast}
+    monkeypatch.setattr(clflow, "ROWS", 100)  # fifty of an image
+    feed = clflow.Losses(model).feed(Painted(), batch=30, fresh=False)
+    assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
+    three = [model.whitening(model.relative([x[1, :, 0, :3].T])) for x in (after, before)]
+    assert torch.allclose(feed.anomalous.float(), three[0], rtol=1e-2, atol=1e-2)
+    if contrast == "cosine":
+        assert torch.allclose(feed.untouched.float(), three[1], rtol=1e-2, atol=1e-2)
+    batches = list(feed.batches(epoch=1))
+    assert len(batches) == len(feed) == clflow.STEPS_PER_EPOCH
+    for normal, anomalous, untouched in batches[:5]:
+        assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8
+        if contrast == "cosine":  # the same ones of the three
+            which = [(feed.anomalous.float() == row).all(dim=1).nonzero().item() for row in anomalous]
+            assert torch.equal(untouched, feed.untouched[which].float())
+        else:
+            assert len(untouched) == 0

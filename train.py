@@ -54,7 +54,7 @@ def train_epoch(
     parameters = optimizer.param_groups[0]["params"]
     steps = []
     for batch in batches:
-        found = losses(*batch)
+        found = losses(*(part.to(parameters[0].device) for part in batch))
         loss = found["loss"]
         if not loss.isfinite():
             raise InputError(f"--lr: training diverged to {loss.item()}; try a lower learning rate")
@@ -421,6 +421,8 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
     if not contrasts:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
+    if args.method == "clflow" and not options["local"]:
+        refuse_without_effect(args, ["bank"], "with --no-local")
     options.pop("weights", None)  # not what is learnt, but where it lies
     if args.textures:
         options["textures"] = str(args.textures.resolve())

@@ -35,9 +35,9 @@ class Processes:
         """The rows (N, C) of all processes, in their order; the same for each."""
         if self.count == 1:
             return rows
-        found = [None] * self.count
-        dist.all_gather_object(found, rows)
-        return torch.cat(found)
+        found: list = [None] * self.count
+        dist.all_gather_object(found, rows.cpu())
+        return torch.cat(found).to(rows.device)
 
 
 ALONE = Processes()

@@ -8,8 +8,17 @@ import pytest
 from helpers import LITE, SMALL, call
 
 import autoencoder
+import clflow
 import train
 from kit.demo import draw_demo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_synthetic_defects():
+    """To save time; real processes paint all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clflow, "PAINTED", 64)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +42,7 @@ def train_blind(category: Path, out: Path, *options: object) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(category, tmp_path_factory) -> Path:
     """A CL-Flow run; tests only read it (copy it to change it)."""
-    return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192)
+    return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192, "--batch", 1024)
 
 
 @pytest.fixture(scope="session")

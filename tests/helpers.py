@@ -15,7 +15,7 @@ from methods import load
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
-QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1]
+QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--batch", 64]
 SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 

@@ -1,27 +1,34 @@
 """Map, score, calibration, checkpoint, and `inspect`, what a user calls from Python."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from helpers import mask_of
 from PIL import Image
 from scipy import ndimage
+from torchvision.transforms.functional import gaussian_blur
 
 from kit import data
-from kit.detector import FORMAT, Detector, anomaly_map, image_score, read_checkpoint
+from kit.detector import FORMAT, Detector, anomaly_map, image_score, read_checkpoint, smoothed
 from kit.errors import InputError
 from kit.images import read_image
 from methods import load
 
 
-def test_map_combines_scales_by_their_mean_density_and_is_bounded():
-    energies = [torch.full((1, 8, 8), value) for value in (1.0, 0.5)] + [torch.full((1, 4, 4), 1e9)]
-    combined = anomaly_map(energies, torch.tensor([1.0, 0.5 - math.log(2), 0.0]), 64)
-    assert combined.shape == (1, 64, 64)  # densities relative to the typical ones: 1, 1/2, 0
-    assert torch.allclose(combined, torch.full_like(combined, (0 + 0.5 + 1) / 3), atol=1e-5)
-    assert anomaly_map([torch.full((1, 8, 8), -1e9)], torch.zeros(1), 64).min() > -2
+def test_map_of_one_position_is_a_bell_of_its_energy():
+    e = torch.zeros(1, 8, 8)
+    e[0, 3, 5] = 2
+    found = anomaly_map(e, 64)
+    assert found.shape == (1, 64, 64)
+    peak = divmod(int(found.argmax()), 64)
+    assert peak[0] in (27, 28) and peak[1] in (43, 44)  # the position's middle, at 8 pixels each
+    assert found.sum().item() == pytest.approx(2 * 8 * 8, rel=0.01)
+    assert torch.allclose(anomaly_map(torch.full((1, 8, 8), 3.0), 64), torch.full((1, 64, 64), 3.0), atol=1e-5)
+
+
+def test_smoothing_one_axis_after_the_other_is_smoothing_both():
+    x = torch.rand(2, 1, 40, 50)
+    assert torch.allclose(smoothed(x, 256), gaussian_blur(x, [13, 13], [2.0, 2.0]), atol=1e-5)
 
 
 def test_image_score_is_the_mean_of_the_top_percent():
@@ -30,28 +37,36 @@ def test_image_score_is_the_mean_of_the_top_percent():
 
 
 class Brightness(Detector):
-    """Two scales whose energies can be computed by hand: an image is one grey, and its energies are that and twice."""
+    """Two experts whose energies can be computed by hand: an image is one grey, and they say that and its square."""
 
     def __init__(self, held_out: int):
-        super().__init__({"size": 64, "held_out": held_out, "method": "brightness"}, scales=2)
+        super().__init__({"size": 64, "held_out": held_out, "method": "brightness"}, experts=2)
 
-    def energies(self, images):
-        grey = images[:, 0, ::8, ::8]
-        return [grey, 2 * grey]
+    def judge(self, code):
+        grey = code[:, 0, ::8, ::8]
+        return [grey, 10 * grey**2]
 
 
 def test_calibration_by_hand():
-    greys = [0.1, 0.2, 0.3, 0.4, 0.9]
+    greys = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
     model = Brightness(held_out=5)
     model.calibrate(torch.full((1, 3, 64, 64), grey) for grey in greys)
-    assert model.levels.tolist() == pytest.approx([0.3, 0.6])  # the medians
-    scores = [1 - (math.exp(0.3 - g) + math.exp(0.6 - 2 * g)) / 2 for g in greys]
-    assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-5)
-    assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-5)  # flat maps: the maximum is the score
+    assert model.levels.tolist() == pytest.approx([0.3, 0.9])  # the medians
+    units = [greys.mean() - 0.3, 10 * (greys**2).mean() - 0.9]  # flat maps: the worst percent is as all of it
+    assert model.units.tolist() == pytest.approx(units, rel=1e-4)
+    scores = ((greys - 0.3) / units[0] + (10 * greys**2 - 0.9) / units[1]) / 2
+    assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-4)
+    assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
     limits = model.thresholds(0.4)  # the second highest of five: 0.4 * 6 rounded down
-    assert limits.score == pytest.approx(scores[3], abs=1e-5) and not limits.extrapolated
+    assert limits.score == pytest.approx(scores[3], abs=1e-4) and not limits.extrapolated
     assert model.inspect(np.full((64, 64), 0.41), 0.4).anomalous
     assert not model.inspect(np.full((64, 64), 0.39), 0.4).anomalous
+
+
+def test_experts_that_never_differ_do_not_divide_by_zero():
+    model = Brightness(held_out=2)
+    model.calibrate(torch.full((1, 3, 64, 64), grey) for grey in (0.5, 0.5))
+    assert torch.isfinite(model.normal).all()
 
 
 # ---------------------------------------------------------------- with a trained model
@@ -73,7 +88,7 @@ def test_score_is_a_pure_function_of_one_image(model, category):
     with torch.no_grad():
         together = model(images)[1]
         singles = torch.cat([model(image[None])[1] for image in images])
-    assert singles.max() < 0.99 and singles.std() > 0  # not saturated: scores that could differ
+    assert singles.std() > 0
     assert (together - singles).abs().max() < 1e-3 * model.normal[0].std()
 
 
@@ -127,9 +142,9 @@ def test_checkpoint_is_self_contained(model, finished_run, tmp_path):
 def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    torch.save({"format": 3, "settings": {}}, tmp_path / "older.pt")
+    torch.save({"format": 4, "settings": {}}, tmp_path / "older.pt")
     torch.save({"format": FORMAT, "settings": {"method": "x"}, "state": {}}, tmp_path / "strange.pt")
-    for name, word in (("junk", "cannot be read"), ("other", "cannot be read"), ("older", "format 3.*train it again"),
+    for name, word in (("junk", "cannot be read"), ("other", "cannot be read"), ("older", "format 4.*train it again"),
                        ("strange", "cannot be read"), ("missing", "cannot be read")):  # fmt: skip
         with pytest.raises(InputError, match=word) as error:
             load(tmp_path / f"{name}.pt")

@@ -13,17 +13,41 @@ import evaluate
 import nearest
 import train
 from kit import data
+from kit.backbone import joined
 from methods import load
 
 RNG = np.random.default_rng(0)
 
 
-def test_distances_are_those_of_scipy_nearest_first():
-    rows, bank = torch.from_numpy(RNG.random((50, 7))), torch.from_numpy(RNG.random((20, 7)))
-    found, index = nearest.nearest(rows, bank, 3)
+def prototypes(bank) -> nearest.Prototypes:
+    """With a given bank (M, C), its centre taken off."""
+    bank = torch.as_tensor(bank, dtype=torch.float32)
+    found = nearest.Prototypes(*bank.shape)
+    found.centre.copy_(bank.mean(dim=0))
+    found.bank.copy_(bank - found.centre)
+    return found
+
+
+def test_the_nearest_prototype_is_that_of_scipy():
+    rows, bank = RNG.random((50, 7)) + 100, RNG.random((20, 7)) + 100
+    mine = prototypes(bank)
+    parts = torch.from_numpy(np.float32(rows)).split(13)
+    index = mine.nearest(parts, torch.float32)
     expected = distance.cdist(rows, bank)
-    assert np.allclose(found, np.sort(expected, axis=1)[:, :3], atol=1e-6)
-    assert np.array_equal(index, np.argsort(expected, axis=1)[:, :3])
+    assert np.array_equal(index, expected.argmin(axis=1))
+    assert np.allclose(mine.away(torch.cat(parts), index).norm(dim=1), expected.min(axis=1), atol=1e-4)
+
+
+def test_half_the_bits_find_one_that_is_as_near():
+    rows, bank = torch.randn(500, 64) + 20, torch.randn(200, 64) + 20
+    mine = prototypes(bank)
+    far, near = (mine.away(rows, mine.nearest([rows], dtype)).norm(dim=1) for dtype in (torch.bfloat16, torch.float32))
+    assert (far / near).mean() < 1.002 and (far / near).max() < 1.03
+
+
+def test_a_map_taken_apart_in_lines_comes_together_again():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(nearest.from_lines(torch.cat(nearest.lines(x)), x), x)
 
 
 def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch):
@@ -43,34 +67,15 @@ def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
     assert 5000 in nearest.covering(rows, 20, torch.Generator().manual_seed(0)).tolist()
 
 
-class Features(torch.nn.Module):
-    """A backbone whose features are given."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.given = features
-
-    def channels(self):
-        return [1, 2, 1]
-
-    def load_imagenet(self, weights):
-        self.weights = weights
-
-    def forward(self, images):
-        return self.given
-
-
 @pytest.mark.parametrize("local", [True, False])
-def test_energies_by_hand(monkeypatch, local):
+def test_energies_by_hand(local):
     """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
-    monkeypatch.setattr(nearest, "Backbone", lambda name: Features(None))
-    settings = {"backbone": "given", "size": 16, "images": 3, "held_out": 1, "bank": 3, "local": local, "method": "x"}
+    settings = {"backbone": LITE[1], "size": 16, "images": 3, "held_out": 1, "bank": 3, "local": local, "method": "x"}
     model = nearest.Nearest(settings)
-    model.bank.copy_(torch.tensor([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]]))
-    model.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
+    model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
+    model.prototypes.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
     x = torch.tensor([[1.0, 0, 0], [10, 0, 4], [31, 0, 0], [4, 0, 0]])
-    monkeypatch.setattr(model, "features", lambda images: x.T.reshape(1, 3, 2, 2))
-    (e,) = model.energies(torch.empty(1, 3, 16, 16))
+    (e,) = model.judge(x.T.reshape(1, 3, 2, 2))
     expected = [1 / 1, 4 / 2, 1 / 6, 4 / 1] if local else [1 / 3, 4 / 3, 1 / 3, 4 / 3]
     assert e.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -78,11 +83,7 @@ def test_energies_by_hand(monkeypatch, local):
 def test_features_join_two_strides_position_by_position():
     """The coarse map is averaged, then laid over the fine one."""
     fine, coarse = torch.rand(1, 2, 4, 4), torch.rand(1, 1, 2, 2)
-    given = Features([torch.rand(1, 1, 8, 8), fine, coarse])
-    settings = {"backbone": "resnet18", "size": 32, "images": 3, "held_out": 1, "bank": 3, "local": True, "seed": 0}
-    model = nearest.Nearest(settings)
-    model.backbone = given
-    x = model.features(torch.empty(1, 3, 32, 32))
+    x = joined([torch.rand(1, 1, 8, 8), fine, coarse])
     assert x.shape == (1, 3, 4, 4)
     neighbours = [fine[0, 1, i, j] for i, j in itertools.product((0, 1), (0, 1))]  # of the corner: four, not nine
     assert x[0, 1, 0, 0].item() == pytest.approx(float(np.mean(neighbours)), abs=1e-5)
@@ -98,9 +99,9 @@ def bank_run(category, tmp_path_factory):
 
 def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
     model = load(bank_run / "model.pt")
-    assert model.bank.shape == (500, 40 + 112)
-    between = np.sort(distance.cdist(model.bank, model.bank), axis=1)
-    assert np.allclose(between[:, 1:6].mean(axis=1), model.spacing, rtol=1e-3)
+    assert model.prototypes.bank.shape == (500, 40 + 112)
+    between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
+    assert np.allclose(between[:, 1:6].mean(axis=1), model.prototypes.spacing, rtol=1e-3)
 
 
 def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
@@ -117,4 +118,5 @@ def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, 
     for flag, value in (("--epochs", 3), ("--lr", 0.1), ("--batch", 4), ("--contrast", "energy"), ("--textures", "x")):
         refuse(train.main, capsys, *command, flag, value, words=[flag, "--method patchcore"])
     refuse(train.main, capsys, *command, "--keep-epochs", words=["--keep-epochs", "--method patchcore"])
-    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--bank", 3, words=["--bank", "clflow"])
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--method", "autoencoder", "--bank", 30,
+           words=["--bank", "autoencoder"])  # fmt: skip

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import kit.pairs
-import train
 from kit.data import list_images
 from kit.pairs import Pairs
 from kit.processes import Processes
@@ -62,10 +61,26 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     def refuse(tensor):
         raise AssertionError("a tensor is about to be sent through shared memory")
 
-    loader = train.make_loader(make_pairs(category), batch=8)
+    loader = kit.pairs.loader(make_pairs(category), batch=8)
     assert loader.num_workers > 0
     loader.timeout = 30  # a worker that cannot send says nothing
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
     images, masks = next(iter(loader))
     assert images.shape == (12, 64, 64, 3) and masks.shape == (4, 64, 64, 1)
+
+
+def test_good_images_are_shared_between_the_processes(category):
+    parts = [torch.cat(list(make_pairs(category, Processes(rank, 5)).normal())) for rank in range(5)]
+    whole = torch.cat(list(make_pairs(category).normal()))
+    assert whole.shape == (24, 3, 64, 64)
+    assert sorted(x.sum().item() for x in torch.cat(parts)) == sorted(x.sum().item() for x in whole)
+
+
+def test_as_many_are_painted_as_asked_for_and_anew_when_all_have_been(category):
+    pairs = make_pairs(category)
+    seen = list(pairs.painted(100))  # 96 images, x- of half of them in an epoch
+    assert 100 <= sum(len(mask) for *_, mask in seen) < 108 and pairs.epoch == 3
+    for before, after, mask in seen:
+        changed = (before != after).any(dim=1, keepdim=True)
+        assert changed.any() and not changed[mask == 0].any()
