@@ -105,9 +105,9 @@ class CLFlow(Detector):
         """Features (B, C, h, w) -> (B, K, h, w)."""
         return from_lines(self.whitening(self.relative(lines(x))), x)
 
-    def latents(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K)."""
-        width = math.gcd(len(rows), 64)  # they come as one map of any shape; a line of N positions takes a fifth longer
+    def latents(self, rows: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
+        """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K). The flow sees them as one map of this
+        width, which must divide N; any gives the same, but a line of N positions takes a fifth longer."""
         as_map = rows.view(1, -1, width, rows.shape[1]).permute(0, 3, 1, 2)
         with self.autocast():
             z, log_det = self.flow(as_map)
@@ -123,7 +123,7 @@ class CLFlow(Detector):
         """Maps (B, K, h, w) -> energies (B, h, w) of each expert."""
         batch, _, height, width = code.shape
         rows = as_rows(code)
-        found = [tamed(energy(*self.latents(rows)))]
+        found = [tamed(energy(*self.latents(rows, width)))]
         if self.classifies:
             found.append(self.log_odds(rows))
         return [e.view(batch, height, width) for e in found]
@@ -207,7 +207,7 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal)
+        z, log_det = self.model.latents(normal, math.gcd(len(normal), 64))
         e = energy(z, log_det)
         nll = nll_loss(e, settings["tail_weight"])
         found = {"loss": nll, "nll": nll}
@@ -225,20 +225,22 @@ class Losses(nn.Module):
     def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor) -> Tensor:
         """L_con of normal latents (B, K) and energies (B,) against rows of defects (A, K)."""
         temperature = self.model.settings["temperature"]
-        negative_box, log_det = self.model.latents(anomalous)
+        width = math.gcd(len(anomalous), 64)
+        negative_box, log_det = self.model.latents(anomalous, width)
         if self.model.settings["contrast"] == "energy":
             return contrast_energy(e, energy(negative_box, log_det), temperature)
-        box, _ = self.model.latents(untouched)
+        box, _ = self.model.latents(untouched, width)
         return contrast_cosine(box, negative_box, z[: len(box)], temperature)
 
     def feed(self, pairs: Pairs, batch: int, fresh: bool) -> "RowFeed":
         """What training draws from: all rows, computed once. A `fresh` model is fitted to them first. Each process
         keeps the rows of its own part of the images."""
-        torch.manual_seed(self.model.settings["seed"])
         normal = normal_rows(self.model, pairs)
         if fresh:
-            candidates = normal[torch.randperm(len(normal))[: math.ceil(CANDIDATES / pairs.processes.count)]]
-            self.model.fit(pairs.processes.concatenated(candidates))
+            generator = torch.Generator().manual_seed(self.model.settings["seed"])
+            chosen = torch.randperm(len(normal), generator=generator)[: math.ceil(CANDIDATES / pairs.processes.count)]
+            self.model.fit(pairs.processes.concatenated(normal[chosen]))
+        torch.manual_seed(self.model.settings["seed"])  # which images are painted, and in which order
         return self.feed_of(normal, *painted_rows(self.model, pairs), math.ceil(batch / pairs.processes.count))
 
     @torch.no_grad()
@@ -260,7 +262,8 @@ def normal_rows(model: CLFlow, pairs: Pairs) -> Tensor:
     """Rows (N, C) of this process's good images, with half the bits; at most ROWS, spread over all images, of all
     processes together."""
     per_image = math.ceil(ROWS / len(pairs.files))
-    parts = [spread(model.features(images), per_image, torch.default_generator).half() for images in pairs.normal()]
+    generator = torch.Generator().manual_seed(model.settings["seed"])
+    parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
     return torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
-def images_per_second(out: str) -> float:
+def steps_per_second(out: str) -> float:
     """The rate of the second of two epochs on the demo; the first one also fills caches."""
     command = [sys.executable, "train.py", "--epochs", "2", "--out", out]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -22,14 +22,14 @@ def images_per_second(out: str) -> float:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        alone = images_per_second(f"{folder}/alone")
+        alone = steps_per_second(f"{folder}/alone")
         others = [subprocess.Popen(BUSY) for _ in range(os.cpu_count() or 1)]
         try:
-            beside = images_per_second(f"{folder}/beside")
+            beside = steps_per_second(f"{folder}/beside")
         finally:
             for process in others:
                 process.kill()
-    print(f"images per second: alone {alone:.1f}, beside one busy process per core {beside:.1f}")
+    print(f"steps per second: alone {alone:.1f}, beside one busy process per core {beside:.1f}")
     print(f"share kept: {beside / alone:.2f}")
 
 

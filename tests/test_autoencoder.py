@@ -126,7 +126,7 @@ def test_projection_puts_the_mean_colour_back():
 
 def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp_path):
     with open(projecting_run / "log.csv") as file:
-        assert next(csv.reader(file)) == ["epoch", "loss", "outside", "inside", "images_per_second"]
+        assert next(csv.reader(file)) == ["epoch", "loss", "outside", "inside", "steps_per_second"]
     call(evaluate.main, projecting_run)
     metrics = json.loads((projecting_run / "metrics.json").read_text())
     assert metrics["backbone"] is None and metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9

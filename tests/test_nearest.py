@@ -93,13 +93,13 @@ def test_features_join_two_strides_position_by_position():
 @pytest.fixture(scope="module")
 def bank_run(category, tmp_path_factory):
     out = tmp_path_factory.mktemp("nearest")
-    call(train.main, "--data", category, "--out", out, "--method", "patchcore", *LITE, "--size", 128, "--bank", 500)
+    call(train.main, "--data", category, "--out", out, "--method", "patchcore", *LITE, "--size", 128, "--bank", 400)
     return out
 
 
 def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
     model = load(bank_run / "model.pt")
-    assert model.prototypes.bank.shape == (500, 40 + 112)
+    assert model.prototypes.bank.shape == (400, 40 + 112)
     between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
     assert np.allclose(between[:, 1:6].mean(axis=1), model.prototypes.spacing, rtol=1e-3)
 

@@ -74,7 +74,7 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     assert seen["trained"] | seen["held_out"] == set(data.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
-    assert sorted(model.normal[0].tolist()) == pytest.approx(sorted(scores), abs=1e-3)
+    assert sorted(model.normal[0].tolist()) == pytest.approx(sorted(scores), abs=0.02)
 
 
 # ---------------------------------------------------------------- seeds, choices, layouts
@@ -107,7 +107,7 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     textures.mkdir(parents=True)
     Image.effect_noise((64, 64), 80).save(textures / "noise.png")
     choices = ["--contrast", "cosine", "--contrast-weight", 0.1, "--textures", tmp_path / "textures", "--no-local"]
-    choices += ["--tail-weight", 0, "--classification-weight", 0, "--steps", 2, "--bank", 50]
+    choices += ["--tail-weight", 0, "--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices)
     assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "steps_per_second"]
     model = load(tmp_path / "run" / "model.pt")
