@@ -74,7 +74,7 @@ class CLFlow(Detector):
         self.classifies: bool = settings["classification_weight"] > 0
         super().__init__(settings, experts=2 if self.classifies else 1)
         self.backbone = backbone
-        self.prototypes = Prototypes(prototype_count(settings), channels)
+        self.prototypes = Prototypes(prototype_count(settings) if settings["local"] else 0, channels)
         self.whitening = Whitening(channels, components)
         self.flow = Flow2D(components, settings["steps"], kernel_sizes=(1,), hidden_ratio=2.0)
         self.classifier = classifier(components) if self.classifies else None
@@ -262,6 +262,8 @@ def normal_rows(model: CLFlow, pairs: Pairs) -> Tensor:
     """Rows (N, C) of this process's good images, with half the bits; at most ROWS, spread over all images, of all
     processes together."""
     per_image = math.ceil(ROWS / len(pairs.files))
+    if per_image < math.ceil(model.size / 8) ** 2:
+        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
     generator = torch.Generator().manual_seed(model.settings["seed"])
     parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
     return torch.cat(parts)
