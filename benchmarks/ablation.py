@@ -39,6 +39,7 @@ VARIANTS = {
     "+ contrast of energies 0.1": {"contrast_weight": 0.1},
     "+ contrast by the cosine 0.1": {"contrast_weight": 0.1, "contrast": "cosine"},
     "likelihood and contrast of energies 0.1, without classification": LIKELIHOOD | {"contrast_weight": 0.1},
+    "the default with the mean likelihood": {"tail_weight": 0.0},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
     "the default with 16,000 prototypes": {"bank": 16000},

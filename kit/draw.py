@@ -42,7 +42,8 @@ def verdict_picture(
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
-    falling = np.linspace(1, 0, height)[:, None].repeat(bar_width, axis=1)
+    top = 2 * limits.heat  # of the colour bar
+    falling = np.linspace(top, 0, height)[:, None].repeat(bar_width, axis=1)
     panels[""] = heat_colours(falling, limits.heat)
     sheet = ImageOps.expand(beside_each_other(list(panels.values())), (0, bar_width, 4 * bar_width, bar_width), "white")
     draw = ImageDraw.Draw(sheet)
@@ -53,8 +54,8 @@ def verdict_picture(
     for i, label in enumerate(panels):
         draw.text((i * (width + GAP) + 3, height + 1.1 * bar_width), label, "black", font)
     right_of_bar = (len(panels) - 1) * (width + GAP) + 1.2 * bar_width
-    for value, label in ((1, "1"), (limits.heat, f"{limits.heat:.2f} limit"), (0, "0")):
-        draw.text((right_of_bar, bar_width + (1 - value) * (height - bar_width)), label, "black", font)
+    for share, label in ((0, f"{top:.2f}"), (0.5, f"{limits.heat:.2f} limit"), (1, "0")):
+        draw.text((right_of_bar, bar_width + share * (height - bar_width)), label, "black", font)
     return sheet
 
 
