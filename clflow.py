@@ -240,6 +240,7 @@ class Losses(nn.Module):
             generator = torch.Generator().manual_seed(self.model.settings["seed"])
             chosen = torch.randperm(len(normal), generator=generator)[: math.ceil(CANDIDATES / pairs.processes.count)]
             self.model.fit(pairs.processes.concatenated(normal[chosen]))
+        print(f"{len(normal)} rows of good images; painting {PAINTED} synthetic defects", flush=True)
         torch.manual_seed(self.model.settings["seed"])  # which images are painted, and in which order
         return self.feed_of(normal, *painted_rows(self.model, pairs), math.ceil(batch / pairs.processes.count))
 

@@ -43,6 +43,8 @@ VARIANTS = {
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
     "the default with 16,000 prototypes": {"bank": 16000},
+    "the default with 2,000 prototypes": {"bank": 2000},
+    "4,000 prototypes, mean likelihood": {"bank": 4000, "tail_weight": 0.0},
 }
 
 
