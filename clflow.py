@@ -15,14 +15,14 @@ from flows import Flow2D
 from kit.backbone import Backbone, as_rows, joined
 from kit.detector import Detector
 from kit.pairs import Pairs
-from nearest import CANDIDATES, CHUNK, Prototypes, from_lines, lines, prototype_count, spread
+from nearest import CANDIDATES, CHUNK, Prototypes, from_lines, lines, origins, prototype_count, spread
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 STEPS_PER_EPOCH = 50
 NOISE = 2.0  # standard deviations
-UPPER = 0.05  # the share of the batch with the highest energies
+UPPER = 0.05  # the share of normal rows that the classifier takes for the most anomalous
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
@@ -67,6 +67,8 @@ class CLFlow(Detector):
     log-odds. What it inherits makes map, score and verdict of them, and knows the device; `settings` are the options,
     by name."""
 
+    CAN_LEAVE_OUT = True
+
     def __init__(self, settings: dict):
         backbone = Backbone(settings["backbone"])
         channels = sum(backbone.channels()[1:])
@@ -87,23 +89,24 @@ class CLFlow(Detector):
             return joined(self.backbone(images.to(self.device)))
 
     @torch.no_grad()
-    def relative(self, parts: list[Tensor]) -> Tensor:
+    def relative(self, parts: list[Tensor], without: int | None = None) -> Tensor:
         """Rows (N, C), given in parts, seen from where they are: (x - p) / spacing of p, the nearest prototype. Density
-        on these is local by construction. With --no-local the rows as they are."""
+        on these is local by construction. With --no-local the rows as they are. The prototypes that came from training
+        image number `without` do not count."""
         rows = torch.cat(parts)
         if not self.settings["local"]:
             return rows
-        index = self.prototypes.nearest(parts, self.dtype)
+        index = self.prototypes.nearest(parts, self.dtype, without)
         return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, without: int | None = None) -> Tensor:
         """All that training never changes: images -> maps of whitened rows (B, K, h, w)."""
-        return self.whitened_map(self.features(images))
+        return self.whitened_map(self.features(images), without)
 
-    def whitened_map(self, x: Tensor) -> Tensor:
+    def whitened_map(self, x: Tensor, without: int | None = None) -> Tensor:
         """Features (B, C, h, w) -> (B, K, h, w)."""
-        return from_lines(self.whitening(self.relative(lines(x))), x)
+        return from_lines(self.whitening(self.relative(lines(x), without)), x)
 
     def latents(self, rows: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
         """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K). The flow sees them as one map of this
@@ -133,11 +136,12 @@ class CLFlow(Detector):
         self.backbone.load_imagenet(weights)
 
     @torch.no_grad()
-    def fit(self, candidates: Tensor) -> None:
-        """Fit what is never trained on rows (N, C) of normal images: prototypes and whitening."""
+    def fit(self, candidates: Tensor, origin: Tensor) -> None:
+        """Fit what is never trained on rows (N, C) of the normal images with these numbers (N,): prototypes and
+        whitening."""
         if self.settings["local"]:
             generator = torch.Generator().manual_seed(self.settings["seed"])
-            self.prototypes.fit(candidates, generator)
+            self.prototypes.fit(candidates, origin, generator)
         self.whitening.fit(torch.cat(list(self.without_prototypes(candidates))))
 
     @torch.no_grad()
@@ -149,18 +153,7 @@ class CLFlow(Detector):
             yield found[found.any(dim=1)]
 
 
-# ---------------------------------------------------------------- the three losses
-
-
-def nll_loss(e: Tensor, tail_weight: float) -> Tensor:
-    """L_nll of normal energies (B,): their mean, and the mean of the highest 5 % (the conditional value at risk), whose
-    weight is `tail_weight`. The mean alone describes the bulk; an image's score is that of its worst positions."""
-    return (1 - tail_weight) * e.mean() + tail_weight * highest(e).mean()
-
-
-def highest(values: Tensor) -> Tensor:
-    """The highest 5 % of (B,)."""
-    return values.topk(math.ceil(UPPER * len(values))).values
+# ---------------------------------------------------------------- the losses
 
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
@@ -169,7 +162,8 @@ def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> 
     more."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2), reduction="none")
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
-    return (wrong.mean() + highest(wrong).mean()) / 2 + 2 * missed
+    worst = wrong.topk(math.ceil(UPPER * len(wrong))).values
+    return (wrong.mean() + worst.mean()) / 2 + 2 * missed
 
 
 def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
@@ -192,7 +186,8 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
 
 
 class Losses(nn.Module):
-    """L = L_nll + a L_cls + b L_con. A module, since that is what DistributedDataParallel wraps.
+    """L = L_nll + a L_cls + b L_con, L_nll being the mean energy of normal rows. A module, since that is what
+    DistributedDataParallel wraps.
 
     `forward(normal, anomalous, untouched)`: whitened rows of good images (B, K), of synthetic defects (A, K), and of
     x+ at the same places as those, (A, K), where the contrast asks for them, else (0, K). Returns the losses of the
@@ -209,7 +204,7 @@ class Losses(nn.Module):
         settings = self.model.settings
         z, log_det = self.model.latents(normal, math.gcd(len(normal), 64))
         e = energy(z, log_det)
-        nll = nll_loss(e, settings["tail_weight"])
+        nll = e.mean()
         found = {"loss": nll, "nll": nll}
         if settings["classification_weight"]:
             noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
@@ -239,7 +234,10 @@ class Losses(nn.Module):
         if fresh:
             generator = torch.Generator().manual_seed(self.model.settings["seed"])
             chosen = torch.randperm(len(normal), generator=generator)[: math.ceil(CANDIDATES / pairs.processes.count)]
-            self.model.fit(pairs.processes.concatenated(normal[chosen]))
+            mine = torch.tensor(pairs.processes.part(range(len(pairs.files))))
+            origin = mine[origins(normal, len(mine))]
+            together = pairs.processes.concatenated
+            self.model.fit(together(normal[chosen]), together(origin[chosen]))
         print(f"{len(normal)} rows of good images; painting {PAINTED} synthetic defects", flush=True)
         torch.manual_seed(self.model.settings["seed"])  # which images are painted, and in which order
         return self.feed_of(normal, *painted_rows(self.model, pairs), math.ceil(batch / pairs.processes.count))

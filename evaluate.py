@@ -16,17 +16,21 @@ import torch
 import torch.distributed as dist
 
 from kit import data, draw, metrics, runs
+from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
-from kit.files import FORMULA_GUARD, GrowingTable, first_cells, plain_cell, write_atomically, write_text
+from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_atomically, write_text
 from kit.images import read_image, read_mask
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
-from kit.verdict import Thresholds, Verdict
+from kit.verdict import CONFIDENCE, Thresholds, Verdict, drift
 from methods import load
 
 BATCH = 8
 SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
+REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
+OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
+FEW = 10  # good images: too few for a threshold that one may trust
 SHEET_ROWS = 12
 UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
 
@@ -119,7 +123,8 @@ def report(
     judged = judge_tests(model, readable_tests(category, skip_bad), processes)
     if not processes.first:
         return  # its part is done
-    limits = thresholds_with_warning(model, false_alarm)
+    limits = model.thresholds(false_alarm)
+    print(basis(limits))
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
     found = {
@@ -132,10 +137,14 @@ def report(
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "false_alarm": false_alarm,
         "threshold": limits.score,
+        "at_most": limits.at_most,
         **metrics.shares_at(limits.score, judged.labels, judged.scores),
     }
     for name, value in found.items():
         print(f"{name:14} {as_text(value)}")
+    found["operating_points"] = operating_points(model, judged)
+    for point in found["operating_points"]:
+        print("operating point", {name: as_text(value) for name, value in point.items()})
     draw_tests(model, judged, out, limits)
     draw.save_picture(out / "histogram.png", draw.score_histogram(judged.labels, judged.scores, limits.score))
     write_text(out / "metrics.json", json.dumps(found, indent=2) + "\n")
@@ -148,13 +157,23 @@ def as_text(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def thresholds_with_warning(model: Detector, false_alarm: float) -> Thresholds:
-    """The model's thresholds; a line says so if there were too few good images for them."""
-    limits = model.thresholds(false_alarm)
-    if limits.extrapolated:
-        images = model.normal.shape[1]
-        print(f"--false-alarm {false_alarm} is finer than {images} held-out good images support: extrapolated")
-    return limits
+def basis(limits: Thresholds) -> str:
+    """What a threshold rests on, in a line."""
+    warning = f"warning, less than {FEW} good images: " if limits.images < FEW else ""
+    return (
+        f"{warning}threshold {limits.score:.3f} from {limits.images} good images, of whose like it flags at most "
+        f"{limits.at_most:.1%}, with {CONFIDENCE:.0%} confidence"
+    )
+
+
+def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | None]]:
+    """What other rates of false alarms would give: their threshold, and what it does on the test images."""
+    points = []
+    for rate in OPERATING_POINTS:
+        limit = model.thresholds(rate).score
+        shares = metrics.shares_at(limit, judged.labels, judged.scores)
+        points.append({"false_alarm": rate, "threshold": limit, **shares})
+    return points
 
 
 def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds) -> None:
@@ -210,14 +229,17 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 
 
 def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_alarm: float, skip_bad: bool) -> None:
-    """Judge an image, or those of a folder and its subfolders: a row of scores.csv and <file name>.png in `out` each.
+    """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
+    each of its regions, and <file name>.png in `out`.
 
     Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
     files = new_images(images, out)
     root = images if images.is_dir() else images.parent
-    limits = thresholds_with_warning(model, false_alarm)
+    limits = model.thresholds(false_alarm)
+    print(basis(limits))
     call = {"checkpoint": checkpoint_key(checkpoint), "images": str(images.resolve()), "false_alarm": false_alarm}
     table = open_scores(out, call)
+    regions = GrowingTable(out / "regions.csv", REGIONS_COLUMNS, resume=bool(table.keys), only=table.keys)
     todo = [path for path in files if plain_cell(name_below(root, path)) not in table.keys]
     if len(todo) < len(files):
         print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
@@ -225,12 +247,16 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     for path, image, verdict in judge_files(model, todo, limits, complaints):
         name = name_below(root, path)
         draw.save_picture(out / f"{name}.png", draw.verdict_picture(image, name, verdict, limits))
-        table.add(scores_row(name, verdict))
+        for row in regions_rows(name, verdict):
+            regions.add(row)
+        table.add(scores_row(name, verdict))  # last: with it the image is done
         print(f"{name}: {sentence(verdict)}", flush=True)
     table.close()
+    regions.close()
     (out / UNFINISHED).unlink()
     judged = len(files) - len(complaints)
-    print(f"wrote {out / 'scores.csv'} and {judged} pictures into {out}; threshold {limits.score:.3f}")
+    print(f"wrote {out / 'scores.csv'}, regions.csv and {judged} pictures into {out}; threshold {limits.score:.3f}")
+    print_drift(model, np.array(column(out / "scores.csv", "score"), dtype=float))
     if complaints and not skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
     print_skipped(complaints, len(files))
@@ -275,7 +301,7 @@ def open_scores(out: Path, call: dict) -> GrowingTable:
 
 def remove_pictures(out: Path) -> None:
     """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
-    for name in first_cells(out / "scores.csv"):
+    for name in column(out / "scores.csv", "file"):
         (out / f"{name.removeprefix(FORMULA_GUARD)}.png").unlink(missing_ok=True)
 
 
@@ -307,10 +333,45 @@ def scores_row(name: str, verdict: Verdict) -> list:
     return [plain_cell(name), f"{verdict.score:.6f}", int(verdict.anomalous), *box]
 
 
+def regions_rows(name: str, verdict: Verdict) -> list[list]:
+    """Rows of regions.csv, highest peak first."""
+    numbered = enumerate(verdict.regions, start=1)
+    return [[plain_cell(name), number, *r.box, r.area, f"{r.peak:.6f}"] for number, r in numbered]
+
+
+def print_drift(model: Detector, scores: np.ndarray) -> None:
+    """A line, if the scores of images that were judged together have moved as a whole."""
+    where = drift(scores, model.normal[0].cpu().numpy())
+    if where:
+        print(
+            f"drift: three quarters of these {len(scores)} images score {where} than three quarters of the good images "
+            "did that the threshold comes from. Unless most are defective, light, camera or parts have changed: "
+            "--recalibrate FOLDER, with new good images, gives a new threshold; training again is better"
+        )
+
+
 def sentence(verdict: Verdict) -> str:
     if not verdict.anomalous:
         return f"normal, score {verdict.score:.3f}"
     return f"anomalous, box {verdict.regions[0].box}, score {verdict.score:.3f}"
+
+
+# ---------------------------------------------------------------- new good images
+
+
+def write_recalibrated(model: Detector, run: Path, folder: Path, false_alarm: float, skip_bad: bool) -> None:
+    """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
+    files = usable(data.list_images(folder, subfolders=True), skip_bad)
+    if len(files) < 2:
+        raise InputError(f"--recalibrate {folder}: {len(files)} images there; give at least 2 good ones, better 50")
+    taken = recalibrate(model, files)
+    if len(taken) < len(files):
+        print(f"took {len(taken)} of {len(files)} images, drawn at random")
+    model.settings["false_alarm"] = false_alarm
+    print(basis(model.thresholds()))
+    to = run / runs.RECALIBRATED
+    write_atomically(to, model.save)
+    print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
 
 # ---------------------------------------------------------------- to other programs
@@ -345,6 +406,7 @@ def option_parser() -> Parser:
         default=None,
         help="measure each epoch that train.py --keep-epochs kept, instead",
     )
+    add("--recalibrate", type=Path, metavar="FOLDER", help="take the threshold from these new good images instead")
     add("--out", type=Path, help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds")
     add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
@@ -354,13 +416,15 @@ def option_parser() -> Parser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError if options contradict each other, or have no effect beside each other."""
-    modes = [name for name in ("data", "images", "export", "curve") if is_given(getattr(args, name))]
+    modes = [name for name in ("data", "images", "export", "curve", "recalibrate") if is_given(getattr(args, name))]
     if len(modes) > 1:
         raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} are two different things to do; give one")
     if args.export:
         refuse_without_effect(args, ["out", "false_alarm", "skip_bad", "device"], "with --export")
     if args.curve:
         refuse_without_effect(args, ["out", "false_alarm"], "with --curve")
+    if args.recalibrate:
+        refuse_without_effect(args, ["out"], "with --recalibrate")
     if not modes:
         refuse_without_effect(args, ["out"], "without --images or --data")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
@@ -372,7 +436,6 @@ def main(arguments: list[str] | None = None) -> None:
     check_options(args)
     processes = join_processes()
     device = pick_device(args.device, processes.local_rank)
-    false_alarm = FALSE_ALARM if args.false_alarm is None else args.false_alarm
     if args.curve:
         return curve(args.run, device, args.skip_bad, processes)
     checkpoint = runs.checkpoint_of(args.run)
@@ -383,6 +446,11 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint.name == runs.STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     model = load(checkpoint, device)
+    false_alarm = args.false_alarm or model.false_alarm
+    if args.recalibrate:
+        if processes.first:
+            write_recalibrated(model, checkpoint.parent, args.recalibrate, false_alarm, args.skip_bad)
+        return None
     if args.images:
         if processes.first:
             judge_new(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm, args.skip_bad)

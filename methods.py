@@ -38,7 +38,6 @@ METHODS = {
             "bank": 8000,
             "local": True,
             "steps": 2,
-            "tail_weight": 0.5,
             "classification_weight": 1.0,
             "smoothing": 0.1,
             "contrast_weight": 0.0,

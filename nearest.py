@@ -22,20 +22,24 @@ CHUNK = 4096  # rows whose distances to the bank are held at once
 class Prototypes(nn.Module):
     """A bank of M normal features that cover all others, and its `spacing` (M,): the mean distance of each to its own 5
     nearest (after REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together:
-    what is near, and what is far, has to be asked place by place. The bank (M, C) is kept less its `centre` (C,)."""
+    what is near, and what is far, has to be asked place by place. The bank (M, C) is kept less its `centre` (C,), with
+    its `origin` (M,): the number of the training image that each comes from."""
 
     def __init__(self, count: int, channels: int):
         super().__init__()
         self.register_buffer("centre", torch.zeros(channels))
         self.register_buffer("bank", torch.zeros(count, channels))
         self.register_buffer("spacing", torch.ones(count))
+        self.register_buffer("origin", torch.zeros(count, dtype=torch.long))
 
-    def fit(self, candidates: Tensor, generator: torch.Generator) -> None:
-        """Choose the bank from normal rows (N, C), N >= M."""
+    def fit(self, candidates: Tensor, origin: Tensor, generator: torch.Generator) -> None:
+        """Choose the bank from normal rows (N, C), N >= M, of the training images with these numbers (N,)."""
         candidates = candidates.float()
         self.centre.copy_(candidates.mean(dim=0))
         candidates = candidates - self.centre
-        self.bank.copy_(candidates[covering(candidates, len(self.bank), generator)])
+        chosen = covering(candidates, len(self.bank), generator)
+        self.bank.copy_(candidates[chosen])
+        self.origin.copy_(origin.to(chosen.device)[chosen])
         neighbours = min(NEIGHBOURS, len(self.bank) - 1)
         parts = []
         for part in self.bank.split(CHUNK):
@@ -44,11 +48,14 @@ class Prototypes(nn.Module):
         spacing = torch.cat(parts)
         self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
 
-    def nearest(self, parts: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    def nearest(self, parts: Iterable[Tensor], dtype: torch.dtype, without: int | None = None) -> Tensor:
         """Which prototype is nearest to each of the rows in `parts`, (n, C) each: (N,) for all. All distances at once
-        would fill the memory. Half the bits will do, since nearly equal distances may be mistaken for each other."""
+        would fill the memory. Half the bits will do, since nearly equal distances may be mistaken for each other. Those
+        of the training image number `without` do not count: so it is judged as if it were new."""
         bank = self.bank.to(dtype)
         bias = self.bank.square().sum(dim=1).to(dtype) / -2  # |x - p|^2 = |x|^2 - 2 (x p - |p|^2 / 2)
+        if without is not None:
+            bias[self.origin == without] = -torch.inf
         found = [torch.addmm(bias, (part - self.centre).to(dtype), bank.T).max(dim=1).indices for part in parts]
         return torch.cat(found)
 
@@ -88,6 +95,11 @@ def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(kept)
 
 
+def origins(rows: Tensor, images: int) -> Tensor:
+    """The number (N,) of the image that each of rows (N, C) came from; all have given as many."""
+    return torch.arange(images).repeat_interleave(len(rows) // images)
+
+
 def lines(x: Tensor) -> list[Tensor]:
     """A map (B, C, h, w), line by line: h times rows (B w, C)."""
     return [line.mT.flatten(0, 1) for line in x.unbind(dim=2)]
@@ -105,6 +117,8 @@ class Nearest(Detector):
     With `local`, spacing is that of the bank there; without, the bank's mean, which is PatchCore's distance, up to a
     factor."""
 
+    CAN_LEAVE_OUT = True
+
     def __init__(self, settings: dict):
         backbone = Backbone(settings["backbone"])
         super().__init__(settings, experts=1)
@@ -113,26 +127,34 @@ class Nearest(Detector):
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Features (B, C, h, w): strides 8 and 16, joined at stride 8."""
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, h, w): strides 8 and 16, joined at stride 8."""
         with self.autocast():
             return joined(self.backbone(images.to(self.device)))
 
     @torch.no_grad()
-    def judge(self, code: Tensor) -> list[Tensor]:
-        """[E], E (B, h, w), of features (B, C, h, w)."""
-        parts = lines(code)
-        index = self.prototypes.nearest(parts, self.dtype)
+    def encode(self, images: Tensor, without: int | None = None) -> Tensor:
+        """E (B, 1, h, w)."""
+        return self.energies(self.features(images), without)
+
+    def energies(self, x: Tensor, without: int | None = None) -> Tensor:
+        """Features (B, C, h, w) -> E (B, 1, h, w)."""
+        parts = lines(x)
+        index = self.prototypes.nearest(parts, self.dtype, without)
         spacing = self.prototypes.spacing
         spacing = spacing[index] if self.settings["local"] else spacing.mean()
         distance = self.prototypes.away(torch.cat(parts), index).norm(dim=1)
-        return [from_lines((distance / spacing)[:, None], code)[:, 0]]
+        return from_lines((distance / spacing)[:, None], x)
+
+    def judge(self, code: Tensor) -> list[Tensor]:
+        return [code[:, 0]]
 
     @torch.no_grad()
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
         """Load the backbone's ImageNet weights; choose the bank from the features of normal images."""
         self.backbone.load_imagenet(weights)
         generator = torch.Generator().manual_seed(self.settings["seed"])
-        per_image = math.ceil(CANDIDATES / (self.settings["images"] - self.settings["held_out"]))
-        candidates = [spread(self.encode(batch), per_image, generator) for batch in images]
-        self.prototypes.fit(torch.cat(candidates), generator)
+        count = self.settings["images"] - self.settings["held_out"]
+        per_image = math.ceil(CANDIDATES / count)
+        candidates = torch.cat([spread(self.features(batch), per_image, generator) for batch in images])
+        self.prototypes.fit(candidates, origins(candidates, count), generator)

@@ -19,6 +19,7 @@ import clflow
 import evaluate
 from kit import data, draw, runs
 from kit.backbone import BACKBONES
+from kit.calibration import add_training_images, show_suspects
 from kit.demo import draw_demo
 from kit.detector import FALSE_ALARM, Detector, read_checkpoint
 from kit.errors import InputError, run_script
@@ -100,7 +101,8 @@ def fit(
     keep_epochs: bool,
     processes: Processes,
 ) -> None:
-    """Train `model`, from `progress` on if there is one. The number of epochs is fixed, and the last one counts.
+    """Train `model`, from `progress` on if there is one. The number of epochs is fixed, and the last one counts; it is
+    calibrated after each, on held-out images.
 
     As long as there is a state.pt in the run's folder, it counts, and has all that --resume needs: it is written before
     anything of an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
@@ -135,9 +137,6 @@ def fit(
         save_state()
         if keep_epochs and processes.first:
             write_atomically(runs.epoch_file(run.out, epoch), model.save)
-    if processes.first:
-        write_atomically(run.out / runs.MODEL, model.save)
-        runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
 
 
 def print_epoch(epoch: int, epochs: int, means: dict[str, float], seconds: float) -> None:
@@ -218,7 +217,9 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     if not progress:
         model.prepare(data.batches(trained_on, model.size), args.weights)
     if method.losses is None:
-        finish_untrained(model, held_out, run)
+        model.calibrate(model.encode(images) for images in data.batches(held_out, model.size))
+        if processes.first:
+            runs.remove_stale(run.out)
     else:
         losses = method.losses(model)
         pairs = Pairs(
@@ -226,14 +227,18 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
         )
         feed = losses.feed(pairs, run.settings["batch"], fresh=progress is None)
         fit(model, losses, feed, held_out, run, progress, args.keep_epochs, processes)
+    finish(model, held_out, trained_on, run, processes)
     print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
-def finish_untrained(model: Detector, held_out: list[Path], run: Run) -> None:
-    """Calibrate and write a model that `prepare` has completed, since there is nothing to train."""
-    model.calibrate(model.encode(images) for images in data.batches(held_out, model.size))
-    runs.remove_stale(run.out)
+def finish(model: Detector, held_out: list[Path], trained_on: list[Path], run: Run, processes: Processes) -> None:
+    """Calibrate a trained model on all good images, and write it."""
+    numbers = add_training_images(model, trained_on, processes)
+    if not processes.first:
+        return
+    show_suspects(model, held_out, trained_on, numbers, run.out)
     write_atomically(run.out / runs.MODEL, model.save)
+    runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
 
 
 # ---------------------------------------------------------------- all runs
@@ -363,7 +368,6 @@ def option_parser() -> Parser:
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
     add("--steps", type=int, help=default_text("steps", "flow steps"))
-    add("--tail-weight", type=float, help=default_text("tail_weight", "share of L_nll on the highest 5 %%"))
     add("--classification-weight", type=float, help=default_text("classification_weight", "weight a of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight b of L_con"))
@@ -394,7 +398,6 @@ RANGES = {
     "bank": (10, 100_000),
     "steps": (1, 64),
     "temperature": (1e-3, 1e3),
-    "tail_weight": (0, 1),
     "smoothing": (0, 0.9),
     "classification_weight": (0, 1e3),
     "contrast_weight": (0, 1e3),

@@ -32,19 +32,14 @@ GLOBAL = {"local": False, "classification_weight": 0.0}
 LIKELIHOOD = {"classification_weight": 0.0}
 VARIANTS = {
     "+ classification (the default)": {},
-    "likelihood (mean), one scale for all": GLOBAL | {"tail_weight": 0.0},
-    "likelihood with its upper share, one scale for all": GLOBAL,
-    "likelihood (mean), local scale": LIKELIHOOD | {"tail_weight": 0.0},
-    "likelihood with its upper share, local scale": LIKELIHOOD,
+    "likelihood, one scale for all": GLOBAL,
+    "likelihood, local scale": LIKELIHOOD,
     "+ contrast of energies 0.1": {"contrast_weight": 0.1},
     "+ contrast by the cosine 0.1": {"contrast_weight": 0.1, "contrast": "cosine"},
     "likelihood and contrast of energies 0.1, without classification": LIKELIHOOD | {"contrast_weight": 0.1},
-    "the default with the mean likelihood": {"tail_weight": 0.0},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
     "the default with 16,000 prototypes": {"bank": 16000},
-    "the default with 2,000 prototypes": {"bank": 2000},
-    "4,000 prototypes, mean likelihood": {"bank": 4000, "tail_weight": 0.0},
 }
 
 
@@ -118,8 +113,8 @@ def experiment(kept: dict[str, Tensor], settings: dict, device: str, is_default:
     seed 0, and what single experts and the nearest neighbour alone give."""
     torch.manual_seed(settings["seed"])
     model = clflow.CLFlow(settings).eval().to(device)
-    candidates = kept["normal"][torch.randperm(len(kept["normal"]))[:CANDIDATES]]
-    model.fit(candidates)
+    chosen = torch.randperm(len(kept["normal"]))[:CANDIDATES]
+    model.fit(kept["normal"][chosen], torch.zeros(len(chosen), dtype=torch.long))
     losses = clflow.Losses(model)
     cosine = settings["contrast_weight"] > 0 and settings["contrast"] == "cosine"
     untouched = kept["untouched"] if cosine else kept["untouched"][:0]

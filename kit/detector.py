@@ -16,7 +16,7 @@ from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
 from kit.verdict import Thresholds, Verdict, judge, thresholds
 
-FORMAT = 5  # of the checkpoint
+FORMAT = 6  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
 
 
@@ -55,9 +55,11 @@ class Detector(nn.Module):
 
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). `settings` are plain values that the checkpoint
-    keeps: the method's options, `size`, and `held_out`, how many normal images calibrate it. Fitted on those: `levels`
-    and `units` (S,), the scale of each of S experts' energies, and `normal` (2, held_out), their scores and their maps'
-    maxima."""
+    keeps: the method's options, `size`, and so on. Fitted on normal images that training has not seen: `levels` and
+    `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps' maxima of n of them.
+    A method that can judge a training image as if it were new, `encode(image, without=its number)`, says so."""
+
+    CAN_LEAVE_OUT = False
 
     def __init__(self, settings: dict, experts: int):
         super().__init__()
@@ -66,7 +68,7 @@ class Detector(nn.Module):
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
-        self.register_buffer("normal", torch.zeros(2, settings["held_out"]))
+        self.register_buffer("normal", torch.zeros(2, 1))
 
     def encode(self, images: Tensor) -> Tensor:
         """All that training never changes, of images (B, 3, size, size): what `judge` takes."""
@@ -111,26 +113,32 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, codes: Iterable[Tensor]) -> None:
-        """Learn what held-out normal images look like, from batches that `encode` made: `levels`, `units` and
-        `normal`."""
+        """Learn what normal images look like that training has not seen, from batches that `encode` made: `levels`,
+        `units` and `normal`."""
         batches = [self.judge(code) for code in codes]
         for expert, parts in enumerate(zip(*batches, strict=True)):
             level = torch.cat(parts).median()
             worst = torch.cat([image_score(anomaly_map(e, self.size)) for e in parts])
             self.levels[expert] = level
             self.units[expert] = (worst.mean() - level).clamp(min=1e-6)
-        found = []
-        for energies in batches:
-            maps = self.maps(energies)
-            found.append(torch.stack((image_score(maps), maps.amax(dim=(1, 2)))))
-        self.normal = torch.cat(found, dim=1)
+        self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
 
-    def thresholds(self, false_alarm: float = FALSE_ALARM) -> Thresholds:
+    def scores(self, energies: list[Tensor]) -> Tensor:
+        """(2, B): scores, and maps' maxima, of the experts' energies."""
+        maps = self.maps(energies)
+        return torch.stack((image_score(maps), maps.amax(dim=(1, 2))))
+
+    @property
+    def false_alarm(self) -> float:
+        """The share of normal images that may be flagged, where nobody asks for another one."""
+        return self.settings.get("false_alarm", FALSE_ALARM)
+
+    def thresholds(self, false_alarm: float | None = None) -> Thresholds:
         """What a share `false_alarm` of normal images is expected to exceed."""
-        return thresholds(self.normal.cpu().numpy(), false_alarm)
+        return thresholds(self.normal.cpu().numpy(), false_alarm or self.false_alarm)
 
     @torch.no_grad()
-    def inspect(self, image: AnyImage, false_alarm: float = FALSE_ALARM) -> Verdict:
+    def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
         """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255 or float
         in 0..1. Raises InputError for anything else."""
         small, shape = read_any(image, self.size)
@@ -150,6 +158,7 @@ class Detector(nn.Module):
     def restore(cls, checkpoint: dict, device: str = "cpu") -> "Detector":
         """The detector of a checkpoint that `read_checkpoint` read, ready to judge."""
         model = cls(checkpoint["settings"])
+        model.normal = checkpoint["state"]["normal"].clone()  # its length is that of the calibration
         model.load_state_dict(checkpoint["state"])
         return model.to(device).eval()
 

@@ -1,6 +1,7 @@
 """Writing files so that no failure costs what was there, and tables that survive a kill."""
 
 import csv
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +36,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """Write rows, dicts with the same keys, as a CSV file with a header."""
+    write_rows(path, [list(rows[0]), *(list(row.values()) for row in rows)])
+
+
+def write_rows(path: Path, rows: list[list]) -> None:
+    """Write rows as a CSV file."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
     write_atomically(path, write)
 
@@ -55,31 +59,35 @@ def plain_cell(text: str) -> str:
     return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
-def first_cells(path: Path) -> list[str]:
-    """The first cell of each row of a CSV file, less its header; none if there is no such file."""
+def column(path: Path, name: str) -> list[str]:
+    """The cells of this column of a CSV file, less its header; none if there is no such file."""
     if not path.exists():
         return []
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [row[0] for row in list(csv.reader(file))[1:] if row]
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def read_as_is(path: Path) -> str:
+    """A file's text, its line ends untouched."""
+    return path.read_bytes().decode("utf-8", errors="surrogateescape")
 
 
 class GrowingTable:
     """A CSV file that gets one row at a time, each on the disk at once, so that a kill costs the last one at most.
 
-    Opened again with `resume`, it drops a half-written last line, and `keys` holds the first cells of its rows."""
+    Opened again with `resume`, it keeps its rows, but a half-written last one, and those whose first cell is not among
+    `only`, if that is given; `keys` holds the first cells of its rows."""
 
-    def __init__(self, path: Path, columns: list[str], resume: bool):
+    def __init__(self, path: Path, columns: list[str], resume: bool, only: set[str] | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if resume and path.exists() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
-        if resume and path.exists():
-            os.truncate(path, len(whole))
-        self.keys = set(first_cells(path)) if whole else set()
-        mode = "a" if whole else "w"
-        self.file = open(path, mode, encoding="utf-8", errors="surrogateescape", newline="")
+        text = read_as_is(path) if resume and path.exists() else ""
+        rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))[1:]
+        kept = [row for row in rows if only is None or row[0] in only]
+        self.keys = {row[0] for row in kept}
+        # Written anew beside it, so that a kill now costs nothing; then it grows.
+        write_rows(path, [columns, *kept])
+        self.file = open(path, "a", encoding="utf-8", errors="surrogateescape", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
-        if not whole:
-            self.add(columns)
 
     def add(self, row: list) -> None:
         self.writer.writerow(row)

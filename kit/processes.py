@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,12 +28,12 @@ class Processes:
         """For a run that this process does by itself, whatever the others on its machine do."""
         return replace(self, rank=0, count=1)
 
-    def part(self, items: list) -> list:
+    def part(self, items: Sequence) -> Sequence:
         """This process's part of `items`, of which there is at least one: at least one."""
         return items[self.rank % len(items) :: self.count]
 
     def concatenated(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows (N, C) of all processes, in their order; the same for each."""
+        """The rows (N, ...) of all processes, in their order; the same for each."""
         if self.count == 1:
             return rows
         found: list = [None] * self.count

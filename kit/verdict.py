@@ -5,15 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage, stats
 
+CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
+ODD = 4  # standard deviations above the median, of log scores
+
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a share `false_alarm` of normal images is expected to exceed: by the score, and by the map's maximum.
-    `extrapolated` says that there were too few normal images for an order statistic."""
+    """What a share `false_alarm` of normal images is expected to exceed: by the score, and by the map's maximum; from
+    `images` normal ones, which support with 90 % confidence that not more than a share `at_most` exceeds the score."""
 
     score: float
     heat: float
-    extrapolated: bool
+    images: int
+    at_most: float
 
 
 @dataclass(frozen=True)
@@ -41,25 +45,53 @@ class Verdict:
 
 def thresholds(normal: np.ndarray, rate: float) -> Thresholds:
     """Thresholds that a share `rate` of normal images exceeds; normal (2, n): their scores and their maps' maxima."""
-    score, extrapolated = threshold(normal[0], rate)
-    heat, _ = threshold(normal[1], rate)
-    return Thresholds(score, heat, extrapolated)
+    score = threshold(normal[0], rate)
+    above, n = int((normal[0] > score).sum()), normal.shape[1]
+    at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, n - above))  # Clopper and Pearson's bound
+    return Thresholds(score, threshold(normal[1], rate), n, at_most)
 
 
-def threshold(values: np.ndarray, rate: float) -> tuple[float, bool]:
-    """What a share `rate` of values like these n exceeds, and whether that is an extrapolation.
+def threshold(values: np.ndarray, rate: float) -> float:
+    """What a share `rate` of values like these n exceeds.
 
-    The k-th highest, k = rate (n + 1) rounded down (conformal prediction). If k is 0: Student's bound for one more
-    draw, mean + t s sqrt(1 + 1/n); but at least the highest value."""
+    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10: conformal prediction, which assumes
+    nothing. Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of
+    the logarithms, odd ones left out. It says where their bulk ends, whatever the highest of few happens to be."""
     values = np.sort(np.asarray(values, dtype=np.float64))[::-1]
-    n = len(values)
-    k = int(rate * (n + 1))
-    if k > 0:
-        return float(values[k - 1]), False
+    k = int(rate * (len(values) + 1))
+    if k >= 10:
+        return float(values[k - 1])
+    logs = np.log(np.maximum(np.delete(values, odd_ones(values)), 1e-6))
+    n = len(logs)
     if n == 1:
-        return float(values[0]), True
-    bound = values.mean() + stats.t.ppf(1 - rate, n - 1) * np.sqrt(1 + 1 / n) * values.std(ddof=1)
-    return float(max(values[0], bound)), True
+        return float(values[-1])
+    return float(np.exp(logs.mean() + stats.t.ppf(1 - rate, n - 1) * np.sqrt(1 + 1 / n) * logs.std(ddof=1)))
+
+
+def odd_ones(values: np.ndarray) -> np.ndarray:
+    """Which of these values (n,), highest first, are too high to belong to the others: their logarithms are more than
+    four standard deviations above the median. The deviation is that of the median distance from it, which a few odd
+    ones do not change. Of less than five none is odd."""
+    if len(values) < 5:
+        return np.array([], dtype=int)
+    logs = np.log(np.maximum(values, 1e-6))
+    away = logs - np.median(logs)
+    deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # of copies of one image it would be zero
+    odd = np.flatnonzero(away > ODD * deviation)
+    return odd[np.argsort(-away[odd], kind="stable")]
+
+
+def drift(scores: np.ndarray, normal: np.ndarray) -> str:
+    """Whether many images' scores have moved as a whole: "higher" or "lower", if three quarters of them are that than
+    three quarters of the normal ones; else "". Of a folder with up to two thirds of defects that is not said, nor of
+    less than ten images."""
+    if len(scores) < 10:
+        return ""
+    low, high = np.quantile(scores, (0.25, 0.75))
+    normal_low, normal_high = np.quantile(normal, (0.25, 0.75))
+    if low > normal_high:
+        return "higher"
+    return "lower" if high < normal_low else ""
 
 
 def judge(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:

@@ -57,10 +57,12 @@ def test_calibration_by_hand():
     scores = ((greys - 0.3) / units[0] + (10 * greys**2 - 0.9) / units[1]) / 2
     assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-4)
     assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
-    limits = model.thresholds(0.4)  # the second highest of five: 0.4 * 6 rounded down
-    assert limits.score == pytest.approx(scores[3], abs=1e-4) and not limits.extrapolated
-    assert model.inspect(np.full((64, 64), 0.41), 0.4).anomalous
-    assert not model.inspect(np.full((64, 64), 0.39), 0.4).anomalous
+    model.normal = torch.tensor([[1.0] * 20, [2.0] * 20])
+    assert model.thresholds().score == pytest.approx(1) and model.thresholds(0.5).heat == 2
+    grey = 0.5  # its score by hand: above 1
+    assert ((grey - 0.3) / units[0] + (10 * grey**2 - 0.9) / units[1]) / 2 > 1
+    assert model.inspect(np.full((64, 64), grey)).anomalous
+    assert not model.inspect(np.full((64, 64), 0.3)).anomalous
 
 
 def test_experts_that_never_differ_do_not_divide_by_zero():

@@ -31,8 +31,12 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     assert list(metrics) == [
         *("checkpoint", "category", "data", "method", "backbone", "size", "seed", "epochs"),
         *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"),
-        *("false_alarm", "threshold", "recall", "precision", "false_alarms"),
+        *("false_alarm", "threshold", "at_most", "recall", "precision", "false_alarms", "operating_points"),
     ]
+    points = metrics["operating_points"]
+    assert [point["false_alarm"] for point in points] == [0.01, 0.02, 0.05, 0.1]
+    assert points[1]["threshold"] == metrics["threshold"] and points[1]["recall"] == metrics["recall"]
+    assert all(a["threshold"] >= b["threshold"] for a, b in zip(points, points[1:], strict=False))
     assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
     model = load(run / "model.pt")
     judged = evaluate.judge_tests(model, data.labelled_images(category), ALONE)
@@ -96,7 +100,12 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     assert (tmp_path / "out" / "chip.bmp.png").exists() and (tmp_path / "out" / "tray 2" / "=chip.png.png").exists()
     assert "chip.png: anomalous" in capsys.readouterr().out
     call(evaluate.main, run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", 0.3)
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["chip.png.png", "scores.csv"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["chip.png.png", "regions.csv", "scores.csv"]
+    with open(tmp_path / "out" / "regions.csv", newline="") as file:
+        regions = [row for row in csv.DictReader(file) if row["file"] == "chip.png"]
+    assert [row["region"] for row in regions] == [str(i) for i in range(1, len(regions) + 1)]
+    assert [regions[0][k] for k in ("x0", "y0", "x1", "y1")] == [rows["chip.png"][k] for k in ("x0", "y0", "x1", "y1")]
+    assert 0 < int(regions[0]["area"]) <= (x1 - x0) * (y1 - y0) and float(regions[0]["peak"]) > 0
 
 
 def test_names_that_look_like_formulas_are_none_in_the_table(run, category, tmp_path):
@@ -122,12 +131,14 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     add, added = files.GrowingTable.add, []
 
     def interrupted(self, row):
-        if len(added) == 3:  # the header and two rows
+        if len(row) > 7:  # of regions.csv
+            return add(self, row)
+        if len(added) == 2:
             self.file.write("002.png,0.")
             self.file.flush()
             raise KeyboardInterrupt
         added.append(row)
-        add(self, row)
+        return add(self, row)
 
     monkeypatch.setattr(files.GrowingTable, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -139,14 +150,44 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     call(evaluate.main, run, "--images", images, "--out", out)
     said = capsys.readouterr().out
     assert "2 of 4 images were judged" in said and "000.png:" not in said and "003.png:" in said
-    whole = (out / "scores.csv").read_text()
+    whole, regions = ((out / name).read_text() for name in ("scores.csv", "regions.csv"))
     assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
-    assert sorted(p.suffix for p in out.iterdir()) == [".csv", *[".png"] * 4]
+    assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".csv", *[".png"] * 4]
     call(evaluate.main, run, "--images", category / "test" / "crack" / "000.png", "--out", out)  # another call
     assert list(rows_of(out)) == ["000.png"]
-    assert sorted(p.name for p in out.iterdir()) == ["000.png.png", "scores.csv"]  # no picture without a row
+    assert sorted(p.name for p in out.iterdir()) == [
+        "000.png.png",
+        "regions.csv",
+        "scores.csv",
+    ]  # no picture without a row
     call(evaluate.main, run, "--images", images, "--out", out)
-    assert (out / "scores.csv").read_text() == whole
+    assert (out / "scores.csv").read_text() == whole and (out / "regions.csv").read_text() == regions
+
+
+# ---------------------------------------------------------------- new good images
+
+
+def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, tmp_path, capsys):
+    """A new lamp: everything is darker. The threshold moves, the detector stays, and model.pt counts as before."""
+    for part in ("train/good", "test/good", "test/chip"):
+        for path in data.list_images(category / part):
+            to = tmp_path / part / path.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).point(lambda value: int(0.6 * value)).save(to)
+    old = load(run / "model.pt")
+    dark = [old.inspect(path) for path in data.list_images(tmp_path / "train/good")]
+    assert sum(verdict.anomalous for verdict in dark) > 12
+    call(evaluate.main, run, "--images", tmp_path / "train/good", "--out", tmp_path / "out")
+    assert "score higher" in capsys.readouterr().out
+    call(evaluate.main, run, "--recalibrate", tmp_path / "train/good", "--false-alarm", 0.05)
+    assert "from 24 good images" in capsys.readouterr().out
+    new = load(run / "recalibrated.pt")
+    assert new.thresholds() == new.thresholds(0.05) != new.thresholds(0.02)
+    again = [new.inspect(path).anomalous for path in data.list_images(tmp_path / "test/good")]
+    assert sum(again) <= 2
+    assert load(run / "model.pt").thresholds() == old.thresholds()
+    call(evaluate.main, run / "recalibrated.pt", "--images", tmp_path / "test/good", "--out", tmp_path / "out")
+    assert "drift" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- export, and a checkpoint alone
@@ -199,6 +240,7 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--images", tmp_path / "junk.pt", "--out", tmp_path / "out"], ["junk.pt"]),
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),
+        ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "at least 2"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
         ([tmp_path / "junk.pt"], ["junk.pt"]),
@@ -216,6 +258,7 @@ def test_options_without_effect_are_refused(run, capsys):
         ([run, "--export", "x", "--images", "y"], ["--export", "--images"]),
         ([run, "--curve", "--out", "x"], ["--out", "--curve"]),
         ([run, "--curve", "--data", "x"], ["--curve", "--data"]),
+        ([run, "--recalibrate", "x", "--out", "y"], ["--out", "--recalibrate"]),
     ]
     for arguments, words in cases:
         refuse(evaluate.main, capsys, *arguments, words=words)

@@ -75,7 +75,7 @@ def test_energies_by_hand(local):
     model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
     model.prototypes.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
     x = torch.tensor([[1.0, 0, 0], [10, 0, 4], [31, 0, 0], [4, 0, 0]])
-    (e,) = model.judge(x.T.reshape(1, 3, 2, 2))
+    (e,) = model.judge(model.energies(x.T.reshape(1, 3, 2, 2)))
     expected = [1 / 1, 4 / 2, 1 / 6, 4 / 1] if local else [1 / 3, 4 / 3, 1 / 3, 4 / 3]
     assert e.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
@@ -102,6 +102,26 @@ def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
     assert model.prototypes.bank.shape == (400, 40 + 112)
     between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
     assert np.allclose(between[:, 1:6].mean(axis=1), model.prototypes.spacing, rtol=1e-3)
+
+
+def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
+    """Its own prototypes, and no others, do not count; with them it would score far too low."""
+    model = load(bank_run / "model.pt")
+    held_out, trained_on = train.split(data.list_images(category / "train/good"), seed=0)
+    assert model.normal.shape == (2, 24)
+    number = 5
+    x = model.features(data.read_batch([trained_on[number]], 128))
+    own = model.prototypes.origin == number
+    assert 0 < own.sum() < 100 and set(model.prototypes.origin.tolist()) <= set(range(len(trained_on)))
+    bank = (model.prototypes.bank + model.prototypes.centre)[~own]
+    rows = x[0].flatten(1).T.float()
+    to_others = torch.cdist(rows, bank).min(dim=1)
+    expected = to_others.values / model.prototypes.spacing[~own][to_others.indices]
+    assert torch.allclose(model.energies(x, without=number).flatten(), expected, rtol=0.05)
+    assert model.energies(x).mean() < 0.9 * expected.mean()
+    # Any row is nearest to itself: the numbers belong to the right images.
+    kept = model.prototypes.bank[own] + model.prototypes.centre
+    assert torch.cdist(kept, rows).min(dim=1).values.max() < 0.1 * kept.norm(dim=1).mean()
 
 
 def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):

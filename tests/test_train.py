@@ -74,7 +74,8 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     assert seen["trained"] | seen["held_out"] == set(data.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
-    assert sorted(model.normal[0].tolist()) == pytest.approx(sorted(scores), abs=0.02)
+    assert sorted(model.normal[0, :6].tolist()) == pytest.approx(sorted(scores), abs=0.02)
+    assert model.normal.shape == (2, 24)  # all good images, those that were trained on as if they were new
 
 
 # ---------------------------------------------------------------- seeds, choices, layouts
@@ -107,7 +108,7 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     textures.mkdir(parents=True)
     Image.effect_noise((64, 64), 80).save(textures / "noise.png")
     choices = ["--contrast", "cosine", "--contrast-weight", 0.1, "--textures", tmp_path / "textures", "--no-local"]
-    choices += ["--tail-weight", 0, "--classification-weight", 0, "--steps", 2]
+    choices += ["--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices)
     assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "steps_per_second"]
     model = load(tmp_path / "run" / "model.pt")
@@ -314,7 +315,7 @@ def test_bad_training_input(category, tmp_path, capsys):
             train.main, capsys, "--data", category, *LITE, "--out", category / part, words=["--out", "images are read"]
         )
     for flag, value in (("--epochs", 0), ("--seeds", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"),
-                        ("--contrast", "x"), ("--tail-weight", 2), ("--seed", -1), ("--lr", 0)):  # fmt: skip
+                        ("--contrast", "x"), ("--smoothing", 2), ("--seed", -1), ("--lr", 0)):  # fmt: skip
         attempt("--data", category, *LITE, flag, value, words=[flag])
 
 
@@ -323,7 +324,7 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
         refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *arguments, words=words)
 
     for flag, value in (("--backbone", "resnet18"), ("--weights", "x"), ("--steps", 2), ("--bank", 30),
-                        ("--contrast", "cosine"), ("--temperature", 2), ("--tail-weight", 0)):  # fmt: skip
+                        ("--contrast", "cosine"), ("--temperature", 2), ("--smoothing", 0)):  # fmt: skip
         attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
     for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):  # by default there is no contrast
         attempt(flag, value, words=[flag, "no effect", "--contrast-weight 0"])

@@ -1,35 +1,71 @@
 import numpy as np
 import pytest
+from scipy import stats
 
-from kit.verdict import Thresholds, judge, threshold, thresholds
-
-
-def test_threshold_is_an_order_statistic():
-    values = np.linspace(0.1, 0.5, 99)
-    assert threshold(values, 0.05) == (values[-5], False)  # the fifth of 100
-    assert threshold(values[::-1], 0.01) == (0.5, False)
-    both = thresholds(np.stack([values, 1 - values]), 0.05)
-    assert (both.score, both.heat, both.extrapolated) == (values[-5], pytest.approx(0.9 - 4 * 0.4 / 98), False)
+from kit.verdict import Thresholds, drift, judge, odd_ones, threshold, thresholds
 
 
-def test_threshold_of_few_images_is_students_bound():
-    """Twelve to calibrate on and one to test, many times over: the thirteenth exceeds it as often as promised."""
+def test_threshold_of_many_images_is_an_order_statistic():
+    values = np.linspace(0.1, 0.5, 199)
+    assert threshold(values, 0.05) == values[-10]  # the tenth of 200
+    assert threshold(values[::-1], 0.1) == values[-20]
+
+
+def test_threshold_of_few_images_is_exceeded_as_often_as_promised():
+    """Twelve to calibrate on and one to test, many times over."""
     rng, rate = np.random.default_rng(0), 0.02
-    trials = rng.normal(2.0, 0.3, (4000, 13))
-    limits = [threshold(row[:12], rate)[0] for row in trials]
-    assert np.mean(trials[:, 12] > limits) == pytest.approx(rate, abs=0.007)
-    assert threshold(trials[0, :12], rate)[1]
+    trials = np.exp(rng.normal(0.5, 0.2, (4000, 13)))
+    limits = [threshold(row[:12], rate) for row in trials]
+    assert np.mean(trials[:, 12] > limits) == pytest.approx(rate, abs=0.008)
 
 
-def test_threshold_of_one_image_is_its_value_and_never_below_the_highest():
-    assert threshold(np.array([0.3]), 0.02) == (0.3, True)
-    assert threshold(np.array([0.3] * 9 + [5.0]), 0.05)[0] == 5.0
+def test_threshold_by_hand():
+    values = np.exp([0.1, 0.2, 0.3, 0.6])
+    expected = 0.3 + stats.t.ppf(0.98, 3) * np.sqrt(1.25) * np.std([0.1, 0.2, 0.3, 0.6], ddof=1)
+    assert np.log(threshold(values, 0.02)) == pytest.approx(expected)
+    assert threshold(np.array([0.3]), 0.02) == 0.3
+
+
+@pytest.mark.parametrize("images", [20, 60, 300])
+def test_a_mislabelled_image_does_not_decide(images):
+    values = np.exp(np.random.default_rng(1).normal(0, 0.15, images))
+    limit = threshold(values, 0.02)
+    assert not len(odd_ones(values))
+    values[7] = 9
+    assert odd_ones(values).tolist() == [7]
+    assert abs(threshold(values, 0.02) - limit) < 0.1 * (limit - np.median(values))
+
+
+def test_odd_ones_come_highest_first_and_copies_of_one_image_are_none():
+    assert odd_ones(np.array([1, 1.1, 5, 0.9, 1.05, 0.95, 7])).tolist() == [6, 2]
+    assert odd_ones(np.array([1.0] * 9 + [1.02])).tolist() == []
+    assert odd_ones(np.array([1, 1.1, 1.2, 9])).tolist() == []
+
+
+def test_what_the_images_support_is_clopper_and_pearsons_bound():
+    """None of 30 above: the rate at which that has a chance of 10 %. And 2 of 60, by the binomial distribution."""
+    values = np.exp(np.random.default_rng(0).normal(0, 0.1, 30))
+    limits = thresholds(np.stack((values, values)), 0.02)
+    assert (values < limits.score).all() and limits.images == 30
+    assert (1 - limits.at_most) ** 30 == pytest.approx(0.1)
+    values = np.append(np.exp(np.random.default_rng(0).normal(0, 0.1, 58)), (8, 9))
+    limits = thresholds(np.stack((values, values)), 0.02)
+    assert (values > limits.score).sum() == 2
+    assert stats.binom.cdf(2, 60, limits.at_most) == pytest.approx(0.1)
+
+
+def test_drift_is_said_of_a_folder_that_moved_but_not_of_one_full_of_defects():
+    rng = np.random.default_rng(0)
+    normal, new = rng.normal(1, 0.1, 200), rng.normal(1, 0.1, 40)
+    defects = np.append(new[:16], np.full(24, 3.0))  # 60 %
+    assert drift(new, normal) == drift(defects, normal) == drift(np.full(9, 3.0), normal) == ""
+    assert drift(new + 0.3, normal) == "higher" and drift(new - 0.3, normal) == "lower"
 
 
 def test_verdict_lists_all_regions_highest_peak_first():
     heat = np.zeros((40, 60), dtype=np.float32)
     heat[5:10, 20:30], heat[30:33, 50:52] = 0.8, 0.9
-    verdict = judge(0.7, heat, Thresholds(score=0.6, heat=0.5, extrapolated=False))
+    verdict = judge(0.7, heat, Thresholds(score=0.6, heat=0.5, images=9, at_most=0.2))
     assert verdict.anomalous and verdict.found.sum() == 56
     assert [(r.box, r.area, r.peak) for r in verdict.regions] == [
         ((50, 30, 52, 33), 6, pytest.approx(0.9)),
@@ -40,9 +76,9 @@ def test_verdict_lists_all_regions_highest_peak_first():
 def test_anomalous_image_below_the_heat_limit_shows_where_it_is_highest():
     heat = np.zeros((40, 60), dtype=np.float32)
     heat[30:33, 50:52] = 0.4
-    assert judge(0.7, heat, Thresholds(0.6, 0.5, False)).regions[0].box == (50, 30, 52, 33)
+    assert judge(0.7, heat, Thresholds(0.6, 0.5, 9, 0.2)).regions[0].box == (50, 30, 52, 33)
 
 
 def test_normal_image_has_no_regions():
-    verdict = judge(0.6, np.ones((4, 4), np.float32), Thresholds(0.6, 0.5, False))
+    verdict = judge(0.6, np.ones((4, 4), np.float32), Thresholds(0.6, 0.5, 9, 0.2))
     assert not verdict.anomalous and not verdict.regions and not verdict.found.any()
