@@ -13,6 +13,7 @@ import evaluate
 import train
 from kit.detector import read_checkpoint
 from kit.processes import ALONE, join_processes
+from methods import load
 
 PAINTED = clflow.PAINTED  # as real processes have it
 
@@ -51,8 +52,12 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     result = script(*TORCHRUN, "evaluate.py", one)
     assert result.returncode == 0, result.stderr
     together = json.loads((one / "metrics.json").read_text())
+    points = zip(alone.pop("operating_points"), together.pop("operating_points"), strict=True)
     time = {"ms_per_image": 0}
     assert alone | time == pytest.approx(together | time, abs=1e-6)
+    assert all(a == pytest.approx(b, abs=1e-6) for a, b in points)
+    scores = [load(run / "model.pt").normal[0].sort().values for run in (one, two)]
+    assert len(scores[0]) == len(scores[1]) == 24  # all good images, in another order
 
     result = script(*TORCHRUN, "train.py", *options, "--epochs", 1, "--seeds", 2, "--out", tmp_path / "seeds")
     assert result.returncode == 0 and result.stdout.count("epoch 1/1") == 1, result.stderr
