@@ -120,7 +120,7 @@ class Detector(nn.Module):
             level = torch.cat(parts).median()
             worst = torch.cat([image_score(anomaly_map(e, self.size)) for e in parts])
             self.levels[expert] = level
-            self.units[expert] = (worst.mean() - level).clamp(min=1e-6)
+            self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
 
     def scores(self, energies: list[Tensor]) -> Tensor:

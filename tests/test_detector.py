@@ -37,7 +37,7 @@ def test_image_score_is_the_mean_of_the_top_percent():
 
 
 class Brightness(Detector):
-    """Two experts whose energies can be computed by hand: an image is one grey, and they say that and its square."""
+    """Two experts whose energies can be computed by hand: at each position its grey, and ten times the square of it."""
 
     def __init__(self, held_out: int):
         super().__init__({"size": 64, "held_out": held_out, "method": "brightness"}, experts=2)
@@ -50,19 +50,22 @@ class Brightness(Detector):
 def test_calibration_by_hand():
     greys = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
     model = Brightness(held_out=5)
-    model.calibrate(torch.full((1, 3, 64, 64), grey) for grey in greys)
-    assert model.levels.tolist() == pytest.approx([0.3, 0.9])  # the medians
-    units = [greys.mean() - 0.3, 10 * (greys**2).mean() - 0.9]  # flat maps: the worst percent is as all of it
+    images = torch.full((5, 1, 3, 64, 64), 0.05)  # but for a bright third
+    images[..., 40:] = torch.tensor(greys, dtype=torch.float32).view(5, 1, 1, 1, 1)
+    model.calibrate(images)
+    levels = [0.05, 10 * 0.05**2]  # the medians
+    assert model.levels.tolist() == pytest.approx(levels)
+    units = [0.3 - levels[0], 10 * 0.3**2 - levels[1]]  # from there to the worst percent, of the image in the middle
     assert model.units.tolist() == pytest.approx(units, rel=1e-4)
-    scores = ((greys - 0.3) / units[0] + (10 * greys**2 - 0.9) / units[1]) / 2
+    scores = ((greys - levels[0]) / units[0] + (10 * greys**2 - levels[1]) / units[1]) / 2
     assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-4)
     assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
     model.normal = torch.tensor([[1.0] * 20, [2.0] * 20])
     assert model.thresholds().score == pytest.approx(1) and model.thresholds(0.5).heat == 2
     grey = 0.5  # its score by hand: above 1
-    assert ((grey - 0.3) / units[0] + (10 * grey**2 - 0.9) / units[1]) / 2 > 1
+    assert ((grey - levels[0]) / units[0] + (10 * grey**2 - levels[1]) / units[1]) / 2 > 1
     assert model.inspect(np.full((64, 64), grey)).anomalous
-    assert not model.inspect(np.full((64, 64), 0.3)).anomalous
+    assert not model.inspect(np.full((64, 64), 0.2)).anomalous
 
 
 def test_experts_that_never_differ_do_not_divide_by_zero():
