@@ -23,6 +23,7 @@ from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_ato
 from kit.images import read_image, read_mask
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
+from kit.report import Entry, remove_views, save_views, write_page
 from kit.verdict import CONFIDENCE, Thresholds, Verdict, drift
 from methods import load
 
@@ -30,8 +31,8 @@ BATCH = 8
 SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
 REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
+REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 FEW = 10  # good images: too few for a threshold that one may trust
-SHEET_ROWS = 12
 UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
 
 
@@ -118,8 +119,8 @@ def report(
     skip_bad: bool,
     processes: Processes,
 ) -> None:
-    """Measure the `model` of a checkpoint on a category's test images; `out` gets metrics.json, sheet.png,
-    histogram.png and pictures/."""
+    """Measure the `model` of a checkpoint on a category's test images; `out` gets metrics.json, report.html and
+    pictures/."""
     judged = judge_tests(model, readable_tests(category, skip_bad), processes)
     if not processes.first:
         return  # its part is done
@@ -145,10 +146,10 @@ def report(
     found["operating_points"] = operating_points(model, judged)
     for point in found["operating_points"]:
         print("operating point", {name: as_text(value) for name, value in point.items()})
-    draw_tests(model, judged, out, limits)
-    draw.save_picture(out / "histogram.png", draw.score_histogram(judged.labels, judged.scores, limits.score))
+    facts = {name: as_text(found[name]) for name in REPORTED}
+    draw_tests(model, judged, out, limits, facts | {"calibration": basis(limits)})
     write_text(out / "metrics.json", json.dumps(found, indent=2) + "\n")
-    print(f"wrote metrics.json, sheet.png (worst first), histogram.png and {len(judged.tests)} pictures into {out}")
+    print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
 
 
 def as_text(value: object) -> str:
@@ -176,23 +177,23 @@ def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | 
     return points
 
 
-def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds) -> None:
-    """pictures/<kind>/<file>.png of every test image, and sheet.png: missed defects and false alarms first, then the
-    closest calls. Pictures of an earlier evaluation are removed."""
-    runs.remove(out, ("pictures",))
-    wrong_by = np.where(judged.labels, limits.score - judged.scores, judged.scores - limits.score)
-    rows = []
-    for i in np.argsort(-wrong_by, kind="stable"):
-        test = judged.tests[i]
+def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, facts: dict[str, str]) -> None:
+    """report.html, with `facts` at its head, and pictures/<kind>/<file>.png of every test image. Those of an earlier
+    evaluation are removed."""
+    runs.remove(out, ("pictures", "report_files"))
+    entries = []
+    for test, score, heat, true in zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True):
+        name = f"{test.kind}/{test.path.name}"
         image = read_image(test.path)
-        verdict = model.verdict(float(judged.scores[i]), judged.maps[i], image.shape[:2], limits)
-        mask = judged.masks[i] if test.mask or not test.anomalous else None
-        title = f"{miss(verdict, test.anomalous)}{test.kind}/{test.path.name}"
+        verdict = model.verdict(float(score), heat, image.shape[:2], limits)
+        mask = true if test.mask or not test.anomalous else None
+        title = f"{miss(verdict, test.anomalous)}{name}"
         picture = draw.verdict_picture(image, title, verdict, limits, mask)
         draw.save_picture(out / "pictures" / test.kind / f"{test.path.name}.png", picture)
-        if len(rows) < SHEET_ROWS:
-            rows.append(picture)
-    draw.save_picture(out / "sheet.png", draw.below_each_other(rows))
+        save_views(out, name, image, verdict, limits, mask)
+        entries.append(Entry(name, test.kind, test.anomalous, float(score)))
+    title = f"{model.settings['category']}, {model.settings['method']}: {len(entries)} test images"
+    write_page(out, title, facts, limits.score, entries)
 
 
 def miss(verdict: Verdict, anomalous: bool) -> str:
@@ -247,6 +248,7 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     for path, image, verdict in judge_files(model, todo, limits, complaints):
         name = name_below(root, path)
         draw.save_picture(out / f"{name}.png", draw.verdict_picture(image, name, verdict, limits))
+        save_views(out, name, image, verdict, limits)
         for row in regions_rows(name, verdict):
             regions.add(row)
         table.add(scores_row(name, verdict))  # last: with it the image is done
@@ -254,9 +256,11 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     table.close()
     regions.close()
     (out / UNFINISHED).unlink()
-    judged = len(files) - len(complaints)
-    print(f"wrote {out / 'scores.csv'}, regions.csv and {judged} pictures into {out}; threshold {limits.score:.3f}")
-    print_drift(model, np.array(column(out / "scores.csv", "score"), dtype=float))
+    entries = entries_of(out, [name_below(root, path) for path in files])
+    facts = {"checkpoint": str(checkpoint), "images": str(images), "calibration": basis(limits)}
+    write_page(out, f"{model.settings['category']}: {len(entries)} images", facts, limits.score, entries)
+    print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
+    print_drift(model, np.array([entry.score for entry in entries]))
     if complaints and not skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
     print_skipped(complaints, len(files))
@@ -299,10 +303,21 @@ def open_scores(out: Path, call: dict) -> GrowingTable:
     return table
 
 
+def entries_of(out: Path, names: list[str]) -> list[Entry]:
+    """For report.html: the images of these names that have a row in scores.csv; their kind is their subfolder."""
+    table = out / "scores.csv"
+    scores = dict(zip(column(table, "file"), map(float, column(table, "score")), strict=True))
+    judged = [name for name in names if plain_cell(name) in scores]
+    return [Entry(name, str(Path(name).parent), None, scores[plain_cell(name)]) for name in judged]
+
+
 def remove_pictures(out: Path) -> None:
     """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
     for name in column(out / "scores.csv", "file"):
-        (out / f"{name.removeprefix(FORMULA_GUARD)}.png").unlink(missing_ok=True)
+        name = name.removeprefix(FORMULA_GUARD)
+        (out / f"{name}.png").unlink(missing_ok=True)
+        remove_views(out, name)
+    (out / "report.html").unlink(missing_ok=True)
 
 
 def judge_files(

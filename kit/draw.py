@@ -100,20 +100,6 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
     return sheet
 
 
-def score_histogram(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Image.Image:
-    """How many good and how many defective images have which score, and the threshold."""
-    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
-    lines = {}
-    highest = 0
-    for name, chosen in (("good", ~labels), ("defective", labels)):
-        counts = np.histogram(scores[chosen], edges)[0]
-        highest = max(highest, counts.max())
-        corners = zip(edges.repeat(2)[1:-1], counts.repeat(2), strict=True)
-        lines[f"{name} ({chosen.sum()})"] = [(edges[0], 0), *corners]
-    lines["threshold"] = [(threshold, 0), (threshold, highest)]
-    return line_chart("number of test images by score", lines)
-
-
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG, whatever the name ends in."""
 

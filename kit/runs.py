@@ -11,7 +11,7 @@ from kit.options import refuse_inside
 MODEL = "model.pt"  # of a finished run
 STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
 RECALIBRATED = "recalibrated.pt"  # with thresholds from other good images; counts only where it is named
-MEASURED = ("metrics.json", "sheet.png", "histogram.png", "pictures", "tests", "curve.png", "curve.json")
+MEASURED = ("metrics.json", "report.html", "report_files", "pictures", "tests", "curve.png", "curve.json")
 TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png", "projection.png")  # the last: an autoencoder's
 
 

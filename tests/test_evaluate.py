@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from helpers import SMALL, call, mask_of, refuse, script
@@ -45,8 +44,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     assert metrics["recall"] == hits / judged.labels.sum()
     assert metrics["false_alarms"] == alarms / (~judged.labels).sum()
     assert metrics["precision"] == hits / (hits + alarms)
-    for name in ("sheet.png", "histogram.png"):
-        assert Image.open(run / name).width == 960
+    assert (run / "report.html").exists()
     assert len(list((run / "pictures").glob("*/*.png"))) == sum(SMALL.values()) - SMALL["train/good"]
 
 
@@ -100,7 +98,13 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     assert (tmp_path / "out" / "chip.bmp.png").exists() and (tmp_path / "out" / "tray 2" / "=chip.png.png").exists()
     assert "chip.png: anomalous" in capsys.readouterr().out
     call(evaluate.main, run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", 0.3)
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["chip.png.png", "regions.csv", "scores.csv"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+        "chip.png.png",
+        "regions.csv",
+        "report.html",
+        "report_files",
+        "scores.csv",
+    ]
     with open(tmp_path / "out" / "regions.csv", newline="") as file:
         regions = [row for row in csv.DictReader(file) if row["file"] == "chip.png"]
     assert [row["region"] for row in regions] == [str(i) for i in range(1, len(regions) + 1)]
@@ -152,14 +156,12 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     assert "2 of 4 images were judged" in said and "000.png:" not in said and "003.png:" in said
     whole, regions = ((out / name).read_text() for name in ("scores.csv", "regions.csv"))
     assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
-    assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".csv", *[".png"] * 4]
+    assert sorted(p.suffix for p in out.iterdir()) == ["", ".csv", ".csv", ".html", *[".png"] * 4]
     call(evaluate.main, run, "--images", category / "test" / "crack" / "000.png", "--out", out)  # another call
     assert list(rows_of(out)) == ["000.png"]
-    assert sorted(p.name for p in out.iterdir()) == [
-        "000.png.png",
-        "regions.csv",
-        "scores.csv",
-    ]  # no picture without a row
+    names = ["000.png.png", "regions.csv", "report.html", "report_files", "scores.csv"]
+    assert sorted(p.name for p in out.iterdir()) == names  # no picture without a row
+    assert len({p.name[:16] for p in (out / "report_files").iterdir()}) == 1
     call(evaluate.main, run, "--images", images, "--out", out)
     assert (out / "scores.csv").read_text() == whole and (out / "regions.csv").read_text() == regions
 
@@ -262,10 +264,3 @@ def test_options_without_effect_are_refused(run, capsys):
     ]
     for arguments, words in cases:
         refuse(evaluate.main, capsys, *arguments, words=words)
-
-
-def test_histogram_counts_all_images():
-    from kit.draw import score_histogram
-
-    labels, scores = np.array([True, False, False]), np.array([0.9, 0.1, 0.2])
-    assert score_histogram(labels, scores, 0.5).size == (960, 420)

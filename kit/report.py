@@ -1,0 +1,90 @@
+"""report.html: all images that were judged, on one page that opens from the disk. Nothing comes from the network."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kit.draw import RED, heat_colours, outline
+from kit.files import write_atomically, write_text
+from kit.verdict import Thresholds, Verdict
+
+PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data
+LARGE, THUMBNAIL = 900, 192  # pixels of the longer side
+VIEWS = ("outline", "photo", "heat", "mask")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image on the page; `anomalous` is the truth, None if nobody knows it."""
+
+    name: str
+    kind: str
+    anomalous: bool | None
+    score: float
+
+
+def picture(folder: Path, name: str, view: str) -> Path:
+    """Where a view of the image of this name lies. File names have no limit to their letters, so they are hashed."""
+    return folder / "report_files" / f"{key(name)}.{view}.jpg"
+
+
+def key(name: str) -> str:
+    return hashlib.sha1(os.fsencode(name)).hexdigest()[:16]
+
+
+def save_views(
+    folder: Path, name: str, image: np.ndarray, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+) -> None:
+    """The pictures that the page shows of an image (H, W, 3) in [0, 1]: the photograph, outlined where a defect is
+    found; the heat map; the true mask (H', W') bool, if there is any; a thumbnail."""
+    photo = Image.fromarray(np.uint8(255 * image))
+    photo.thumbnail((LARGE, LARGE))
+    heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(photo.size))
+    views = {"photo": photo, "heat": Image.fromarray(heat_colours(heat, limits.heat))}
+    thumbnail = photo.copy()
+    if verdict.found.any():
+        found = np.asarray(Image.fromarray(verdict.found).resize(photo.size))
+        line = outline(found)[..., None]
+        views["outline"] = Image.fromarray(np.where(line, np.uint8(RED), np.asarray(photo)))
+        thumbnail = views["outline"].copy()
+    if mask is not None and mask.any():
+        views["mask"] = Image.fromarray(mask).convert("L").resize(photo.size)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    remove_views(folder, name)
+    for view, shown in (views | {"thumb": thumbnail}).items():
+        save_jpeg(picture(folder, name, view), shown)
+
+
+def remove_views(folder: Path, name: str) -> None:
+    """Remove what an earlier call saved of an image of this name."""
+    for view in (*VIEWS, "thumb"):
+        picture(folder, name, view).unlink(missing_ok=True)
+
+
+def save_jpeg(path: Path, shown: Image.Image) -> None:
+    def write(temporary: Path) -> None:
+        shown.save(temporary, "JPEG", quality=85)
+
+    write_atomically(path, write)
+
+
+def write_page(folder: Path, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
+    """report.html in `folder`, of images whose views have been saved there; `facts` stand at its head."""
+    images = []
+    for entry in entries:
+        views = [view for view in VIEWS if picture(folder, entry.name, view).exists()]
+        name = readable(entry.name)
+        images.append([name, readable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name), views])
+    found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
+    text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script
+    write_text(folder / "report.html", PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))
+
+
+def readable(name: str) -> str:
+    """A file name that need not be UTF-8, as text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

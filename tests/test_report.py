@@ -1,0 +1,136 @@
+"""report.html: what is in it, and, where selenium and Chromium are installed, what it does in a browser."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from helpers import SMALL, call
+from PIL import Image
+
+import evaluate
+from kit.report import Entry, picture, save_views, write_page
+from kit.verdict import Thresholds, judge
+
+
+def data_of(page) -> dict:
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_no_file_name_becomes_a_part_of_the_page(tmp_path):
+    names = ["</script><b>x", "\udcff.png", "ein Bild.png"]
+    write_page(tmp_path, "<i>", {"a<": "b"}, 0.5, [Entry(name, "good", False, 0.25) for name in names])
+    assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    found = data_of(tmp_path / "report.html")
+    assert [image[0] for image in found["images"]] == ["</script><b>x", "\ufffd.png", "ein Bild.png"]
+    assert found["title"] == "<i>" and found["facts"] == [["a<", "b"]] and found["threshold"] == 0.5
+
+
+def test_views_show_where_it_is(tmp_path):
+    """A wide image that is larger than the page's pictures, with a defect in its lower right."""
+    heat = np.zeros((500, 1500), np.float32)
+    heat[400:450, 1200:1300] = 3
+    verdict = judge(2.0, heat, Thresholds(1.0, 1.0, 9, 0.2))
+    mask = np.zeros((64, 64), bool)
+    mask[51:57, 51:55] = True
+    save_views(tmp_path, "a/b.png", np.full((500, 1500, 3), 0.5, np.float32), verdict, verdict_limits(), mask)
+    views = {view: Image.open(picture(tmp_path, "a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
+    assert {view.size for view in views.values()} == {(900, 300)}
+    assert Image.open(picture(tmp_path, "a/b.png", "thumb")).size == (192, 64)
+    red = np.asarray(views["outline"]).astype(int)[..., 0] - np.asarray(views["outline"])[..., 1] > 60
+    rows, columns = np.nonzero(red)
+    assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
+    assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
+    assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
+    save_views(
+        tmp_path, "a/b.png", np.zeros((50, 50, 3), np.float32), judge(0.5, heat, verdict_limits()), verdict_limits()
+    )
+    assert not picture(tmp_path, "a/b.png", "outline").exists() and not picture(tmp_path, "a/b.png", "mask").exists()
+
+
+def verdict_limits() -> Thresholds:
+    return Thresholds(1.0, 1.0, 9, 0.2)
+
+
+def test_pages_of_test_images_and_of_new_ones(run, category, tmp_path):
+    call(evaluate.main, run)
+    found = data_of(run / "report.html")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (
+        found["threshold"] == metrics["threshold"] and len(found["images"]) == sum(SMALL.values()) - SMALL["train/good"]
+    )
+    flagged = [image[3] > found["threshold"] for image in found["images"] if image[2]]
+    assert np.mean(flagged) == metrics["recall"]
+    for _, _, anomalous, score, key, views in found["images"]:
+        assert ("outline" in views) == (score > found["threshold"]) and ("mask" in views) == anomalous
+        assert all((run / "report_files" / f"{key}.{view}.jpg").exists() for view in (*views, "thumb"))
+    call(evaluate.main, run, "--images", category / "test", "--out", tmp_path / "out")
+    new = data_of(tmp_path / "out" / "report.html")
+    assert {image[1] for image in new["images"]} == {"good", "crack", "chip", "stain"}
+    assert all(image[2] is None for image in new["images"])
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run"):
+        options.add_argument(f"--{argument}")
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+def test_slider_order_filter_and_viewer(run, browser):
+    call(evaluate.main, run)
+    images = data_of(run / "report.html")["images"]
+    browser.get((run / "report.html").as_uri())
+
+    def element(selector):
+        return browser.find_element("css selector", selector)
+
+    def captions() -> list[str]:
+        return [card.text for card in browser.find_elements("css selector", "figure figcaption")]
+
+    def choose(selector, value):
+        browser.execute_script(
+            "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));", selector, value)  # fmt: skip
+
+    assert len(captions()) == len(images)
+    choose("#threshold", 100)
+    assert "recall 0.0 %" in element("#numbers").text and "false alarms 0.0 %" in element("#numbers").text
+    choose("#verdict", "missed")
+    assert len(captions()) == sum(image[2] for image in images)
+    choose("#verdict", "all")
+    choose("#threshold", -100)
+    assert "recall 100.0 %" in element("#numbers").text and "false alarms 100.0 %" in element("#numbers").text
+    element("#reset").click()
+    choose("#kind", "chip")
+    assert len(captions()) == 4 and all("chip/" in text for text in captions())
+    choose("#kind", "all")
+    choose("#order", "highest score first")
+    ranked = sorted(images, key=lambda image: -image[3])
+    assert [text.splitlines()[1] for text in captions()] == [image[0] for image in ranked]
+    element("figure").click()
+    assert ranked[0][0] in element("#caption").text
+    first = element("#large").get_attribute("src")
+    assert first.endswith(f"{ranked[0][4]}.{ranked[0][5][0]}.jpg")
+    element("#stage").click()
+    assert element("#large").get_attribute("src") != first
+    element("body").send_keys("\ue014")  # arrow to the right
+    assert ranked[1][0] in element("#caption").text
+    assert element("#large").get_property("naturalWidth") > 0
+    for width in (1280, 390):
+        browser.set_window_size(width, 900)
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
