@@ -131,6 +131,27 @@ class CLFlow(Detector):
             found.append(self.log_odds(rows))
         return [e.view(batch, height, width) for e in found]
 
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        """For a figure: one image (1, 3, size, size) on its way to the energies, equation by equation of
+        docs/method.md, as (what it is, map (h, w))."""
+        x = self.features(images)
+        relative = from_lines(self.relative(lines(x)), x)
+        code = self.whitened_map(x)
+        z, log_det = self.latents(as_rows(code), code.shape[3])
+        e = energy(z, log_det)
+        found = [
+            ("|x|, features", x[0].norm(dim=0)),
+            ("|r|, seen from the nearest prototype", relative[0].norm(dim=0)),
+            ("|w|, whitened", code[0].norm(dim=0)),
+            ("1/2 mean z^2, latents", 0.5 * z.square().mean(dim=1)),
+            ("log|det| / K", log_det / z.shape[1]),
+            ("tamed E, the flow's energy", tamed(e)),
+        ]
+        if self.classifies:
+            found.append(("log-odds of the classifier", self.log_odds(as_rows(code))))
+        return [(name, values.view(code.shape[2:])) for name, values in found]
+
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
         """Load the backbone's ImageNet weights. What is fitted to the images is fitted to their rows, by `fit`."""
         self.backbone.load_imagenet(weights)

@@ -389,6 +389,22 @@ def write_recalibrated(model: Detector, run: Path, folder: Path, false_alarm: fl
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
 
+# ---------------------------------------------------------------- one image, explained
+
+
+def explain(model: Detector, path: Path, out: Path, false_alarm: float) -> None:
+    """A picture of what happens to an image, step by step."""
+    image = read_image(path, model.size)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None]
+    stages = [(name, values.cpu().numpy()) for name, values in model.stages(images)]
+    with torch.no_grad():
+        maps, scores = model(images)
+    limits = model.thresholds(false_alarm)
+    verdict = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
+    draw.save_picture(out, draw.explanation(image, path.name, stages, verdict, limits))
+    print(f"{path}: {sentence(verdict)}\nwrote {out}")
+
+
 # ---------------------------------------------------------------- to other programs
 
 
@@ -414,6 +430,7 @@ def option_parser() -> Parser:
     add("run", type=Path, help="run folder with model.pt in it, or a checkpoint")
     add("--data", type=Path, help="category with test/, instead of the one it was trained on")
     add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
+    add("--explain", type=Path, metavar="IMAGE", help="draw what happens to this image, step by step, instead")
     add("--export", type=Path, metavar="FILE", help="write a torch.export program instead")
     add(
         "--curve",
@@ -422,7 +439,11 @@ def option_parser() -> Parser:
         help="measure each epoch that train.py --keep-epochs kept, instead",
     )
     add("--recalibrate", type=Path, metavar="FOLDER", help="take the threshold from these new good images instead")
-    add("--out", type=Path, help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds")
+    add(
+        "--out",
+        type=Path,
+        help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds, or file for --explain",
+    )
     add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
@@ -431,7 +452,11 @@ def option_parser() -> Parser:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises InputError if options contradict each other, or have no effect beside each other."""
-    modes = [name for name in ("data", "images", "export", "curve", "recalibrate") if is_given(getattr(args, name))]
+    modes = [
+        name
+        for name in ("data", "images", "explain", "export", "curve", "recalibrate")
+        if is_given(getattr(args, name))
+    ]
     if len(modes) > 1:
         raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} are two different things to do; give one")
     if args.export:
@@ -440,8 +465,10 @@ def check_options(args: argparse.Namespace) -> None:
         refuse_without_effect(args, ["out", "false_alarm"], "with --curve")
     if args.recalibrate:
         refuse_without_effect(args, ["out"], "with --recalibrate")
+    if args.explain:
+        refuse_without_effect(args, ["skip_bad"], "with --explain")
     if not modes:
-        refuse_without_effect(args, ["out"], "without --images or --data")
+        refuse_without_effect(args, ["out"], "without --images, --data or --explain")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
         raise InputError(f"--false-alarm {args.false_alarm}: out of range, give a share between 0 and 1")
 
@@ -462,6 +489,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     model = load(checkpoint, device)
     false_alarm = args.false_alarm or model.false_alarm
+    if args.explain:
+        if processes.first:
+            explain(model, args.explain, args.out or Path("explained.png"), false_alarm)
+        return None
     if args.recalibrate:
         if processes.first:
             write_recalibrated(model, checkpoint.parent, args.recalibrate, false_alarm, args.skip_bad)

@@ -1,14 +1,21 @@
-"""Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box).
+"""Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To see some: python synth.py FOLDER
 
 Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and foreground are our reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from kit import data, draw
+from kit.errors import run_script
+from kit.images import read_image
+from kit.options import Parser, check_range
+
+SHEET_ROWS = 8
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 
 
@@ -94,11 +101,11 @@ def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Genera
     points = np.cumsum(step * np.stack([np.cos(directions), np.sin(directions)], axis=1), axis=0)
     unit = min(height, width) / 256
     image = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(image)
+    pen = ImageDraw.Draw(image)
     for point, radius in zip(points - points[0], radii, strict=True):
         x, y = point * unit + centre[::-1]  # points are (x, y), as one draws; the centre is (y, x), as arrays are
         dx, dy = radius * unit
-        draw.ellipse((x - dx, y - dy, x + dx, y + dy), fill=1)
+        pen.ellipse((x - dx, y - dy, x + dx, y + dy), fill=1)
     return np.asarray(image)
 
 
@@ -184,3 +191,37 @@ def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image itself, shifted by 2 to 6 % along both axes."""
     reach = rng.choice([-1, 1], 2) * rng.uniform(0.02, 0.06, 2) * image.shape[:2]
     return np.roll(image, np.round(reach).astype(int), axis=(0, 1))
+
+
+# ---------------------------------------------------------------- a sheet of my images, before any training
+
+
+def sheet(files: list[Path], size: int, rng: np.random.Generator) -> Image.Image:
+    """A row for each image: as it is, its foreground, a mask, the synthetic defect."""
+    rows = []
+    for path in files:
+        image = read_image(path, size)
+        other = read_image(files[rng.integers(len(files))], size)
+        anomalous, mask, _ = synthesize(image, rng, other)
+        panels = [image, foreground(image), mask, anomalous]
+        rows.append(draw.beside_each_other([draw.as_bytes(panel) for panel in panels]))
+    return draw.below_each_other(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
+    parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
+    parser.add_argument("--out", type=Path, default=Path("synthetic.png"), help="(synthetic.png)")
+    parser.add_argument("--size", type=int, default=384, help="(384)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    args = parser.parse_args(arguments)
+    check_range("size", args.size, 64, 4096)
+    rng = np.random.default_rng(args.seed)
+    files = data.list_images(data.good_folder(args.folder, "FOLDER"))
+    chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
+    draw.save_picture(args.out, sheet(chosen, args.size, rng))
+    print(f"wrote {args.out}: image, foreground, mask, synthetic defect")
+
+
+if __name__ == "__main__":
+    run_script(main)

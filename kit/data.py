@@ -33,15 +33,15 @@ def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
-def good_folder(data: Path) -> Path:
+def good_folder(data: Path, flag: str = "--data") -> Path:
     """Where the normal images are: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
-    Raises InputError if there are none."""
+    Raises InputError, naming the `flag` that it came with, if there are none."""
     if not data.is_dir():
-        raise InputError(f"--data {data}: no such folder")
+        raise InputError(f"{flag} {data}: no such folder")
     for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
         if list_images(folder):
             return folder
-    raise InputError(f"--data {data}: no images there, nor in train/good; put normal ones ({' '.join(SUFFIXES)})")
+    raise InputError(f"{flag} {data}: no images there, nor in train/good; put normal ones ({' '.join(SUFFIXES)})")
 
 
 def category_folders(data: Path) -> list[Path]:

@@ -78,6 +78,12 @@ class Detector(nn.Module):
         """Energies (B, h, w) of each of S experts; high is anomalous. What a method is."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        """For a figure: what happens to one image (1, 3, size, size) on its way to the energies, step by step, as
+        (what it is, map (h, w))."""
+        return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(self.encode(images)), start=1)]
+
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
         """Before training: load pretrained `weights` (a file, or None), fit on batches of normal `images`."""
 

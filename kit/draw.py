@@ -59,6 +59,40 @@ def verdict_picture(
     return sheet
 
 
+def explanation(
+    image: np.ndarray, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
+) -> Image.Image:
+    """From an image (size, size, 3) to its verdict: the image, each of the `stages` (what it is, map) with its lowest
+    and highest value, the joined map, and the sentence; three panels a row. Black is the lowest value, yellow the
+    highest; the joined map's colours are those of all verdicts."""
+    side = WIDTH // 3
+    panels = [(f"{name}", Image.fromarray(as_bytes(image)))]
+    for title, values in stages:
+        low, high = float(values.min()), float(values.max())
+        shade = heat_colours(values - low, max(high - low, 1e-9) / 2)
+        panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
+    said = "anomalous" if verdict.anomalous else "normal"
+    line = outline(verdict.found)[..., None]
+    joint = np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat))
+    panels.append(
+        (f"joined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
+    )
+    rows = math.ceil(len(panels) / 3)
+    sheet = Image.new("RGB", (3 * side, rows * (side + 42)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (title, panel) in enumerate(panels):
+        left, top = i % 3 * side, i // 3 * (side + 42)
+        pen.multiline_text((left + 4, top + 2), title, "black", ImageFont.load_default(14))
+        sheet.paste(panel.resize((side - GAP, side - GAP)), (left, top + 40))
+    return sheet
+
+
+def as_bytes(panel: np.ndarray) -> np.ndarray:
+    """A panel (H, W, 3) in [0, 1], or (H, W) bool, as (H, W, 3) uint8."""
+    grey = panel[..., None] if panel.ndim == 2 else panel
+    return np.broadcast_to(np.uint8(255 * grey), (*panel.shape[:2], 3))
+
+
 def beside_each_other(panels: list[np.ndarray]) -> Image.Image:
     """Panels (H, W, 3) uint8 of one height in a row, with a white gap after each."""
     padded = [np.pad(panel, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for panel in panels]

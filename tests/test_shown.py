@@ -1,0 +1,64 @@
+"""What is drawn for those who look: the sheet of synthetic defects, the explanation, the toy."""
+
+import sys
+
+import numpy as np
+import torch
+from helpers import ROOT, call, refuse, script
+from PIL import Image
+
+import evaluate
+import synth
+from kit import data
+from methods import load
+
+
+def test_a_sheet_of_synthetic_defects(category, tmp_path, capsys):
+    call(synth.main, category, "--out", tmp_path / "sheet.png", "--size", 64)
+    rows = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    assert rows.shape[1] == 960 and rows.shape[0] > 8 * 200
+    before, mask, after = rows[:, 5:235], rows[:, 485:715, 0], rows[:, 725:955]
+    changed = np.abs(after - before).sum(axis=-1)
+    assert changed[mask > 200].mean() > 5 * changed[mask < 50].mean()
+    again = tmp_path / "again.png"
+    call(synth.main, category, "--out", again, "--size", 64)
+    assert (np.asarray(Image.open(again)) == np.asarray(Image.open(tmp_path / "sheet.png"))).all()
+    refuse(synth.main, capsys, tmp_path / "none", words=["FOLDER", "no such folder"])
+
+
+def test_explanation_of_an_image(run, category, tmp_path, capsys):
+    chip = data.list_images(category / "test" / "chip")[3]
+    call(evaluate.main, run, "--explain", chip, "--out", tmp_path / "why.png")
+    assert Image.open(tmp_path / "why.png").width > 900
+    model = load(run / "model.pt")
+    images = data.read_batch([chip], model.size)
+    stages = dict(model.stages(images))
+    with torch.no_grad():
+        flow, odds = model.judge(model.encode(images))
+    found = [stages[name] for name in stages if name.startswith("tamed E") or name.startswith("log-odds")]
+    assert torch.allclose(found[0], flow[0], atol=1e-3) and torch.allclose(found[1], odds[0], atol=1e-3)
+    z_part, log_det_part = (
+        next(m for name, m in stages.items() if name.startswith(s)) for s in ("1/2 mean", "log|det|")
+    )
+    e = z_part - log_det_part
+    assert torch.allclose(torch.where(e <= 1, e, 1 + e.clamp(min=1).log()), flow[0], atol=1e-3)
+    assert all(m.shape == flow[0].shape for m in stages.values())
+    refuse(evaluate.main, capsys, run, "--explain", tmp_path / "none.png", words=["none.png"])
+    refuse(evaluate.main, capsys, run, "--explain", chip, "--images", chip, words=["--explain", "--images"])
+
+
+def test_the_toy_learns_two_moons(tmp_path):
+    result = script(ROOT / "benchmarks" / "toy.py", "--out", tmp_path / "toy.png", "--steps", 30)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "toy.png").width > 900
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import toy
+
+    torch.manual_seed(0)
+    flow = toy.train(steps=200, contrast_weight=0.0)
+    moons = toy.moons(500)
+    with torch.no_grad():
+        inside, outside = toy.energies(flow, moons).mean(), toy.energies(flow, toy.elsewhere(500)).mean()
+        back = flow.inverse(flow(moons.T[None, :, None])[0])[0, :, 0].T
+    assert inside + 1 < outside
+    assert torch.allclose(back, moons, atol=1e-3)
