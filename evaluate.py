@@ -7,7 +7,6 @@ import argparse
 import io
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,21 +18,19 @@ from kit import data, draw, metrics, runs
 from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
-from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_atomically, write_text
+from kit.files import write_atomically, write_text
 from kit.images import read_image, read_mask
+from kit.inspection import judge_new, print_skipped, sentence
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
-from kit.report import Entry, remove_views, save_views, write_page
-from kit.verdict import CONFIDENCE, Thresholds, Verdict, drift
+from kit.report import Entry, save_views, write_page
+from kit.verdict import Thresholds, Verdict, basis
+from kit.watching import watch
 from methods import load
 
 BATCH = 8
-SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
-REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
-FEW = 10  # good images: too few for a threshold that one may trust
-UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
 
 
 # ---------------------------------------------------------------- a labelled test set
@@ -105,11 +102,6 @@ def usable(files: list[Path], skip_bad: bool) -> list[Path]:
     return good
 
 
-def print_skipped(complaints: list[str], images: int) -> None:
-    for count, complaint in enumerate(complaints, start=1):
-        print(f"skipped {count} of {images} images: {complaint}")
-
-
 def report(
     model: Detector,
     checkpoint: Path,
@@ -156,15 +148,6 @@ def as_text(value: object) -> str:
     if value is None:
         return "n/a"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def basis(limits: Thresholds) -> str:
-    """What a threshold rests on, in a line."""
-    warning = f"warning, less than {FEW} good images: " if limits.images < FEW else ""
-    return (
-        f"{warning}threshold {limits.score:.3f} from {limits.images} good images, of whose like it flags at most "
-        f"{limits.at_most:.1%}, with {CONFIDENCE:.0%} confidence"
-    )
 
 
 def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | None]]:
@@ -226,151 +209,6 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     print(f"wrote {run / 'curve.png'} and {run / 'curve.json'}")
 
 
-# ---------------------------------------------------------------- new images
-
-
-def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_alarm: float, skip_bad: bool) -> None:
-    """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
-    each of its regions, and <file name>.png in `out`.
-
-    Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
-    files = new_images(images, out)
-    root = images if images.is_dir() else images.parent
-    limits = model.thresholds(false_alarm)
-    print(basis(limits))
-    call = {"checkpoint": checkpoint_key(checkpoint), "images": str(images.resolve()), "false_alarm": false_alarm}
-    table = open_scores(out, call)
-    regions = GrowingTable(out / "regions.csv", REGIONS_COLUMNS, resume=bool(table.keys), only=table.keys)
-    todo = [path for path in files if plain_cell(name_below(root, path)) not in table.keys]
-    if len(todo) < len(files):
-        print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
-    complaints = []
-    for path, image, verdict in judge_files(model, todo, limits, complaints):
-        name = name_below(root, path)
-        draw.save_picture(out / f"{name}.png", draw.verdict_picture(image, name, verdict, limits))
-        save_views(out, name, image, verdict, limits)
-        for row in regions_rows(name, verdict):
-            regions.add(row)
-        table.add(scores_row(name, verdict))  # last: with it the image is done
-        print(f"{name}: {sentence(verdict)}", flush=True)
-    table.close()
-    regions.close()
-    (out / UNFINISHED).unlink()
-    entries = entries_of(out, [name_below(root, path) for path in files])
-    facts = {"checkpoint": str(checkpoint), "images": str(images), "calibration": basis(limits)}
-    write_page(out, f"{model.settings['category']}: {len(entries)} images", facts, limits.score, entries)
-    print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
-    print_drift(model, np.array([entry.score for entry in entries]))
-    if complaints and not skip_bad:
-        raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
-    print_skipped(complaints, len(files))
-
-
-def new_images(images: Path, out: Path) -> list[Path]:
-    """The image `images`, or those below that folder. Raises InputError if there are none, or if the pictures of this
-    call would lie among them in the next."""
-    if not images.exists():
-        raise InputError(f"--images {images}: no such file or folder")
-    if not images.is_dir():
-        return [images]
-    refuse_inside(out, images)
-    files = data.list_images(images, subfolders=True)
-    if not files:
-        raise InputError(f"--images {images}: no images there")
-    return files
-
-
-def name_below(root: Path, path: Path) -> str:
-    """How the tables call an image: its path below the folder that was asked for."""
-    return path.relative_to(root).as_posix()
-
-
-def checkpoint_key(checkpoint: Path) -> list:
-    """Tells a checkpoint from another one, or from a later one at the same place."""
-    return [str(checkpoint.resolve()), checkpoint.stat().st_mtime_ns]
-
-
-def open_scores(out: Path, call: dict) -> GrowingTable:
-    """scores.csv, from the start; or, if just this `call` was interrupted, to go on behind its last whole row."""
-    marker = out / UNFINISHED
-    text = json.dumps(call)
-    if marker.exists() and marker.read_text() == text:
-        return GrowingTable(out / "scores.csv", SCORES_COLUMNS, resume=True)
-    remove_pictures(out)
-    marker.unlink(missing_ok=True)
-    table = GrowingTable(out / "scores.csv", SCORES_COLUMNS, resume=False)
-    write_text(marker, text)  # last: as long as it is there, the table is this call's
-    return table
-
-
-def entries_of(out: Path, names: list[str]) -> list[Entry]:
-    """For report.html: the images of these names that have a row in scores.csv; their kind is their subfolder."""
-    table = out / "scores.csv"
-    scores = dict(zip(column(table, "file"), map(float, column(table, "score")), strict=True))
-    judged = [name for name in names if plain_cell(name) in scores]
-    return [Entry(name, str(Path(name).parent), None, scores[plain_cell(name)]) for name in judged]
-
-
-def remove_pictures(out: Path) -> None:
-    """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
-    for name in column(out / "scores.csv", "file"):
-        name = name.removeprefix(FORMULA_GUARD)
-        (out / f"{name}.png").unlink(missing_ok=True)
-        remove_views(out, name)
-    (out / "report.html").unlink(missing_ok=True)
-
-
-def judge_files(
-    model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
-) -> Iterator[tuple[Path, np.ndarray, Verdict]]:
-    """Each file with its image (H, W, 3) and the verdict on it. A line on each unreadable one is added to `complaints`,
-    which is complete when the last file is through."""
-    for start in range(0, len(files), BATCH):
-        readable, inputs = [], []
-        for path in files[start : start + BATCH]:
-            try:
-                inputs.append(read_image(path, model.size))
-                readable.append(path)
-            except InputError as error:
-                complaints.append(str(error))
-        if not readable:
-            continue
-        with torch.no_grad():
-            maps, scores = model(torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2))
-        for path, heat, score in zip(readable, maps.cpu().numpy(), scores.tolist(), strict=True):
-            image = read_image(path)
-            yield path, image, model.verdict(score, heat, image.shape[:2], limits)
-
-
-def scores_row(name: str, verdict: Verdict) -> list:
-    """A row of scores.csv; the box is that of the region of the highest peak."""
-    box = verdict.regions[0].box if verdict.regions else [""] * 4
-    return [plain_cell(name), f"{verdict.score:.6f}", int(verdict.anomalous), *box]
-
-
-def regions_rows(name: str, verdict: Verdict) -> list[list]:
-    """Rows of regions.csv, highest peak first."""
-    numbered = enumerate(verdict.regions, start=1)
-    return [[plain_cell(name), number, *r.box, r.area, f"{r.peak:.6f}"] for number, r in numbered]
-
-
-def print_drift(model: Detector, scores: np.ndarray) -> None:
-    """A line, if the scores of images that were judged together have moved as a whole."""
-    where = drift(scores, model.normal[0].cpu().numpy())
-    if where:
-        print(
-            f"drift: three quarters of these {len(scores)} images score {where} than three quarters of the good images "
-            "did that the threshold comes from. Unless most are defective, light, camera or parts have changed: "
-            "--recalibrate FOLDER, with new good images, gives a new threshold; training again is better"
-        )
-
-
-def sentence(verdict: Verdict) -> str:
-    if not verdict.anomalous:
-        return f"normal, score {verdict.score:.3f}"
-    return f"anomalous, box {verdict.regions[0].box}, score {verdict.score:.3f}"
-
-
 # ---------------------------------------------------------------- new good images
 
 
@@ -430,6 +268,7 @@ def option_parser() -> Parser:
     add("run", type=Path, help="run folder with model.pt in it, or a checkpoint")
     add("--data", type=Path, help="category with test/, instead of the one it was trained on")
     add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
+    add("--watch", action="store_true", default=None, help="with --images FOLDER: judge what arrives there, too")
     add("--explain", type=Path, metavar="IMAGE", help="draw what happens to this image, step by step, instead")
     add("--export", type=Path, metavar="FILE", help="write a torch.export program instead")
     add(
@@ -467,6 +306,10 @@ def check_options(args: argparse.Namespace) -> None:
         refuse_without_effect(args, ["out"], "with --recalibrate")
     if args.explain:
         refuse_without_effect(args, ["skip_bad"], "with --explain")
+    if args.watch:
+        refuse_without_effect(args, ["skip_bad"], "with --watch")
+    if not args.images:
+        refuse_without_effect(args, ["watch"], "without --images FOLDER")
     if not modes:
         refuse_without_effect(args, ["out"], "without --images, --data or --explain")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
@@ -496,6 +339,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.recalibrate:
         if processes.first:
             write_recalibrated(model, checkpoint.parent, args.recalibrate, false_alarm, args.skip_bad)
+        return None
+    if args.watch:
+        if processes.first:
+            watch(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm)
         return None
     if args.images:
         if processes.first:

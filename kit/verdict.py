@@ -6,6 +6,7 @@ import numpy as np
 from scipy import ndimage, stats
 
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
+FEW = 10  # good images: too few for a threshold that one may trust
 ODD = 4  # standard deviations above the median, of log scores
 
 
@@ -49,6 +50,15 @@ def thresholds(normal: np.ndarray, rate: float) -> Thresholds:
     above, n = int((normal[0] > score).sum()), normal.shape[1]
     at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, n - above))  # Clopper and Pearson's bound
     return Thresholds(score, threshold(normal[1], rate), n, at_most)
+
+
+def basis(limits: Thresholds) -> str:
+    """What a threshold rests on, in a line."""
+    warning = f"warning, less than {FEW} good images: " if limits.images < FEW else ""
+    return (
+        f"{warning}threshold {limits.score:.3f} from {limits.images} good images, of whose like it flags at most "
+        f"{limits.at_most:.1%}, with {CONFIDENCE:.0%} confidence"
+    )
 
 
 def threshold(values: np.ndarray, rate: float) -> float:

@@ -1,0 +1,206 @@
+"""Judging new images: a row of scores.csv for each, its regions, its picture, and report.html over all."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit import data, draw
+from kit.detector import Detector
+from kit.errors import InputError
+from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_text
+from kit.images import load_image, named
+from kit.options import refuse_inside
+from kit.report import Entry, remove_views, save_views, write_page
+from kit.verdict import Thresholds, Verdict, basis, drift
+
+BATCH = 8
+SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
+REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
+UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
+
+
+def print_skipped(complaints: list[str], images: int) -> None:
+    for count, complaint in enumerate(complaints, start=1):
+        print(f"skipped {count} of {images} images: {complaint}")
+
+
+class Judgements:
+    """What a call writes into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
+
+    `call` describes it: if just this one was interrupted, it goes on behind the last whole row; any other begins anew.
+    `done` holds the first cells of the rows that were there."""
+
+    def __init__(self, model: Detector, limits: Thresholds, out: Path, call: dict, columns: list[str]):
+        self.model = model
+        self.limits = limits
+        self.out = out
+        self.call = call
+        self.scores = open_scores(out, call, columns)
+        self.done = self.scores.keys
+        self.regions = GrowingTable(out / "regions.csv", REGIONS_COLUMNS, resume=bool(self.done), only=self.done)
+
+    def add(self, name: str, image: np.ndarray, verdict: Verdict, more: tuple = ()) -> None:
+        """An image (H, W, 3) and the verdict on it; `more` are further cells of its row in scores.csv."""
+        draw.save_picture(self.out / f"{name}.png", draw.verdict_picture(image, name, verdict, self.limits))
+        save_views(self.out, name, image, verdict, self.limits)
+        for row in regions_rows(name, verdict):
+            self.regions.add(row)
+        self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
+        print(f"{name}: {sentence(verdict)}", flush=True)
+
+    def write_page(self) -> list[Entry]:
+        """report.html of all that is in scores.csv, and what is on it."""
+        entries = entries_of(self.out)
+        facts = {name: str(self.call[name]) for name in ("checkpoint", "images")}
+        facts["calibration"] = basis(self.limits)
+        title = f"{self.model.settings['category']}: {len(entries)} images"
+        write_page(self.out, title, facts, self.limits.score, entries)
+        return entries
+
+    def close(self) -> None:
+        self.scores.close()
+        self.regions.close()
+
+
+def call_of(checkpoint: Path, images: Path, false_alarm: float) -> dict:
+    """Tells a call from others: with a checkpoint at the same place, but of a later time, it is another one."""
+    return {
+        "checkpoint": str(checkpoint.resolve()),
+        "trained": checkpoint.stat().st_mtime_ns,
+        "images": str(images.resolve()),
+        "false_alarm": false_alarm,
+    }
+
+
+def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_alarm: float, skip_bad: bool) -> None:
+    """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
+    each of its regions, and <file name>.png in `out`.
+
+    Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
+    files = new_images(images, out)
+    root = images if images.is_dir() else images.parent
+    limits = model.thresholds(false_alarm)
+    print(basis(limits))
+    judgements = Judgements(model, limits, out, call_of(checkpoint, images, false_alarm), SCORES_COLUMNS)
+    todo = [path for path in files if plain_cell(name_below(root, path)) not in judgements.done]
+    if len(todo) < len(files):
+        print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
+    complaints = []
+    for path, image, verdict in judge_files(model, todo, limits, complaints):
+        judgements.add(name_below(root, path), image, verdict)
+    judgements.close()
+    entries = judgements.write_page()
+    (out / UNFINISHED).unlink()
+    print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
+    print_drift(model, np.array([entry.score for entry in entries]))
+    if complaints and not skip_bad:
+        raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
+    print_skipped(complaints, len(files))
+
+
+def new_images(images: Path, out: Path) -> list[Path]:
+    """The image `images`, or those below that folder. Raises InputError if there are none, or if the pictures of this
+    call would lie among them in the next."""
+    if not images.exists():
+        raise InputError(f"--images {images}: no such file or folder")
+    if not images.is_dir():
+        return [images]
+    refuse_inside(out, images)
+    files = data.list_images(images, subfolders=True)
+    if not files:
+        raise InputError(f"--images {images}: no images there")
+    return files
+
+
+def name_below(root: Path, path: Path) -> str:
+    """How the tables call an image: its path below the folder that was asked for."""
+    return path.relative_to(root).as_posix()
+
+
+def open_scores(out: Path, call: dict, columns: list[str]) -> GrowingTable:
+    """scores.csv, from the start; or, if just this `call` was interrupted, to go on behind its last whole row."""
+    marker = out / UNFINISHED
+    text = json.dumps(call)
+    if marker.exists() and marker.read_text() == text:
+        return GrowingTable(out / "scores.csv", columns, resume=True)
+    remove_pictures(out)
+    marker.unlink(missing_ok=True)
+    table = GrowingTable(out / "scores.csv", columns, resume=False)
+    write_text(marker, text)  # last: as long as it is there, the table is this call's
+    return table
+
+
+def entries_of(out: Path) -> list[Entry]:
+    """For report.html: the images in scores.csv, of one that was judged several times the last row; their kind is their
+    subfolder."""
+    table = out / "scores.csv"
+    scores = dict(zip(names_in(table), map(float, column(table, "score")), strict=True))
+    return [Entry(name, str(Path(name).parent), None, score) for name, score in scores.items()]
+
+
+def names_in(table: Path) -> list[str]:
+    """The images in a table, as their files are called."""
+    return [cell.removeprefix(FORMULA_GUARD) for cell in column(table, "file")]
+
+
+def remove_pictures(out: Path) -> None:
+    """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
+    for name in names_in(out / "scores.csv"):
+        (out / f"{name}.png").unlink(missing_ok=True)
+        remove_views(out, name)
+    (out / "report.html").unlink(missing_ok=True)
+
+
+def judge_files(
+    model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
+) -> Iterator[tuple[Path, np.ndarray, Verdict]]:
+    """Each file with its image (H, W, 3) and the verdict on it. A line on each unreadable one is added to `complaints`,
+    which is complete when the last file is through."""
+    for start in range(0, len(files), BATCH):
+        decoded, inputs = {}, []  # with a byte for each value: whole images as floats would fill the memory
+        for path in files[start : start + BATCH]:
+            try:
+                image = load_image(path)
+                inputs.append(named(path, image, model.size))
+                decoded[path] = image
+            except InputError as error:
+                complaints.append(str(error))
+        if not decoded:
+            continue
+        with torch.no_grad():
+            maps, scores = model(torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2))
+        for path, heat, score in zip(decoded, maps.cpu().numpy(), scores.tolist(), strict=True):
+            image = named(path, decoded[path], None)
+            yield path, image, model.verdict(score, heat, image.shape[:2], limits)
+
+
+def scores_row(name: str, verdict: Verdict) -> list:
+    """A row of scores.csv; the box is that of the region of the highest peak."""
+    box = verdict.regions[0].box if verdict.regions else [""] * 4
+    return [plain_cell(name), f"{verdict.score:.6f}", int(verdict.anomalous), *box]
+
+
+def regions_rows(name: str, verdict: Verdict) -> list[list]:
+    """Rows of regions.csv, highest peak first."""
+    numbered = enumerate(verdict.regions, start=1)
+    return [[plain_cell(name), number, *r.box, r.area, f"{r.peak:.6f}"] for number, r in numbered]
+
+
+def print_drift(model: Detector, scores: np.ndarray) -> None:
+    """A line, if the scores of images that were judged together have moved as a whole."""
+    where = drift(scores, model.normal[0].cpu().numpy())
+    if where:
+        print(
+            f"drift: three quarters of these {len(scores)} images score {where} than three quarters of the good images "
+            "did that the threshold comes from. Unless most are defective, light, camera or parts have changed: "
+            "--recalibrate FOLDER, with new good images, gives a new threshold; training again is better"
+        )
+
+
+def sentence(verdict: Verdict) -> str:
+    if not verdict.anomalous:
+        return f"normal, score {verdict.score:.3f}"
+    return f"anomalous, box {verdict.regions[0].box}, score {verdict.score:.3f}"

@@ -1,0 +1,75 @@
+"""evaluate.py --watch as a camera sees it: files that grow, get other names, vanish; kills."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from helpers import ROOT, refuse
+
+import evaluate
+from kit import data
+
+
+def rows_of(out) -> list[dict]:
+    try:
+        with open(out / "scores.csv", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "evaluate.py", *map(str, arguments), "--watch"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came of it"
+        time.sleep(0.1)
+
+
+def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox.mkdir()
+    chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
+    shutil.copy(chips[0], inbox / "a.png")
+    watcher = start(run, "--images", inbox, "--out", out)
+    wait_for(lambda: len(rows_of(out)) == 1)
+    whole = chips[1].read_bytes()
+    with open(inbox / "slow.png", "wb") as file:  # half of it, for longer than two looks
+        file.write(whole[:5000])
+        file.flush()
+        time.sleep(2.5)
+        file.write(whole[5000:])
+    shutil.copy(goods[0], inbox / "gone.tmp")
+    os.rename(inbox / "gone.tmp", inbox / "b.png")
+    (inbox / "tray 2").mkdir()
+    shutil.copy(goods[1], inbox / "tray 2" / "c.png")
+    wait_for(lambda: len(rows_of(out)) == 4)
+    watcher.kill()
+    watcher.communicate()
+    (inbox / "a.png").unlink()
+    shutil.copy(goods[2], inbox / "d.png")  # came while nobody looked
+    shutil.copy(chips[2], inbox / "b.png")  # the same name, another image
+    watcher = start(run, "--images", inbox, "--out", out)
+    wait_for(lambda: len(rows_of(out)) == 6)
+    time.sleep(2.5)
+    watcher.send_signal(signal.SIGINT)
+    said, error = watcher.communicate(timeout=30)
+    assert watcher.returncode == 130 and "Traceback" not in error and "4 images judged so far" in said
+    names = [row["file"] for row in rows_of(out)]
+    assert sorted(names) == ["a.png", "b.png", "b.png", "d.png", "slow.png", "tray 2/c.png"]
+    assert len({(row["file"], row["bytes"], row["changed"]) for row in rows_of(out)}) == 6
+    assert rows_of(out)[0]["anomalous"] == "1" and (out / "report.html").exists()
+
+
+def test_watching_needs_a_folder(run, category, capsys):
+    chip = data.list_images(category / "test" / "chip")[0]
+    refuse(evaluate.main, capsys, run, "--images", chip, "--watch", words=["--watch", "folder"])
+    refuse(evaluate.main, capsys, run, "--watch", words=["--watch", "--images"])
