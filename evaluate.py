@@ -247,16 +247,42 @@ def explain(model: Detector, path: Path, out: Path, false_alarm: float) -> None:
 
 
 def export(model: Detector, file: Path) -> None:
-    """Write the detector, on the CPU, as a torch.export program for a batch of any size; torch.export.load reads it.
-    In float32 throughout: its scores are the same on any machine."""
+    """Write the detector, on the CPU: to FILE.onnx for other runtimes, else as a torch.export program, which
+    torch.export.load reads. In float32 throughout: its scores are the same on any machine."""
     model.full_precision = True
     images = torch.zeros(2, 3, model.size, model.size)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    buffer = io.BytesIO()  # a path would have to end in .pt2
-    torch.export.save(program, buffer)
-    write_atomically(file, lambda to: to.write_bytes(buffer.getvalue()))
+    if file.suffix == ".onnx":
+        contents = as_onnx(program, model)
+    else:
+        buffer = io.BytesIO()  # a path would have to end in .pt2
+        torch.export.save(program, buffer)
+        contents = buffer.getvalue()
+    write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
+
+
+def as_onnx(program: torch.export.ExportedProgram, model: Detector) -> bytes:
+    """The program as an ONNX file; its metadata hold the thresholds, and what is to be done to an image."""
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise InputError("--export FILE.onnx: needs two more packages, pip install onnx onnxscript") from error
+    names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
+    found = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    limits = model.thresholds()
+    about = {
+        "images": f"RGB in 0..1, (batch, 3, {model.size}, {model.size}), resized bilinear with antialiasing (Pillow)",
+        "score_threshold": repr(limits.score),
+        "map_threshold": repr(limits.heat),
+        "false_alarm": repr(model.false_alarm),
+        "category": str(model.settings.get("category")),
+    }
+    for key, value in about.items():
+        entry = found.metadata_props.add()
+        entry.key, entry.value = key, value
+    return found.SerializeToString()
 
 
 # ---------------------------------------------------------------- the command line
@@ -270,7 +296,7 @@ def option_parser() -> Parser:
     add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
     add("--watch", action="store_true", default=None, help="with --images FOLDER: judge what arrives there, too")
     add("--explain", type=Path, metavar="IMAGE", help="draw what happens to this image, step by step, instead")
-    add("--export", type=Path, metavar="FILE", help="write a torch.export program instead")
+    add("--export", type=Path, metavar="FILE", help="write a torch.export program instead, or FILE.onnx")
     add(
         "--curve",
         action="store_true",

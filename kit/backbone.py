@@ -12,9 +12,12 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.transforms.functional import normalize
 
 from kit.errors import InputError
+
+# ImageNet's, of each channel. torchvision's own `normalize` cannot be exported: it branches on the values.
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 LITE0 = "efficientnet_lite0"
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
@@ -95,7 +98,7 @@ class Backbone(nn.Module):
         if self.name == LITE0:
             x = (images * 255 - 127) / 128
         else:
-            x = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            x = (images - MEAN.to(images.device)) / DEVIATION.to(images.device)
         return list(self.net(x).values())
 
     def load_imagenet(self, file: str | None = None) -> None:

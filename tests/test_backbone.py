@@ -56,3 +56,12 @@ def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
     torch.save(state, tmp_path / "less.pth")
     with pytest.raises(InputError, match=r"less.pth.*layer2.0.conv1.weight"):
         backbone.load_imagenet(str(tmp_path / "less.pth"))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_each_kind_of_backbone_can_be_exported(name):
+    backbone, images = Backbone(name), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        for ours, theirs in zip(backbone(images[:1]), program(images[:1]), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)

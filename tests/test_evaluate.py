@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -215,6 +216,29 @@ def test_exported_program_freezes_neither_half_precision_nor_a_gpu(run, tmp_path
     call(evaluate.main, run, "--export", tmp_path / "model.pt2")
     graph = str(torch.export.load(tmp_path / "model.pt2").graph)
     assert "bfloat16" not in graph and "autocast" not in graph and "cuda" not in graph
+
+
+def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    call(evaluate.main, run, "--export", tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    model = load(run / "model.pt")
+    model.full_precision = True
+    images = data.read_batch(data.list_images(category / "test" / "chip"), model.size)
+    for some in (images[:1], images[:3]):
+        maps, scores = session.run(None, {"images": some.numpy()})
+        with torch.no_grad():
+            expected = model(some)
+        assert abs(maps - expected[0].numpy()).max() < 1e-4 and abs(scores - expected[1].numpy()).max() < 1e-4
+    about = session.get_modelmeta().custom_metadata_map
+    assert float(about["score_threshold"]) == model.thresholds().score and "192" in about["images"]
+
+
+def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    refuse(evaluate.main, capsys, run, "--export", tmp_path / "x.onnx", words=["pip install onnx onnxscript"])
+    assert not (tmp_path / "x.onnx").exists()
 
 
 def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
