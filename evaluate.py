@@ -23,6 +23,7 @@ from kit.images import read_image, read_mask
 from kit.inspection import judge_new, print_skipped, sentence
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
+from kit.progress import counted
 from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis
 from kit.watching import watch
@@ -55,7 +56,7 @@ def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Pro
     scores = torch.zeros(len(tests))
     times = []
     mine = list(range(processes.rank, len(tests), processes.count))
-    for start in range(0, len(mine), BATCH):
+    for start in counted(range(0, len(mine), BATCH), "judging test images", len(mine), BATCH):
         rows = mine[start : start + BATCH]
         images = data.read_batch([tests[i].path for i in rows], model.size)
         started = time.perf_counter()
@@ -165,7 +166,8 @@ def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, f
     evaluation are removed."""
     runs.remove(out, ("pictures", "report_files"))
     entries = []
-    for test, score, heat, true in zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True):
+    found = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
+    for test, score, heat, true in counted(found, "drawing pictures", len(judged.tests)):
         name = f"{test.kind}/{test.path.name}"
         image = read_image(test.path)
         verdict = model.verdict(float(score), heat, image.shape[:2], limits)

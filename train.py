@@ -27,6 +27,7 @@ from kit.files import write_atomically, write_table, write_text
 from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
 from kit.pairs import PairFeed, Pairs
 from kit.processes import ALONE, Processes, join_processes, keep_freed_memory
+from kit.progress import counted
 from kit.table import results_table
 from methods import METHODS, load
 from synth import synthesize
@@ -127,7 +128,8 @@ def fit(
     for epoch in range(len(log) + 1, settings["epochs"] + 1):
         started = time.perf_counter()
         torch.manual_seed(settings["seed"] + 10_000 * epoch)  # so that --resume need not know the generator's state
-        means = mean_over_processes(train_epoch(losses, feed.batches(epoch), optimizer, schedule), processes)
+        batches = counted(feed.batches(epoch), f"epoch {epoch}/{settings['epochs']}, steps", len(feed))
+        means = mean_over_processes(train_epoch(losses, batches, optimizer, schedule), processes)
         seconds = time.perf_counter() - started
         means["steps_per_second"] = len(feed) / seconds
         print_epoch(epoch, settings["epochs"], means, seconds)
@@ -215,7 +217,8 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     held_out, trained_on = split(run.files, run.settings["seed"])
     print(f"reading {len(run.files)} images, of which {len(held_out)} are held out", flush=True)
     if not progress:
-        model.prepare(data.batches(trained_on, model.size), args.weights)
+        batches = counted(data.batches(trained_on, model.size), "features of images", len(trained_on), each=8)
+        model.prepare(batches, args.weights)
     if method.losses is None:
         model.calibrate(model.encode(images) for images in data.batches(held_out, model.size))
         if processes.first:

@@ -9,6 +9,7 @@ from kit import data, draw
 from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import Processes
+from kit.progress import counted
 from kit.verdict import odd_ones
 
 LIMIT = 1000  # images at most that a threshold comes from, beside the held-out ones
@@ -30,7 +31,8 @@ def add_training_images(model: Detector, files: list[Path], processes: Processes
     order = np.random.default_rng(model.settings["seed"]).permutation(len(files))[:LIMIT]
     numbers = [order[rank :: processes.count].tolist() for rank in range(processes.count)]
     found = [torch.empty(2, 0, device=model.device)]
-    for number in numbers[processes.rank]:
+    mine = numbers[processes.rank]
+    for number in counted(mine, "judging good images", len(mine)):
         code = model.encode(data.read_batch([files[number]], model.size), without=number)
         found.append(model.scores(model.judge(code)))
     together = processes.concatenated(torch.cat(found, dim=1).T).T

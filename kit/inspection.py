@@ -13,6 +13,7 @@ from kit.errors import InputError
 from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_text
 from kit.images import load_image, named
 from kit.options import refuse_inside
+from kit.progress import clear, counted
 from kit.report import Entry, remove_views, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 
@@ -49,6 +50,7 @@ class Judgements:
         for row in regions_rows(name, verdict):
             self.regions.add(row)
         self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
+        clear()
         print(f"{name}: {sentence(verdict)}", flush=True)
 
     def write_page(self) -> list[Entry]:
@@ -89,7 +91,8 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     if len(todo) < len(files):
         print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
     complaints = []
-    for path, image, verdict in judge_files(model, todo, limits, complaints):
+    judged = judge_files(model, todo, limits, complaints)
+    for path, image, verdict in counted(judged, "judging images", len(todo)):
         judgements.add(name_below(root, path), image, verdict)
     judgements.close()
     entries = judgements.write_page()

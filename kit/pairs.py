@@ -1,5 +1,6 @@
 """Training batches: normal images x+, and the anomalous ones x- that a given function paints on some of them."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.images import read_image
 from kit.processes import Processes
+from kit.progress import counted
 
 CACHE_BYTES = 4e9  # of decoded images, on each machine
 
@@ -46,7 +48,10 @@ class Pairs(Dataset):
         self.repeats = max(1, round(images_per_epoch / len(files)))
         bytes_per_image = 2 * 3 * size * size  # float16
         room = int(CACHE_BYTES / processes.local_count / bytes_per_image)
-        self.cache = {path: read_image(path, size).astype(np.float16) for path in (files + textures)[:room]}
+        kept = (files + textures)[:room]
+        self.cache = {
+            path: read_image(path, size).astype(np.float16) for path in counted(kept, "reading images", len(kept))
+        }
 
     def __len__(self) -> int:
         return len(self.files) * self.repeats
@@ -90,20 +95,24 @@ class Pairs(Dataset):
     def normal(self, batch: int = 8) -> Iterator[Tensor]:
         """This process's part of the files x+, each once, as (<= batch, 3, size, size) tensors."""
         mine = self.processes.part(self.files)
-        for start in range(0, len(mine), batch):
+        for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
     def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """x+ and the x- made from it, both (A, 3, size, size), and the masks (A, 1, size, size), until all processes
         together have had `count` of them; anew in each epoch."""
-        left = count / self.processes.count
-        while left > 0:
+        batches = self.painted_batches(count / self.processes.count)
+        yield from counted(batches, "painting defects", math.ceil(count / self.processes.count), each=8)
+
+    def painted_batches(self, count: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of `painted`, until this process has had `count` of them."""
+        while count > 0:
             self.epoch += 1
             for images, masks in loader(self, batch=16):
                 pairs = len(masks)
                 yield to_tensor(images[:pairs]), to_tensor(images[-pairs:]), to_tensor(masks)
-                left -= pairs
-                if left <= 0:
+                count -= pairs
+                if count <= 0:
                     break
 
 
