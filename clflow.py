@@ -15,7 +15,7 @@ from flows import Flow2D
 from kit.backbone import Backbone, as_rows, joined
 from kit.detector import Detector
 from kit.pairs import Pairs
-from nearest import CANDIDATES, CHUNK, Prototypes, from_lines, lines, origins, prototype_count, spread
+from nearest import CANDIDATES, CHUNK, Prototypes, origins, prototype_count, spread
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
@@ -89,14 +89,13 @@ class CLFlow(Detector):
             return joined(self.backbone(images.to(self.device)))
 
     @torch.no_grad()
-    def relative(self, parts: list[Tensor], without: int | None = None) -> Tensor:
-        """Rows (N, C), given in parts, seen from where they are: (x - p) / spacing of p, the nearest prototype. Density
-        on these is local by construction. With --no-local the rows as they are. The prototypes that came from training
-        image number `without` do not count."""
-        rows = torch.cat(parts)
+    def relative(self, rows: Tensor, parts: int = 1, without: int | None = None) -> Tensor:
+        """Rows (N, C) seen from where they are: (x - p) / spacing of p, the nearest prototype; found in equal parts.
+        Density on these is local by construction. With --no-local the rows as they are. The prototypes that came from
+        training image number `without` do not count."""
         if not self.settings["local"]:
             return rows
-        index = self.prototypes.nearest(parts, self.dtype, without)
+        index = self.prototypes.nearest(rows, parts, self.dtype, without)
         return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
 
     @torch.no_grad()
@@ -106,7 +105,8 @@ class CLFlow(Detector):
 
     def whitened_map(self, x: Tensor, without: int | None = None) -> Tensor:
         """Features (B, C, h, w) -> (B, K, h, w)."""
-        return from_lines(self.whitening(self.relative(lines(x), without)), x)
+        relative = self.relative(as_rows(x), x.shape[2], without)
+        return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
 
     def latents(self, rows: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
         """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K). The flow sees them as one map of this
@@ -136,13 +136,13 @@ class CLFlow(Detector):
         """For a figure: one image (1, 3, size, size) on its way to the energies, equation by equation of
         docs/method.md, as (what it is, map (h, w))."""
         x = self.features(images)
-        relative = from_lines(self.relative(lines(x)), x)
+        relative = self.relative(as_rows(x), x.shape[2])
         code = self.whitened_map(x)
         z, log_det = self.latents(as_rows(code), code.shape[3])
         e = energy(z, log_det)
         found = [
             ("|x|, features", x[0].norm(dim=0)),
-            ("|r|, seen from the nearest prototype", relative[0].norm(dim=0)),
+            ("|r|, seen from the nearest prototype", relative.norm(dim=1)),
             ("|w|, whitened", code[0].norm(dim=0)),
             ("1/2 mean z^2, latents", 0.5 * z.square().mean(dim=1)),
             ("log|det| / K", log_det / z.shape[1]),
@@ -170,7 +170,7 @@ class CLFlow(Detector):
         """`relative` rows (n, C) of many normal ones (N, C), a part at a time; less the prototypes themselves, which
         nothing is nearer to."""
         for part in rows.split(CHUNK):
-            found = self.relative([part.float()])
+            found = self.relative(part.float())
             yield found[found.any(dim=1)]
 
 
@@ -270,7 +270,7 @@ class Losses(nn.Module):
         kept = [whiten(part).half() for part in self.model.without_prototypes(normal)]
         defects = []
         for rows in (anomalous, untouched):
-            parts = [whiten(self.model.relative([part.float()])).half() for part in rows.split(CHUNK)]
+            parts = [whiten(self.model.relative(part.float())).half() for part in rows.split(CHUNK)]
             defects.append(torch.cat(parts))
         return RowFeed(torch.cat(kept), *defects, batch)
 

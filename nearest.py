@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.backbone import Backbone, as_rows, joined
@@ -17,6 +18,8 @@ CANDIDATES = 100_000  # rows at most, spread over all images, from which the ban
 SKETCH = 64  # random directions in which the bank is chosen
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
+GROUP = 32  # prototypes, of which the best is sought first
+FAR = -1e30  # what no row is near to; infinity times zero would not be a number
 
 
 class Prototypes(nn.Module):
@@ -48,16 +51,37 @@ class Prototypes(nn.Module):
         spacing = torch.cat(parts)
         self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
 
-    def nearest(self, parts: Iterable[Tensor], dtype: torch.dtype, without: int | None = None) -> Tensor:
-        """Which prototype is nearest to each of the rows in `parts`, (n, C) each: (N,) for all. All distances at once
-        would fill the memory. Half the bits will do, since nearly equal distances may be mistaken for each other. Those
-        of the training image number `without` do not count: so it is judged as if it were new."""
-        bank = self.bank.to(dtype)
-        bias = self.bank.square().sum(dim=1).to(dtype) / -2  # |x - p|^2 = |x|^2 - 2 (x p - |p|^2 / 2)
-        if without is not None:
-            bias[self.origin == without] = -torch.inf
-        found = [torch.addmm(bias, (part - self.centre).to(dtype), bank.T).max(dim=1).indices for part in parts]
+    def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: int | None = None) -> Tensor:
+        """Which prototype is nearest to each of rows (N, C): (N,). All distances at once would fill the memory, so they
+        are found in this many equal parts. Half the bits will do, since nearly equal distances may be mistaken for each
+        other. Prototypes of the training image number `without` do not count: so it is judged as if it were new."""
+        keys = self.keys(dtype, without)
+        count = rows.shape[0] // parts  # not len(rows), which would fix the batch in an export
+        room = keys.new_empty(len(keys), count)  # used by all parts: to get new memory each time takes longer
+        found = []
+        for part in rows.view(parts, count, rows.shape[1]).unbind():
+            queries = F.pad((part - self.centre).to(dtype), (0, 2), value=1.0)
+            similarity = torch.mm(keys, queries.T, out=room).view(len(keys) // GROUP, GROUP, count)
+            # First the best group, by its best member, then the member: one search through all takes twice as long.
+            group = similarity.amax(dim=1).max(dim=0).indices
+            members = similarity[group, :, torch.arange(count, device=group.device)]
+            found.append(group * GROUP + members.max(dim=1).indices)
         return torch.cat(found)
+
+    def keys(self, dtype: torch.dtype, without: int | None) -> Tensor:
+        """What a row's product with is the higher the nearer a prototype p is, |x - p|^2 = |x|^2 - 2 (x p - |p|^2 / 2):
+        (p, -|p|^2 / 2), for rows (x, 1). The second part is split into its coarse and its fine bits, in two columns; as
+        many keys as fill whole groups, (M', C + 2)."""
+        bias = self.bank.square().sum(dim=1) / -2
+        if without is not None:
+            bias[self.origin == without] = FAR
+        coarse = bias.to(dtype)
+        fine = (bias - coarse.float()).to(dtype)
+        keys = torch.cat((self.bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
+        missing = -len(keys) % GROUP
+        padding = keys.new_zeros(missing, keys.shape[1])
+        padding[:, -2] = FAR
+        return torch.cat((keys, padding))
 
     def away(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows (N, C) less the prototypes with these numbers (N,)."""
@@ -100,17 +124,6 @@ def origins(rows: Tensor, images: int) -> Tensor:
     return torch.arange(images).repeat_interleave(len(rows) // images)
 
 
-def lines(x: Tensor) -> list[Tensor]:
-    """A map (B, C, h, w), line by line: h times rows (B w, C)."""
-    return [line.mT.flatten(0, 1) for line in x.unbind(dim=2)]
-
-
-def from_lines(rows: Tensor, x: Tensor) -> Tensor:
-    """Rows (h B w, K), one for each of `lines(x)`, back in place: (B, K, h, w)."""
-    batch, _, height, width = x.shape
-    return rows.view(height, batch, width, -1).permute(1, 3, 0, 2)
-
-
 class Nearest(Detector):
     """The detector: E = d / spacing, d the distance of a position's feature to the nearest one in the bank.
 
@@ -139,12 +152,13 @@ class Nearest(Detector):
 
     def energies(self, x: Tensor, without: int | None = None) -> Tensor:
         """Features (B, C, h, w) -> E (B, 1, h, w)."""
-        parts = lines(x)
-        index = self.prototypes.nearest(parts, self.dtype, without)
+        rows = as_rows(x)
+        batch, _, height, width = x.shape
+        index = self.prototypes.nearest(rows, height, self.dtype, without)
         spacing = self.prototypes.spacing
         spacing = spacing[index] if self.settings["local"] else spacing.mean()
-        distance = self.prototypes.away(torch.cat(parts), index).norm(dim=1)
-        return from_lines((distance / spacing)[:, None], x)
+        distance = self.prototypes.away(rows, index).norm(dim=1)
+        return (distance / spacing).view(batch, 1, height, width)
 
     def judge(self, code: Tensor) -> list[Tensor]:
         return [code[:, 0]]

@@ -357,9 +357,9 @@ def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
     for row in rows:
         nearest = (bank - row).norm(dim=1).argmin()
         expected.append((row - bank[nearest]) / spacing[nearest])
-    assert torch.allclose(model.relative([rows[:7], rows[7:]]), torch.stack(expected), atol=1e-4)
+    assert torch.allclose(model.relative(rows), torch.stack(expected), atol=1e-4)
     model.settings["local"] = False
-    assert torch.equal(model.relative([rows[:7], rows[7:]]), rows)
+    assert torch.equal(model.relative(rows), rows)
 
 
 def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, model):
@@ -370,7 +370,7 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     flow, odds = model.judge(code)
     assert flow.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
-        row = model.whitening(model.relative([x[image, :, y, column][None]]))
+        row = model.whitening(model.relative(x[image, :, y, column][None]))
         assert torch.allclose(code[image, :, y, column], row[0], atol=1e-3)
         alone = clflow.tamed(clflow.energy(*model.latents(row)))
         assert torch.allclose(flow[image, y, column], alone[0], atol=1e-3)
@@ -419,7 +419,7 @@ def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch,
     monkeypatch.setattr(clflow, "ROWS", 100)  # fifty of an image
     feed = clflow.Losses(model).feed(Painted(), batch=30, fresh=False)
     assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
-    three = [model.whitening(model.relative([x[1, :, 0, :3].T])) for x in (after, before)]
+    three = [model.whitening(model.relative(x[1, :, 0, :3].T)) for x in (after, before)]
     assert torch.allclose(feed.anomalous.float(), three[0], rtol=1e-2, atol=1e-2)
     if contrast == "cosine":
         assert torch.allclose(feed.untouched.float(), three[1], rtol=1e-2, atol=1e-2)

@@ -19,13 +19,14 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 import train  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.pairs import Pairs  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from methods import METHODS  # noqa: E402
-from nearest import CANDIDATES, from_lines, lines  # noqa: E402
+from nearest import CANDIDATES  # noqa: E402
 from synth import synthesize  # noqa: E402
 
 GLOBAL = {"local": False, "classification_weight": 0.0}
@@ -100,11 +101,11 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     """The map of nearest.py on the same prototypes: raw distances, or over the spacing."""
     found = []
     for batch in x.split(8):
-        parts = lines(batch.float())
-        index = model.prototypes.nearest(parts, model.dtype)
-        distance = model.prototypes.away(torch.cat(parts), index).norm(dim=1)
+        rows = as_rows(batch.float())
+        index = model.prototypes.nearest(rows, batch.shape[2], model.dtype)
+        distance = model.prototypes.away(rows, index).norm(dim=1)
         e = distance / model.prototypes.spacing[index] if local else distance
-        found.append(anomaly_map(from_lines(e[:, None], batch)[:, 0], model.size))
+        found.append(anomaly_map(e.view(-1, *batch.shape[2:]), model.size))
     return torch.cat(found)
 
 

@@ -29,25 +29,20 @@ def prototypes(bank) -> nearest.Prototypes:
 
 
 def test_the_nearest_prototype_is_that_of_scipy():
-    rows, bank = RNG.random((50, 7)) + 100, RNG.random((20, 7)) + 100
+    rows, bank = RNG.random((52, 7)) + 100, RNG.random((40, 7)) + 100
     mine = prototypes(bank)
-    parts = torch.from_numpy(np.float32(rows)).split(13)
-    index = mine.nearest(parts, torch.float32)
+    found = torch.from_numpy(np.float32(rows))
+    index = mine.nearest(found, 4, torch.float32)
     expected = distance.cdist(rows, bank)
     assert np.array_equal(index, expected.argmin(axis=1))
-    assert np.allclose(mine.away(torch.cat(parts), index).norm(dim=1), expected.min(axis=1), atol=1e-4)
+    assert np.allclose(mine.away(found, index).norm(dim=1), expected.min(axis=1), atol=1e-4)
 
 
 def test_half_the_bits_find_one_that_is_as_near():
     rows, bank = torch.randn(500, 64) + 20, torch.randn(200, 64) + 20
     mine = prototypes(bank)
-    far, near = (mine.away(rows, mine.nearest([rows], dtype)).norm(dim=1) for dtype in (torch.bfloat16, torch.float32))
+    far, near = (mine.away(rows, mine.nearest(rows, 1, dtype)).norm(dim=1) for dtype in (torch.bfloat16, torch.float32))
     assert (far / near).mean() < 1.002 and (far / near).max() < 1.03
-
-
-def test_a_map_taken_apart_in_lines_comes_together_again():
-    x = torch.randn(2, 3, 4, 5)
-    assert torch.equal(nearest.from_lines(torch.cat(nearest.lines(x)), x), x)
 
 
 def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch):
@@ -117,7 +112,8 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     rows = x[0].flatten(1).T.float()
     to_others = torch.cdist(rows, bank).min(dim=1)
     expected = to_others.values / model.prototypes.spacing[~own][to_others.indices]
-    assert torch.allclose(model.energies(x, without=number).flatten(), expected, rtol=0.05)
+    model.full_precision = True  # else nearly equal ones may be mistaken for each other
+    assert torch.allclose(model.energies(x, without=number).flatten(), expected, rtol=0.01)
     assert model.energies(x).mean() < 0.9 * expected.mean()
     # Any row is nearest to itself: the numbers belong to the right images.
     kept = model.prototypes.bank[own] + model.prototypes.centre
