@@ -19,7 +19,7 @@ from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_text
-from kit.images import read_image, read_mask
+from kit.images import load_image, photograph, read_image, read_mask, turned
 from kit.inspection import judge_new, print_skipped, sentence
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
@@ -169,13 +169,15 @@ def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, f
     found = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
     for test, score, heat, true in counted(found, "drawing pictures", len(judged.tests)):
         name = f"{test.kind}/{test.path.name}"
-        image = read_image(test.path)
-        verdict = model.verdict(float(score), heat, image.shape[:2], limits)
+        image = load_image(test.path)
+        width, height = turned(image).size
+        verdict = model.verdict(float(score), heat, (height, width), limits)
+        photo = photograph(image, draw.LARGE)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
-        picture = draw.verdict_picture(image, title, verdict, limits, mask)
+        picture = draw.verdict_picture(photo, title, verdict, limits, mask)
         draw.save_picture(out / "pictures" / test.kind / f"{test.path.name}.png", picture)
-        save_views(out, name, image, verdict, limits, mask)
+        save_views(out, name, photo, verdict, limits, mask)
         entries.append(Entry(name, test.kind, test.anomalous, float(score)))
     title = f"{model.settings['category']}, {model.settings['method']}: {len(entries)} test images"
     write_page(out, title, facts, limits.score, entries)

@@ -7,7 +7,7 @@ import torch
 
 from kit import data, draw
 from kit.detector import Detector
-from kit.images import read_image
+from kit.images import load_image, photograph
 from kit.processes import Processes
 from kit.progress import counted
 from kit.verdict import odd_ones
@@ -66,10 +66,10 @@ def show_suspects(model: Detector, held_out: list[Path], trained_on: list[Path],
         images = data.read_batch([path], model.size)
         code = model.encode(images) if number is None else model.encode(images, without=number)
         heat = model.maps(model.judge(code))[0].cpu().numpy()
-        image = read_image(path)
-        verdict = model.verdict(float(scores[index]), heat, image.shape[:2], limits)
+        photo = photograph(load_image(path), draw.LARGE)
+        verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
         names.append(path.name)
-        pictures.append(draw.verdict_picture(image, path.name, verdict, limits))
+        pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
     draw.save_picture(out / SUSPECTS, draw.below_each_other(pictures))
     others = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
     print(

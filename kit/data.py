@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kit.ahead import ahead
 from kit.errors import InputError
 from kit.images import SUFFIXES, read_image
 
@@ -101,5 +102,5 @@ def read_batch(files: list[Path], size: int) -> torch.Tensor:
 
 def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tensor]:
     """Images of `files` in their order, as (<= batch, 3, size, size) tensors."""
-    for start in range(0, len(files), batch):
-        yield read_batch(files[start : start + batch], size)
+    starts = range(0, len(files), batch)
+    yield from ahead(read_batch(files[start : start + batch], size) for start in starts)

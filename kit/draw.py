@@ -11,6 +11,7 @@ from kit.files import write_atomically
 from kit.verdict import Thresholds, Verdict
 
 WIDTH = 960  # pixels, of charts and sheets
+LARGE = 900  # pixels at most of a photograph's longer side
 GAP = 6  # pixels between panels
 RED = (255, 25, 25)
 
@@ -24,21 +25,30 @@ def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
 
 
 def outline(found: np.ndarray) -> np.ndarray:
-    """The line around the regions of `found` (H, W) bool, half a percent of the height thick."""
-    return ndimage.binary_dilation(found, iterations=math.ceil(len(found) / 200)) & ~found
+    """The line around the regions of `found` (H, W) bool, half a percent of the height thick: (H, W, 1) bool."""
+    line = ndimage.binary_dilation(found, iterations=math.ceil(len(found) / 200)) & ~found
+    return line[..., None]
+
+
+def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A verdict's anomaly map (H, W), and the outline of its regions (H, W, 1) bool, in pictures of this size (W, H),
+    which may be smaller than the image."""
+    heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(size))
+    found = np.asarray(Image.fromarray(verdict.found).resize(size))
+    return heat, outline(found)
 
 
 def verdict_picture(
-    image: np.ndarray, name: str, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+    photo: Image.Image, name: str, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> Image.Image:
-    """One image (H, W, 3) in [0, 1] beside its anomaly map, both outlined where a defect is found; the true mask, if
-    known; a colour bar; a line of text."""
-    height, width = verdict.heat.shape
+    """A `photograph` beside its anomaly map, both outlined where a defect is found; the true mask, if known; a colour
+    bar; a line of text."""
+    width, height = photo.size
     bar_width = max(16, width // 16)
-    line = outline(verdict.found)[..., None]
+    heat, line = heat_and_line(verdict, photo.size)
     panels = {
-        "input": np.where(line, RED, image * 255).astype(np.uint8),
-        "anomaly map": np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat)),
+        "input": np.where(line, np.uint8(RED), np.asarray(photo)),
+        "anomaly map": np.where(line, np.uint8(255), heat_colours(heat, limits.heat)),
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
@@ -72,7 +82,7 @@ def explanation(
         shade = heat_colours(values - low, max(high - low, 1e-9) / 2)
         panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
     said = "anomalous" if verdict.anomalous else "normal"
-    line = outline(verdict.found)[..., None]
+    line = outline(verdict.found)
     joint = np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat))
     panels.append(
         (f"joined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
@@ -138,6 +148,6 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG, whatever the name ends in."""
 
     def write(temporary: Path) -> None:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, "PNG", compress_level=4)  # in a third of the time of 6, with 2 % more bytes
 
     write_atomically(path, write)

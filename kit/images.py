@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from kit.errors import InputError
 
@@ -19,7 +19,8 @@ def turned(image: Image.Image) -> Image.Image:
     """The image, turned by its EXIF tag: phones store the rotation beside the pixels. Malformed EXIF data hold no
     rotation that anyone could read; Pillow answers them with all kinds of errors."""
     try:
-        return ImageOps.exif_transpose(image)
+        upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if upright else ImageOps.exif_transpose(image)
     except Exception:
         return image
 
@@ -34,13 +35,13 @@ def composed(image: Image.Image) -> Image.Image:
 
 
 def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
-    """Pixel values (H, W, 1 or 3) float32 of a PIL image of any mode, and the value that means white: 255, or 65535
-    for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is ambiguous."""
+    """Pixel values (H, W, 1 or 3) of a PIL image of any mode, uint8 or float32, and the value that means white: 255, or
+    65535 for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is ambiguous."""
     if image.mode == "F":
         return checked(np.asarray(image, dtype=np.float32), 1, "floating-point values"), 1
     if image.mode.startswith("I"):  # I;16 and its byte orders, or 32-bit integers
         return checked(np.asarray(image, dtype=np.float32), 65535, "integers"), 65535
-    return np.asarray(composed(image), dtype=np.float32), 255
+    return np.asarray(composed(image)), 255
 
 
 def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
@@ -70,9 +71,9 @@ def array_and_white(image: np.ndarray | torch.Tensor) -> tuple[np.ndarray, float
 
 
 def resized(values: np.ndarray, width: int, height: int) -> np.ndarray:
-    """(H, W, C) -> (height, width, C), bilinear; band by band in float, so that the low bits of 16-bit files survive.
-    The filter widens as the image shrinks."""
-    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in values.transpose(2, 0, 1)]
+    """(H, W, C) -> (height, width, C) float32, bilinear; band by band in float, so that the low bits of 16-bit files
+    survive. The filter widens as the image shrinks."""
+    bands = [Image.fromarray(np.ascontiguousarray(band)).convert("F") for band in values.transpose(2, 0, 1)]
     return np.stack([np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands], axis=-1)
 
 
@@ -89,7 +90,20 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, size: int | None = No
         raise InputError(f"an image of {width}x{height} pixels is too small, {LEAST}x{LEAST} is the least")
     if size:
         values = resized(values, size, size)
-    return np.repeat(values / white, 3 // channels, axis=-1)
+    values = values.astype(np.float32, copy=False) / white
+    return np.repeat(values, 3, axis=-1) if channels == 1 else values
+
+
+def photograph(image: Image.Image, longest: int) -> Image.Image:
+    """An image to look at: RGB with 8 bits, turned by its EXIF tag, of at most `longest` pixels a side. Raises
+    InputError where the values leave their range."""
+    image = turned(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, white = values_and_white(image)
+        image = Image.fromarray(np.uint8(255 * values[..., 0] / white))
+    shown = composed(image)  # a copy, which may shrink
+    shown.thumbnail((longest, longest))
+    return shown
 
 
 def load_image(path: Path | str) -> Image.Image:

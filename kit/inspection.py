@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kit import data, draw
+from kit.ahead import ahead
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_text
-from kit.images import load_image, named
+from kit.images import load_image, named, photograph, turned
 from kit.options import refuse_inside
 from kit.progress import clear, counted
 from kit.report import Entry, remove_views, save_views, write_page
@@ -43,10 +46,10 @@ class Judgements:
         self.done = self.scores.keys
         self.regions = GrowingTable(out / "regions.csv", REGIONS_COLUMNS, resume=bool(self.done), only=self.done)
 
-    def add(self, name: str, image: np.ndarray, verdict: Verdict, more: tuple = ()) -> None:
-        """An image (H, W, 3) and the verdict on it; `more` are further cells of its row in scores.csv."""
-        draw.save_picture(self.out / f"{name}.png", draw.verdict_picture(image, name, verdict, self.limits))
-        save_views(self.out, name, image, verdict, self.limits)
+    def add(self, name: str, photo: Image.Image, verdict: Verdict, more: tuple = ()) -> None:
+        """The `photograph` of an image, and the verdict on it; `more` are further cells of its row in scores.csv."""
+        draw.save_picture(self.out / f"{name}.png", draw.verdict_picture(photo, name, verdict, self.limits))
+        save_views(self.out, name, photo, verdict, self.limits)
         for row in regions_rows(name, verdict):
             self.regions.add(row)
         self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
@@ -92,8 +95,8 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
         print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
     complaints = []
     judged = judge_files(model, todo, limits, complaints)
-    for path, image, verdict in counted(judged, "judging images", len(todo)):
-        judgements.add(name_below(root, path), image, verdict)
+    for path, photo, verdict in counted(judged, "judging images", len(todo)):
+        judgements.add(name_below(root, path), photo, verdict)
     judgements.close()
     entries = judgements.write_page()
     (out / UNFINISHED).unlink()
@@ -157,27 +160,49 @@ def remove_pictures(out: Path) -> None:
     (out / "report.html").unlink(missing_ok=True)
 
 
-def judge_files(
-    model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
-) -> Iterator[tuple[Path, np.ndarray, Verdict]]:
-    """Each file with its image (H, W, 3) and the verdict on it. A line on each unreadable one is added to `complaints`,
-    which is complete when the last file is through."""
+@dataclass(frozen=True)
+class Decoded:
+    """An image file as the detector sees it, `pixels` (size, size, 3); as a person does; and its shape (H, W)."""
+
+    path: Path
+    pixels: np.ndarray
+    photo: Image.Image
+    shape: tuple[int, int]
+
+
+def decode(path: Path, size: int) -> Decoded:
+    """Raises InputError, naming the file, if it cannot be read."""
+    image = load_image(path)
+    pixels = named(path, image, size)
+    photo = photograph(image, draw.LARGE)
+    width, height = turned(image).size
+    return Decoded(path, pixels, photo, (height, width))
+
+
+def decoded_batches(files: list[Path], size: int, complaints: list[str]) -> Iterator[list[Decoded]]:
+    """The files, BATCH at a time, less the unreadable ones, on each of which a line is added to `complaints`."""
     for start in range(0, len(files), BATCH):
-        decoded, inputs = {}, []  # with a byte for each value: whole images as floats would fill the memory
+        batch = []
         for path in files[start : start + BATCH]:
             try:
-                image = load_image(path)
-                inputs.append(named(path, image, model.size))
-                decoded[path] = image
+                batch.append(decode(path, size))
             except InputError as error:
                 complaints.append(str(error))
-        if not decoded:
-            continue
+        if batch:
+            yield batch
+
+
+def judge_files(
+    model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
+) -> Iterator[tuple[Path, Image.Image, Verdict]]:
+    """Each file with its `photograph` and the verdict on it. A line on each unreadable one is added to `complaints`,
+    which is complete when the last file is through."""
+    for batch in ahead(decoded_batches(files, model.size, complaints)):
+        images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
         with torch.no_grad():
-            maps, scores = model(torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2))
-        for path, heat, score in zip(decoded, maps.cpu().numpy(), scores.tolist(), strict=True):
-            image = named(path, decoded[path], None)
-            yield path, image, model.verdict(score, heat, image.shape[:2], limits)
+            maps, scores = model(images)
+        for image, heat, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
+            yield image.path, image.photo, model.verdict(score, heat, image.shape, limits)
 
 
 def scores_row(name: str, verdict: Verdict) -> list:

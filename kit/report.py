@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kit.draw import RED, heat_colours, outline
+from kit.draw import RED, heat_and_line, heat_colours
 from kit.files import write_atomically, write_text
 from kit.verdict import Thresholds, Verdict
 
 PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data
-LARGE, THUMBNAIL = 900, 192  # pixels of the longer side
+THUMBNAIL = 192  # pixels of the longer side
 VIEWS = ("outline", "photo", "heat", "mask")
 
 
@@ -38,18 +38,14 @@ def key(name: str) -> str:
 
 
 def save_views(
-    folder: Path, name: str, image: np.ndarray, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+    folder: Path, name: str, photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> None:
-    """The pictures that the page shows of an image (H, W, 3) in [0, 1]: the photograph, outlined where a defect is
-    found; the heat map; the true mask (H', W') bool, if there is any; a thumbnail."""
-    photo = Image.fromarray(np.uint8(255 * image))
-    photo.thumbnail((LARGE, LARGE))
-    heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(photo.size))
+    """The pictures that the page shows of a `photograph`: itself, and outlined where a defect is found; the heat map;
+    the true mask (H', W') bool, if there is any; a thumbnail."""
+    heat, line = heat_and_line(verdict, photo.size)
     views = {"photo": photo, "heat": Image.fromarray(heat_colours(heat, limits.heat))}
     thumbnail = photo.copy()
     if verdict.found.any():
-        found = np.asarray(Image.fromarray(verdict.found).resize(photo.size))
-        line = outline(found)[..., None]
         views["outline"] = Image.fromarray(np.where(line, np.uint8(RED), np.asarray(photo)))
         thumbnail = views["outline"].copy()
     if mask is not None and mask.any():

@@ -118,11 +118,9 @@ def regions_of(heat: np.ndarray, found: np.ndarray) -> list[Region]:
     labels, count = ndimage.label(found)
     if count == 0:
         return []
-    numbers = np.arange(1, count + 1)
-    peaks = ndimage.maximum(heat, labels, numbers)
-    areas = np.bincount(labels.ravel())[1:]
     regions = []
-    for (rows, columns), area, peak in zip(ndimage.find_objects(labels), areas, peaks, strict=True):
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        values = heat[rows, columns][labels[rows, columns] == number]
         box = (columns.start, rows.start, columns.stop, rows.stop)
-        regions.append(Region(box, int(area), float(peak)))
+        regions.append(Region(box, len(values), float(values.max())))
     return sorted(regions, key=lambda region: -region.peak)

@@ -43,9 +43,9 @@ def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alar
             whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
             last_look = now
             complaints: list[str] = []
-            for path, image, verdict in judge_files(model, whole, limits, complaints):
+            for path, photo, verdict in judge_files(model, whole, limits, complaints):
                 if stamp_of(path) == now[path]:  # else it was written while it was read: next time
-                    judgements.add(name_below(folder, path), image, verdict, now[path])
+                    judgements.add(name_below(folder, path), photo, verdict, now[path])
             for complaint in complaints:
                 print(f"not judged: {complaint}", flush=True)
             # What cannot be read is seen, too, until it changes.

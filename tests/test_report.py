@@ -10,6 +10,8 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
+from kit.draw import LARGE
+from kit.images import photograph
 from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, judge
 
@@ -35,7 +37,8 @@ def test_views_show_where_it_is(tmp_path):
     verdict = judge(2.0, heat, Thresholds(1.0, 1.0, 9, 0.2))
     mask = np.zeros((64, 64), bool)
     mask[51:57, 51:55] = True
-    save_views(tmp_path, "a/b.png", np.full((500, 1500, 3), 0.5, np.float32), verdict, verdict_limits(), mask)
+    photo = photograph(Image.new("RGB", (1500, 500), "#808080"), LARGE)
+    save_views(tmp_path, "a/b.png", photo, verdict, verdict_limits(), mask)
     views = {view: Image.open(picture(tmp_path, "a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
     assert {view.size for view in views.values()} == {(900, 300)}
     assert Image.open(picture(tmp_path, "a/b.png", "thumb")).size == (192, 64)
@@ -44,9 +47,7 @@ def test_views_show_where_it_is(tmp_path):
     assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
     assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
     assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
-    save_views(
-        tmp_path, "a/b.png", np.zeros((50, 50, 3), np.float32), judge(0.5, heat, verdict_limits()), verdict_limits()
-    )
+    save_views(tmp_path, "a/b.png", Image.new("RGB", (50, 50)), judge(0.5, heat, verdict_limits()), verdict_limits())
     assert not picture(tmp_path, "a/b.png", "outline").exists() and not picture(tmp_path, "a/b.png", "mask").exists()
 
 
