@@ -1,0 +1,100 @@
+"""FastFlow and PatchCore as anomalib builds them, on the same weights and images as ours; speed.py calls this.
+
+pip install anomalib FrEIA && python benchmarks/rivals.py patchcore mvtec/bottle --weights resnet18.pth
+
+256x256, ResNet18, float32 as published, without the framework's loop around them: what is timed is the model."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.speed import SIZE, median_ms, tests_auroc  # noqa: E402
+from kit import data  # noqa: E402
+from train import split  # noqa: E402
+
+try:
+    from anomalib.models.image.fastflow.loss import FastflowLoss
+    from anomalib.models.image.fastflow.torch_model import FastflowModel
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+except ImportError:
+    sys.exit("error: pip install anomalib FrEIA first")
+
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+EPOCHS = 20  # of the flow; anomalib trains until the figures on its validation set no longer rise
+BATCH = 32  # of its training, as anomalib has it
+BANK = 2000  # vectors
+
+
+def train_fastflow(files: list[Path], weights: dict) -> nn.Module:
+    model = FastflowModel((SIZE, SIZE), "resnet18", pre_trained=False)
+    model.feature_extractor.load_state_dict(weights, strict=False)
+    loss_of = FastflowLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, weight_decay=0.00001)
+    images = normalize(torch.cat(list(data.batches(files, SIZE))), MEAN, DEVIATION)
+    model.train()
+    for epoch in range(EPOCHS):
+        for chosen in torch.randperm(len(images)).split(BATCH):
+            loss = loss_of(*model(images[chosen]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        print(f"epoch {epoch + 1}: {loss.item():.0f}", file=sys.stderr)
+    return model
+
+
+@torch.no_grad()
+def train_patchcore(files: list[Path], weights: dict) -> nn.Module:
+    model = PatchcoreModel(("layer2", "layer3"), "resnet18", pre_trained=False)
+    model.feature_extractor.feature_extractor.load_state_dict(weights, strict=False)
+    model.train()
+    for images in data.batches(files, SIZE):
+        model(normalize(images, MEAN, DEVIATION))
+    model.subsample_embedding(BANK / (len(files) * math.ceil(SIZE / 8) ** 2))
+    return model
+
+
+TRAIN: dict[str, Callable] = {"fastflow": train_fastflow, "patchcore": train_patchcore}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=TRAIN)
+    parser.add_argument("category", type=Path)
+    parser.add_argument("--weights", required=True, help="file with ResNet18's ImageNet weights")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    weights = torch.load(args.weights, weights_only=True)
+    _, files = split(data.list_images(data.good_folder(args.category)), seed=0)
+    started = time.perf_counter()
+    model = TRAIN[args.model](files, weights)
+    seconds = time.perf_counter() - started
+    model.eval()
+
+    def scores(images: Tensor) -> Tensor:
+        return model(normalize(images, MEAN, DEVIATION)).pred_score
+
+    def backbone(images: Tensor) -> object:
+        return model.feature_extractor(normalize(images, MEAN, DEVIATION))
+
+    with torch.no_grad():
+        found = {
+            "seconds": seconds,
+            "image_auroc": tests_auroc(scores, args.category, SIZE),
+            "backbone": median_ms(backbone, SIZE),
+            "all": median_ms(scores, SIZE),
+            "megabytes": sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 1e6,
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

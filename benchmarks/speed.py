@@ -1,0 +1,166 @@
+"""Minutes to a detector, milliseconds an image, memory: one table, of one machine, in one run.
+
+python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth             # ours
+python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth --rivals    # and anomalib's, 256x256
+
+Milliseconds are medians over batches of 8 random images; `beyond` is what comes after the backbone."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from kit import data, metrics  # noqa: E402
+from kit.detector import Detector, image_score  # noqa: E402
+from kit.processes import keep_freed_memory  # noqa: E402
+from methods import load  # noqa: E402
+
+SIZE = 256  # pixels a side, of what is compared to anomalib's
+BATCH, REPEATS = 8, 15
+COLUMNS = [
+    "training, s",
+    "its memory, MB",
+    "image AUROC",
+    "decoding, ms",
+    "backbone, ms",
+    "beyond, ms",
+    "all, ms",
+    "MB",
+]
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def median_ms(run: Callable[[Tensor], object], size: int) -> float:
+    """Milliseconds an image of `run` on a batch (BATCH, 3, size, size), the first two calls left out."""
+    images = torch.rand(BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(REPEATS + 2):
+        started = time.perf_counter()
+        run(images)
+        times.append(1000 * (time.perf_counter() - started) / BATCH)
+    return float(np.median(times[2:]))
+
+
+def decoding_ms(category: Path, size: int) -> float:
+    """Milliseconds to read one of the category's images."""
+    files = data.list_images(data.good_folder(category))[:40]
+    started = time.perf_counter()
+    data.read_batch(files, size)
+    return 1000 * (time.perf_counter() - started) / len(files)
+
+
+def tests_auroc(scores: Callable[[Tensor], Tensor], category: Path, size: int) -> float:
+    tests = data.labelled_images(category)
+    found = torch.cat([scores(images) for images in data.batches([test.path for test in tests], size)])
+    labels = np.array([test.anomalous for test in tests])
+    return metrics.image_metrics(labels, found.cpu().numpy())["image_auroc"]
+
+
+def run_measured(command: list[str], log: Path) -> tuple[float, float]:
+    """Run a command in the repository's root; (seconds, peak memory in MB) of its process. Exits if it fails."""
+    started = time.perf_counter()
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"error: {' '.join(command)} failed:\n{log.read_text()[-2000:]}")
+    return time.perf_counter() - started, usage.ru_maxrss / 1024
+
+
+# ---------------------------------------------------------------- rows of the table
+
+
+def parts_of(model: Detector) -> dict[str, float]:
+    """Milliseconds an image: the backbone, if there is one, and all."""
+    backbone = getattr(model, "features", None)
+
+    def whole(images: Tensor) -> Tensor:
+        return image_score(model(images)[0])
+
+    with torch.no_grad():
+        return {"backbone": median_ms(backbone, model.size) if backbone else 0.0, "all": median_ms(whole, model.size)}
+
+
+def ours(category: Path, options: list[str], folder: Path) -> dict[str, float]:
+    out = folder / "run"
+    command = [sys.executable, "train.py", "--data", str(category), "--out", str(out), *options]
+    seconds, memory = run_measured(command, folder / "log.txt")
+    model = load(out / "model.pt", "cpu")
+    with torch.no_grad():
+        found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.size)}
+    found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
+    return found | parts_of(model) | {"decoding": decoding_ms(category, model.size)}
+
+
+def rival(name: str, category: Path, weights: str, folder: Path) -> dict[str, float]:
+    log = folder / "log.txt"
+    command = [sys.executable, "benchmarks/rivals.py", name, str(category), "--weights", weights]
+    _, memory = run_measured(command, log)
+    found = json.loads(log.read_text().splitlines()[-1])
+    return found | {"memory": memory, "decoding": decoding_ms(category, SIZE)}
+
+
+def print_row(category: str, name: str, found: dict[str, float]) -> None:
+    beyond = found["all"] - found["backbone"]
+    cells = [
+        f"{found['seconds']:.0f}",
+        f"{found['memory']:.0f}",
+        f"{found['image_auroc']:.3f}",
+        *(f"{ms:.1f}" for ms in (found["decoding"], found["backbone"], beyond, found["all"])),
+        f"{found['megabytes']:.0f}",
+    ]
+    print(f"| {category} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("categories", type=Path, nargs="+")
+    add("--weights", required=True, help="file with ResNet18's ImageNet weights")
+    add("--autoencoder", action="store_true", help="it takes half an hour a category")
+    add("--rivals", action="store_true", help="anomalib's FastFlow and PatchCore, and ours at 256x256")
+    args = parser.parse_args()
+    keep_freed_memory()  # as train.py and evaluate.py do
+    weights = ["--backbone", "resnet18", "--weights", args.weights]
+    variants = {
+        "CL-Flow, 384": weights,
+        "nearest, 384": ["--method", "patchcore", *weights],
+    }
+    if args.autoencoder:
+        variants["autoencoder, 256"] = ["--method", "autoencoder"]
+    if args.rivals:
+        variants["CL-Flow, 256"] = [*weights, "--size", str(SIZE)]
+        variants["nearest, 256, 2,000 prototypes"] = [
+            "--method",
+            "patchcore",
+            *weights,
+            "--size",
+            "256",
+            "--bank",
+            "2000",
+        ]
+    print(f"| | | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
+    for category in args.categories:
+        for name, options in variants.items():
+            with tempfile.TemporaryDirectory() as folder:
+                print_row(category.name, name, ours(category, options, Path(folder)))
+        for name in ("patchcore", "fastflow") if args.rivals else ():
+            with tempfile.TemporaryDirectory() as folder:
+                print_row(category.name, f"anomalib {name}, 256", rival(name, category, args.weights, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()
