@@ -215,6 +215,8 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
         model = method.detector(run.settings).eval()
     model.to(args.device)
     held_out, trained_on = split(run.files, run.settings["seed"])
+    if len(trained_on) < processes.count:
+        raise InputError(f"{processes.count} processes, and {len(trained_on)} images to train on: start fewer")
     print(f"reading {len(run.files)} images, of which {len(held_out)} are held out", flush=True)
     if not progress:
         batches = counted(data.batches(trained_on, model.size), "features of images", len(trained_on), each=8)

@@ -36,7 +36,8 @@ def composed(image: Image.Image) -> Image.Image:
 
 def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     """Pixel values (H, W, 1 or 3) of a PIL image of any mode, uint8 or float32, and the value that means white: 255, or
-    65535 for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is ambiguous."""
+    65535 for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is
+    ambiguous."""
     if image.mode == "F":
         return checked(np.asarray(image, dtype=np.float32), 1, "floating-point values"), 1
     if image.mode.startswith("I"):  # I;16 and its byte orders, or 32-bit integers

@@ -19,6 +19,7 @@ import evaluate
 import train
 from kit import data, runs
 from kit.detector import read_checkpoint
+from kit.processes import Processes
 from methods import load
 
 
@@ -370,6 +371,12 @@ def test_skip_bad_goes_on_and_counts(category, tmp_path, capsys):
     call(train.main, "--data", tmp_path / "images", "--out", tmp_path / "run", *QUICK, "--skip-bad")
     said = capsys.readouterr().out
     assert "skipped 1 of 25 images" in said and "truncated.png" in said
+
+
+def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "join_processes", lambda: Processes(count=23))
+    words = ["23 processes", "18 images", "fewer"]
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "run", *QUICK, words=words)
 
 
 def test_a_real_process_trains(category, tmp_path):
