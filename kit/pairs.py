@@ -15,7 +15,7 @@ from kit.images import read_image
 from kit.processes import Processes
 from kit.progress import counted
 
-CACHE_BYTES = 4e9  # of decoded images, on each machine
+CACHE_BYTES = 1e9  # of decoded images, on each machine: 1100 of 384x384
 
 # (x+, random generator, another image to take a defect's filling from) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray], tuple]
