@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kit.errors import InputError
-from kit.images import read_image, read_mask, to_rgb
+from kit.images import load_image, photograph, read_image, read_mask, to_rgb
 
 RNG = np.random.default_rng(0)
 
@@ -178,3 +178,19 @@ def test_a_mask_too_thin_for_the_size_is_not_lost(tmp_path):
     thin[:, 201] = 255
     Image.fromarray(thin).save(tmp_path / "thin.png")
     assert read_mask(tmp_path / "thin.png", 64).any()
+
+
+def test_a_photograph_is_the_image_as_it_is_judged_but_smaller(tmp_path):
+    """16 bits, floats and transparency as in `to_rgb`; turned by EXIF; never enlarged."""
+    deep = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.float32(deep / 65535)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((40, 60, 4), (255, 0, 0, 0), np.uint8)).save(tmp_path / "clear.png")
+    for name in ("deep.png", "float.tif", "clear.png"):
+        shown = photograph(load_image(tmp_path / name), 100)
+        assert shown.mode == "RGB" and shown.size == (60, 40)
+        assert np.abs(np.asarray(shown) / 255 - read_image(tmp_path / name)).max() < 1 / 255 + 1e-6
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (600, 300)).save(tmp_path / "turned.jpg", exif=exif)
+    assert photograph(load_image(tmp_path / "turned.jpg"), 100).size == (50, 100)
