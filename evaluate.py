@@ -19,7 +19,7 @@ from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_text
-from kit.images import load_image, photograph, read_image, read_mask, turned
+from kit.images import load_image, photograph, read_image, read_mask, shape_of
 from kit.inspection import judge_new, print_skipped, sentence
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
@@ -170,8 +170,7 @@ def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, f
     for test, score, heat, true in counted(found, "drawing pictures", len(judged.tests)):
         name = f"{test.kind}/{test.path.name}"
         image = load_image(test.path)
-        width, height = turned(image).size
-        verdict = model.verdict(float(score), heat, (height, width), limits)
+        verdict = model.verdict(float(score), heat, shape_of(image), limits)
         photo = photograph(image, draw.LARGE)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
@@ -382,6 +381,8 @@ def main(arguments: list[str] | None = None) -> None:
     category = args.data or own_data
     out = args.out or results_folder(checkpoint, category, own_data)
     refuse_inside(out, category / "test")
+    if args.out and (out / "pictures").exists() and not (out / "report_files").exists():
+        raise InputError(f"--out {out}: has pictures in it, which are no evaluation's; give another --out")
     report(model, checkpoint, category, out, false_alarm, args.skip_bad, processes)
     return None
 

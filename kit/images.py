@@ -137,10 +137,17 @@ def read_any(image: AnyImage, size: int) -> tuple[np.ndarray, tuple[int, int]]:
         raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
     if isinstance(image, str | Path):
         decoded = load_image(image)  # once: it is what takes long
-        small, whole = named(image, decoded, size), named(image, decoded, None)
-    else:
-        small, whole = to_rgb(image, size), to_rgb(image)
-    return small, whole.shape[:2]
+        return named(image, decoded, size), shape_of(decoded)
+    return to_rgb(image, size), shape_of(image)
+
+
+def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
+    """(H, W), of a PIL image after its EXIF rotation."""
+    if isinstance(image, Image.Image):
+        width, height = turned(image).size
+        return height, width
+    shape = image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2]
+    return int(shape[0]), int(shape[1])
 
 
 def marked(mask: Image.Image) -> np.ndarray:

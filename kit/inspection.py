@@ -13,8 +13,8 @@ from kit import data, draw
 from kit.ahead import ahead
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, write_text
-from kit.images import load_image, named, photograph, turned
+from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, read_as_is, write_text
+from kit.images import load_image, named, photograph, shape_of
 from kit.options import refuse_inside
 from kit.progress import clear, counted
 from kit.report import Entry, remove_views, save_views, write_page
@@ -132,6 +132,8 @@ def open_scores(out: Path, call: dict, columns: list[str]) -> GrowingTable:
     text = json.dumps(call)
     if marker.exists() and marker.read_text() == text:
         return GrowingTable(out / "scores.csv", columns, resume=True)
+    if (out / "scores.csv").exists() and not read_as_is(out / "scores.csv").startswith("file,score,"):
+        raise InputError(f"--out {out}: has a scores.csv in it that this program did not write; give another --out")
     remove_pictures(out)
     marker.unlink(missing_ok=True)
     table = GrowingTable(out / "scores.csv", columns, resume=False)
@@ -174,9 +176,7 @@ def decode(path: Path, size: int) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
     image = load_image(path)
     pixels = named(path, image, size)
-    photo = photograph(image, draw.LARGE)
-    width, height = turned(image).size
-    return Decoded(path, pixels, photo, (height, width))
+    return Decoded(path, pixels, photograph(image, draw.LARGE), shape_of(image))
 
 
 def decoded_batches(files: list[Path], size: int, complaints: list[str]) -> Iterator[list[Decoded]]:

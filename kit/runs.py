@@ -24,11 +24,13 @@ def checkpoint_of(run: Path) -> Path:
 
 def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
     """Raises InputError if training on category `data` may not write into `out`: if it lies in one of the folders
-    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder."""
+    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder, or what is no
+    run's but is called like what a new run removes."""
     for folder in inputs:
         refuse_inside(out, folder)
     checkpoint = checkpoint_of(out)
     if not checkpoint.exists():
+        refuse_foreign(out)
         return
     try:
         other = Path(read_checkpoint(checkpoint)["settings"]["data"])
@@ -38,6 +40,15 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
         raise InputError(f"--out {out}: holds a run of {other}; give another --out")
     if checkpoint.name == STATE and not resume:
         raise InputError(f"--out {out}: holds a stopped run; go on with --resume, or give another --out")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises InputError if a folder without a run has in it what a run would remove."""
+    for name in TRAINED + MEASURED:
+        if (out / name).exists():
+            raise InputError(
+                f"--out {out}: has {name} in it, which training would remove, and no run; give another --out"
+            )
 
 
 def remove(out: Path, names: tuple[str, ...]) -> None:

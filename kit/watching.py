@@ -37,8 +37,10 @@ def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alar
     print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
+    is_page_old = False
     try:
         while True:
+            looked = time.monotonic()
             now = unseen(folder, seen)
             whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
             last_look = now
@@ -46,15 +48,16 @@ def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alar
             for path, photo, verdict in judge_files(model, whole, limits, complaints):
                 if stamp_of(path) == now[path]:  # else it was written while it was read: next time
                     judgements.add(name_below(folder, path), photo, verdict, now[path])
+                    is_page_old = True
             for complaint in complaints:
                 print(f"not judged: {complaint}", flush=True)
             # What cannot be read is seen, too, until it changes.
             seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
-            if whole and time.monotonic() > page_is_due:
+            if is_page_old and time.monotonic() > page_is_due:
                 judgements.write_page()
+                is_page_old = False
                 page_is_due = time.monotonic() + PAGE_EVERY
-            if not whole:
-                time.sleep(LOOK_EVERY)
+            time.sleep(max(0.0, looked + LOOK_EVERY - time.monotonic()))
     finally:
         judgements.close()
         judgements.write_page()
@@ -72,9 +75,9 @@ def unseen(folder: Path, seen: set[tuple[str, Stamp]]) -> dict[Path, Stamp]:
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """Of a file that has gone: None."""
+    """Of a file that has gone, or cannot be reached now: None."""
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return stat.st_size, stat.st_mtime_ns

@@ -276,6 +276,17 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         refuse(evaluate.main, capsys, *arguments, words=words)
 
 
+def test_what_no_evaluation_wrote_is_not_removed(run, category, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    words = ["pictures", "give another --out"]
+    refuse(evaluate.main, capsys, run, "--data", category, "--out", tmp_path, words=words)
+    assert (tmp_path / "pictures").exists()
+    (tmp_path / "scores.csv").write_text("name,marks\nAda,1\n")
+    words = ["scores.csv", "give another --out"]
+    refuse(evaluate.main, capsys, run, "--images", category / "test" / "good", "--out", tmp_path, words=words)
+    assert "Ada" in (tmp_path / "scores.csv").read_text()
+
+
 def test_options_without_effect_are_refused(run, capsys):
     cases = [
         ([run, "--out", "x"], ["--out", "--images"]),

@@ -373,6 +373,14 @@ def test_skip_bad_goes_on_and_counts(category, tmp_path, capsys):
     assert "skipped 1 of 25 images" in said and "truncated.png" in said
 
 
+def test_what_no_run_wrote_is_not_removed(category, tmp_path, capsys):
+    """A folder without a run in it, but with one that is called like what a run removes: here even the images."""
+    shutil.copytree(category / "train" / "good", tmp_path / "pictures")
+    words = ["pictures", "give another --out"]
+    refuse(train.main, capsys, "--data", tmp_path / "pictures", "--out", tmp_path, *QUICK, words=words)
+    assert len(data.list_images(tmp_path / "pictures")) == 24
+
+
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "join_processes", lambda: Processes(count=23))
     words = ["23 processes", "18 images", "fewer"]
