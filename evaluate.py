@@ -19,7 +19,7 @@ from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_text
-from kit.images import load_image, photograph, read_image, read_mask, shape_of
+from kit.images import load_image, photograph, read_image, read_mask, shape_of, turned
 from kit.inspection import judge_new, print_skipped, sentence
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
@@ -169,7 +169,7 @@ def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, f
     found = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
     for test, score, heat, true in counted(found, "drawing pictures", len(judged.tests)):
         name = f"{test.kind}/{test.path.name}"
-        image = load_image(test.path)
+        image = turned(load_image(test.path))
         verdict = model.verdict(float(score), heat, shape_of(image), limits)
         photo = photograph(image, draw.LARGE)
         mask = true if test.mask or not test.anomalous else None

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed import SIZE, median_ms, tests_auroc  # noqa: E402
 from kit import data  # noqa: E402
+from kit.backbone import DEVIATION, MEAN  # noqa: E402
 from train import split  # noqa: E402
 
 try:
@@ -28,10 +28,13 @@ try:
 except ImportError:
     sys.exit("error: pip install anomalib FrEIA first")
 
-MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 EPOCHS = 20  # of the flow; anomalib trains until the figures on its validation set no longer rise
 BATCH = 32  # of its training, as anomalib has it
 BANK = 2000  # vectors
+
+
+def normalized(images: Tensor) -> Tensor:
+    return (images - MEAN) / DEVIATION
 
 
 def train_fastflow(files: list[Path], weights: dict) -> nn.Module:
@@ -39,7 +42,7 @@ def train_fastflow(files: list[Path], weights: dict) -> nn.Module:
     model.feature_extractor.load_state_dict(weights, strict=False)
     loss_of = FastflowLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001, weight_decay=0.00001)
-    images = normalize(torch.cat(list(data.batches(files, SIZE))), MEAN, DEVIATION)
+    images = normalized(torch.cat(list(data.batches(files, SIZE))))
     model.train()
     for epoch in range(EPOCHS):
         for chosen in torch.randperm(len(images)).split(BATCH):
@@ -57,7 +60,7 @@ def train_patchcore(files: list[Path], weights: dict) -> nn.Module:
     model.feature_extractor.feature_extractor.load_state_dict(weights, strict=False)
     model.train()
     for images in data.batches(files, SIZE):
-        model(normalize(images, MEAN, DEVIATION))
+        model(normalized(images))
     model.subsample_embedding(BANK / (len(files) * math.ceil(SIZE / 8) ** 2))
     return model
 
@@ -80,10 +83,10 @@ def main() -> None:
     model.eval()
 
     def scores(images: Tensor) -> Tensor:
-        return model(normalize(images, MEAN, DEVIATION)).pred_score
+        return model(normalized(images)).pred_score
 
     def backbone(images: Tensor) -> object:
-        return model.feature_extractor(normalize(images, MEAN, DEVIATION))
+        return model.feature_extractor(normalized(images))
 
     with torch.no_grad():
         found = {

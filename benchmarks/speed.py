@@ -22,7 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from kit import data, metrics  # noqa: E402
-from kit.detector import Detector, image_score  # noqa: E402
+from kit.detector import Detector  # noqa: E402
 from kit.processes import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
@@ -86,12 +86,8 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 def parts_of(model: Detector) -> dict[str, float]:
     """Milliseconds an image: the backbone, if there is one, and all."""
     backbone = getattr(model, "features", None)
-
-    def whole(images: Tensor) -> Tensor:
-        return image_score(model(images)[0])
-
     with torch.no_grad():
-        return {"backbone": median_ms(backbone, model.size) if backbone else 0.0, "all": median_ms(whole, model.size)}
+        return {"backbone": median_ms(backbone, model.size) if backbone else 0.0, "all": median_ms(model, model.size)}
 
 
 def ours(category: Path, options: list[str], folder: Path) -> dict[str, float]:

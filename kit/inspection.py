@@ -14,7 +14,7 @@ from kit.ahead import ahead
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, read_as_is, write_text
-from kit.images import load_image, named, photograph, shape_of
+from kit.images import load_image, named, photograph, shape_of, turned
 from kit.options import refuse_inside
 from kit.progress import clear, counted
 from kit.report import Entry, remove_views, save_views, write_page
@@ -174,7 +174,7 @@ class Decoded:
 
 def decode(path: Path, size: int) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
-    image = load_image(path)
+    image = turned(load_image(path))  # once, for all three
     pixels = named(path, image, size)
     return Decoded(path, pixels, photograph(image, draw.LARGE), shape_of(image))
 
