@@ -179,8 +179,8 @@ class CLFlow(Detector):
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
     """L_cls, smooth classification: cross-entropy of log-odds (B,) and (A,) with smoothed labels. Half of what normal
-    rows count comes from the worst 5 % of them. A smoothed label is met at finite odds: what is certain pulls no
-    more."""
+    rows count comes from the worst 5 % of them; anomalous ones count twice. A smoothed label is met at finite odds:
+    what is certain pulls no more."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2), reduction="none")
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
     worst = wrong.topk(math.ceil(UPPER * len(wrong))).values
@@ -206,6 +206,11 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
 
 
+def map_width(rows: int) -> int:
+    """A width of about 64 for a map of so many rows, which it must divide: see `CLFlow.latents`."""
+    return math.gcd(rows, 64)
+
+
 class Losses(nn.Module):
     """L = L_nll + a L_cls + b L_con, L_nll being the mean energy of normal rows. A module, since that is what
     DistributedDataParallel wraps.
@@ -223,7 +228,7 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal, math.gcd(len(normal), 64))
+        z, log_det = self.model.latents(normal, map_width(len(normal)))
         e = energy(z, log_det)
         nll = e.mean()
         found = {"loss": nll, "nll": nll}
@@ -241,7 +246,7 @@ class Losses(nn.Module):
     def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor) -> Tensor:
         """L_con of normal latents (B, K) and energies (B,) against rows of defects (A, K)."""
         temperature = self.model.settings["temperature"]
-        width = math.gcd(len(anomalous), 64)
+        width = map_width(len(anomalous))
         negative_box, log_det = self.model.latents(anomalous, width)
         if self.model.settings["contrast"] == "energy":
             return contrast_energy(e, energy(negative_box, log_det), temperature)

@@ -6,12 +6,12 @@ The folder's images, repeated, stand for many; stored at 64x64, so that not read
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,8 +20,12 @@ from kit import data, draw  # noqa: E402
 from kit.files import write_text  # noqa: E402
 from kit.images import load_image, photograph  # noqa: E402
 
-COUNTS = (100, 1000, 10_000, 100_000)  # of images of 64x64
+SMALL = 64
+COUNTS = (100, 1000, 10_000, 100_000)  # of images of SMALL x SMALL
 SIZES = (256, 512, 1024)  # of 100 images
+LABELS = {"seconds": "training, seconds", "memory": "peak memory, MB"}
+LEFT, TOP, WIDTH, HEIGHT = 90, 60, 400, 240  # of a plot, in pixels
+INSET = 30  # of its first point
 
 
 def repeated(files: list[Path], count: int, folder: Path, side: int) -> Path:
@@ -53,13 +57,48 @@ def measured(folder: Path, size: int, weights: str, out: Path) -> dict[str, floa
     }
 
 
-def chart(rows: list[dict], by: str, title: str) -> Image.Image:
-    """Seconds and memory in MB by images or size, both axes logarithmic."""
-    lines = {
-        name: [(math.log10(row[by]), math.log10(row[key])) for row in rows]
-        for name, key in (("seconds", "seconds"), ("memory, MB", "memory"))
-    }
-    return draw.line_chart(title, lines)
+def chart(title: str, rows: list[dict], by: str, name: str, slope: int) -> Image.Image:
+    """What `name` is by `by`, both axes logarithmic, each point with its value; with a grey line of this slope, which
+    stands for "in proportion"."""
+    x = np.log10([row[by] for row in rows])
+    y = np.log10([row[name] for row in rows])
+    low, high = np.floor(y.min()), max(np.ceil(y.max()), np.floor(y.min()) + 2)
+    across = LEFT + INSET + (x - x[0]) / (x[-1] - x[0]) * (WIDTH - INSET)
+    unit = HEIGHT / (high - low)  # pixels of a decade
+    down = TOP + (high - y) * unit
+
+    sheet = Image.new("RGB", (LEFT + WIDTH + 60, TOP + HEIGHT + 50), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    pen.text((LEFT, 12), title, "black", ImageFont.load_default(18))
+    for decade in np.arange(low, high + 1):
+        height = TOP + (high - decade) * unit
+        pen.line((LEFT, height, LEFT + WIDTH, height), "#dddddd")
+        pen.text((LEFT - 10, height), f"{10**decade:,.0f}", "black", font, anchor="rm")
+    points = list(zip(across, down, strict=True))
+    rise = min(slope * (x[-1] - x[0]), y[-1] - low)  # decades, down to the lower edge
+    start = across[-1] - rise / slope * (across[-1] - across[0]) / (x[-1] - x[0])
+    pen.line((across[-1], down[-1], start, down[-1] + rise * unit), "#bbbbbb", 2)
+    pen.line(points, "#2a6fb0", 3)
+    for (column, row), entry in zip(points, rows, strict=True):
+        pen.ellipse((column - 4, row - 4, column + 4, row + 4), "#2a6fb0")
+        pen.text((column, row - 10), f"{entry[name]:,.0f}", "black", font, anchor="ms")
+        pen.text((column, TOP + HEIGHT + 10), f"{entry[by]:,}", "black", font, anchor="mt")
+    return sheet
+
+
+def figure(rows: list[dict]) -> Image.Image:
+    """Seconds to the left and memory to the right; by images above and by size below."""
+    small = [row for row in rows if row["size"] == SMALL]
+    large = [row for row in rows if row["size"] != SMALL]
+    lines = []
+    for part, by, among, slope in (
+        (small, "images", f"by images of {SMALL}x{SMALL}", 1),
+        (large, "size", "by size, 100 images", 2),  # which has size^2 pixels
+    ):
+        panels = [chart(f"{label}, {among}", part, by, name, slope) for name, label in LABELS.items()]
+        lines.append(draw.beside_each_other([np.asarray(panel) for panel in panels]))
+    return draw.below_each_other(lines)
 
 
 def main() -> None:
@@ -72,19 +111,17 @@ def main() -> None:
     args = parser.parse_args()
     weights = str(Path(args.weights).resolve())
     files = data.list_images(args.folder)
-    by_count, by_size = [], []
+    rows = []
     for count in args.counts:
-        folder = repeated(files, count, args.out / f"images{count}", 64)
-        by_count.append(measured(folder, 64, weights, args.out))
-        print(by_count[-1], flush=True)
+        folder = repeated(files, count, args.out / f"images{count}", SMALL)
+        rows.append(measured(folder, SMALL, weights, args.out))
+        print(rows[-1], flush=True)
     for size in args.sizes:
         folder = repeated(files, 100, args.out / "large", 1024)
-        by_size.append(measured(folder, size, weights, args.out))
-        print(by_size[-1], flush=True)
-    write_text(args.out / "scale.json", json.dumps(by_count + by_size, indent=1) + "\n")
-    charts = [chart(by_count, "images", "training, log10: by images (of 64x64)")]
-    charts.append(chart(by_size, "size", "training, log10: by size in pixels (100 images)"))
-    draw.save_picture(args.out / "scale.png", draw.below_each_other(charts))
+        rows.append(measured(folder, size, weights, args.out))
+        print(rows[-1], flush=True)
+    write_text(args.out / "scale.json", json.dumps(rows, indent=1) + "\n")
+    draw.save_picture(args.out / "scale.png", figure(rows))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """Writing files so that no failure costs what was there, and tables that survive a kill."""
 
+import contextlib
 import csv
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kit.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -95,3 +101,24 @@ class GrowingTable:
 
     def close(self) -> None:
         self.file.close()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make `folder`, and keep other calls from writing into it meanwhile; the system lets go of it when this process
+    ends, however it does. Raises InputError if another call has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--out {folder}: another call is writing there; wait, or give another --out") from error
+        except OSError:
+            pass  # some network folders know no locks
+        yield
+    finally:
+        os.close(descriptor)

@@ -13,7 +13,7 @@ from kit import data, draw
 from kit.ahead import ahead
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import FORMULA_GUARD, GrowingTable, column, plain_cell, read_as_is, write_text
+from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, read_as_is, write_text
 from kit.images import load_image, named, photograph, shape_of, turned
 from kit.options import refuse_inside
 from kit.progress import clear, counted
@@ -35,23 +35,24 @@ class Judgements:
     """What a call writes into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
 
     `call` describes it: if just this one was interrupted, it goes on behind the last whole row; any other begins anew.
-    `done` holds the first cells of the rows that were there."""
+    `more` are further columns of both tables. `done` holds the first cells of the rows that were there."""
 
-    def __init__(self, model: Detector, limits: Thresholds, out: Path, call: dict, columns: list[str]):
+    def __init__(self, model: Detector, limits: Thresholds, out: Path, call: dict, more: tuple[str, ...] = ()):
         self.model = model
         self.limits = limits
         self.out = out
         self.call = call
-        self.scores = open_scores(out, call, columns)
+        self.scores = open_scores(out, call, [*SCORES_COLUMNS, *more])
         self.done = self.scores.keys
-        self.regions = GrowingTable(out / "regions.csv", REGIONS_COLUMNS, resume=bool(self.done), only=self.done)
+        columns = [*REGIONS_COLUMNS, *more]
+        self.regions = GrowingTable(out / "regions.csv", columns, resume=bool(self.done), only=self.done)
 
     def add(self, name: str, photo: Image.Image, verdict: Verdict, more: tuple = ()) -> None:
-        """The `photograph` of an image, and the verdict on it; `more` are further cells of its row in scores.csv."""
+        """The `photograph` of an image, and the verdict on it; `more` are further cells of its rows."""
         draw.save_picture(self.out / f"{name}.png", draw.verdict_picture(photo, name, verdict, self.limits))
         save_views(self.out, name, photo, verdict, self.limits)
         for row in regions_rows(name, verdict):
-            self.regions.add(row)
+            self.regions.add([*row, *more])
         self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
         clear()
         print(f"{name}: {sentence(verdict)}", flush=True)
@@ -89,17 +90,18 @@ def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_
     root = images if images.is_dir() else images.parent
     limits = model.thresholds(false_alarm)
     print(basis(limits))
-    judgements = Judgements(model, limits, out, call_of(checkpoint, images, false_alarm), SCORES_COLUMNS)
-    todo = [path for path in files if plain_cell(name_below(root, path)) not in judgements.done]
-    if len(todo) < len(files):
-        print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
     complaints = []
-    judged = judge_files(model, todo, limits, complaints)
-    for path, photo, verdict in counted(judged, "judging images", len(todo)):
-        judgements.add(name_below(root, path), photo, verdict)
-    judgements.close()
-    entries = judgements.write_page()
-    (out / UNFINISHED).unlink()
+    with held(out):
+        judgements = Judgements(model, limits, out, call_of(checkpoint, images, false_alarm))
+        todo = [path for path in files if plain_cell(name_below(root, path)) not in judgements.done]
+        if len(todo) < len(files):
+            print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
+        judged = judge_files(model, todo, limits, complaints)
+        for path, photo, verdict in counted(judged, "judging images", len(todo)):
+            judgements.add(name_below(root, path), photo, verdict)
+        judgements.close()
+        entries = judgements.write_page()
+        (out / UNFINISHED).unlink()
     print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
     print_drift(model, np.array([entry.score for entry in entries]))
     if complaints and not skip_bad:

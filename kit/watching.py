@@ -3,17 +3,20 @@
 import time
 from pathlib import Path
 
+import numpy as np
+
 from kit import data
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import column, plain_cell
-from kit.inspection import SCORES_COLUMNS, Judgements, call_of, judge_files, name_below
+from kit.files import column, held, plain_cell
+from kit.inspection import Judgements, call_of, judge_files, name_below, print_drift
 from kit.options import refuse_inside
 from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds
 PAGE_EVERY = 30.0
-STAMP_COLUMNS = ["bytes", "changed"]  # scores.csv has them here: the same name with another stamp is another image
+RECENT = 50  # images that are asked, together, whether their scores have moved
+STAMP_COLUMNS = ("bytes", "changed")  # the tables have them here: the same name with another stamp is another image
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
@@ -30,43 +33,58 @@ def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alar
     limits = model.thresholds(false_alarm)
     print(basis(limits))
     call = call_of(checkpoint, folder, false_alarm) | {"watch": True}
-    judgements = Judgements(model, limits, out, call, SCORES_COLUMNS + STAMP_COLUMNS)
-    table = out / "scores.csv"
+    with held(out):
+        judgements = Judgements(model, limits, out, call, STAMP_COLUMNS)
+        seen = seen_before(out / "scores.csv")
+        print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
+        try:
+            judge_what_comes(folder, seen, judgements)
+        finally:
+            judgements.close()
+            judgements.write_page()
+            print(f"wrote report.html, scores.csv and regions.csv into {out}", flush=True)
+
+
+def seen_before(table: Path) -> set[tuple[str, Stamp]]:
+    """The images in scores.csv, as the first cells of their rows, and their stamps."""
     stamps = zip(map(int, column(table, "bytes")), map(int, column(table, "changed")), strict=True)
-    seen = set(zip(column(table, "file"), stamps, strict=True))
-    print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
+    return set(zip(column(table, "file"), stamps, strict=True))
+
+
+def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Judgements) -> None:
+    """Look into `folder` again and again; never returns."""
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
     is_page_old = False
-    try:
-        while True:
-            looked = time.monotonic()
-            now = unseen(folder, seen)
-            whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
-            last_look = now
-            complaints: list[str] = []
-            for path, photo, verdict in judge_files(model, whole, limits, complaints):
-                if stamp_of(path) == now[path]:  # else it was written while it was read: next time
-                    judgements.add(name_below(folder, path), photo, verdict, now[path])
-                    is_page_old = True
-            for complaint in complaints:
-                print(f"not judged: {complaint}", flush=True)
-            # What cannot be read is seen, too, until it changes.
-            seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
-            if is_page_old and time.monotonic() > page_is_due:
-                judgements.write_page()
-                is_page_old = False
-                page_is_due = time.monotonic() + PAGE_EVERY
-            time.sleep(max(0.0, looked + LOOK_EVERY - time.monotonic()))
-    finally:
-        judgements.close()
-        judgements.write_page()
-        print(f"wrote report.html, scores.csv and regions.csv into {out}", flush=True)
+    while True:
+        looked = time.monotonic()
+        now = unseen(folder, seen)
+        whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
+        last_look = now
+        complaints: list[str] = []
+        for path, photo, verdict in judge_files(judgements.model, whole, judgements.limits, complaints):
+            if stamp_of(path) == now[path]:  # else it was written while it was read: next time
+                judgements.add(name_below(folder, path), photo, verdict, now[path])
+                is_page_old = True
+        for complaint in complaints:
+            print(f"not judged: {complaint}", flush=True)
+        # What cannot be read is seen, too, until it changes.
+        seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
+        if is_page_old and time.monotonic() > page_is_due:
+            entries = judgements.write_page()
+            print_drift(judgements.model, np.array([entry.score for entry in entries[-RECENT:]]))
+            is_page_old = False
+            page_is_due = time.monotonic() + PAGE_EVERY
+        time.sleep(max(0.0, looked + LOOK_EVERY - time.monotonic()))
 
 
 def unseen(folder: Path, seen: set[tuple[str, Stamp]]) -> dict[Path, Stamp]:
     """The images that are there, with their stamps, less those that were seen."""
-    found = {path: stamp_of(path) for path in data.list_images(folder, subfolders=True)}
+    try:
+        files = data.list_images(folder, subfolders=True)
+    except FileNotFoundError:  # a subfolder went away meanwhile
+        return {}
+    found = {path: stamp_of(path) for path in files}
     return {
         path: stamp
         for path, stamp in found.items()

@@ -11,12 +11,12 @@ import time
 from helpers import ROOT, refuse
 
 import evaluate
-from kit import data
+from kit import data, watching
 
 
-def rows_of(out) -> list[dict]:
+def rows_of(out, table="scores.csv") -> list[dict]:
     try:
-        with open(out / "scores.csv", newline="") as file:
+        with open(out / table, newline="") as file:
             return list(csv.DictReader(file))
     except FileNotFoundError:
         return []
@@ -34,7 +34,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path):
+def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, capsys):
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
     chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
@@ -52,6 +52,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path):
     (inbox / "tray 2").mkdir()
     shutil.copy(goods[1], inbox / "tray 2" / "c.png")
     wait_for(lambda: len(rows_of(out)) == 4)
+    refuse(evaluate.main, capsys, run, "--images", chips[0], "--out", out, words=["--out", "another call"])
     watcher.kill()
     watcher.communicate()
     (inbox / "a.png").unlink()
@@ -65,7 +66,9 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path):
     assert watcher.returncode == 130 and "Traceback" not in error and "4 images judged so far" in said
     names = [row["file"] for row in rows_of(out)]
     assert sorted(names) == ["a.png", "b.png", "b.png", "d.png", "slow.png", "tray 2/c.png"]
-    assert len({(row["file"], row["bytes"], row["changed"]) for row in rows_of(out)}) == 6
+    stamps = {(row["file"], row["bytes"], row["changed"]) for row in rows_of(out)}
+    regions = {(row["file"], row["bytes"], row["changed"]) for row in rows_of(out, "regions.csv")}
+    assert len(stamps) == 6 and len(regions) >= 2 and regions < stamps
     assert rows_of(out)[0]["anomalous"] == "1" and (out / "report.html").exists()
 
 
@@ -73,3 +76,25 @@ def test_watching_needs_a_folder(run, category, capsys):
     chip = data.list_images(category / "test" / "chip")[0]
     refuse(evaluate.main, capsys, run, "--images", chip, "--watch", words=["--watch", "folder"])
     refuse(evaluate.main, capsys, run, "--watch", words=["--watch", "--images"])
+
+
+def test_drift_is_said_while_watching(run, category, tmp_path):
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    shutil.copytree(category / "test", inbox, ignore=shutil.ignore_patterns("good"))
+    watcher = start(run, "--images", inbox, "--out", out)
+    try:
+        assert any(line.startswith("drift:") for line in watcher.stdout)
+    finally:
+        watcher.kill()
+        watcher.communicate()
+
+
+def test_a_folder_that_vanishes_ends_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.png").touch()
+    assert list(watching.unseen(tmp_path, set())) == [tmp_path / "a.png"]
+
+    def vanished(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(data, "list_images", vanished)
+    assert watching.unseen(tmp_path, set()) == {}
