@@ -1,9 +1,14 @@
 """How bad input ends a script: one line on standard error, exit code 2, no traceback."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+
+AFTER_THE_FIRST = 2.0  # seconds that other processes wait with an error
 
 
 class InputError(Exception):
@@ -18,6 +23,20 @@ def one_line(error: BaseException) -> str:
     return lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
+def is_of_another_process(error: RuntimeError) -> bool:
+    """Whether it only says that a process that shares the work has gone: Gloo's errors have no class of their own."""
+    return isinstance(error, dist.DistBackendError) or "/gloo/transport/" in str(error)
+
+
+def fail(line: str) -> None:
+    """Write the line, end with code 2. What all processes of torchrun have to say the first one says: it ends, and
+    torchrun then ends the others while they wait."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(AFTER_THE_FIRST)
+    print("error:", line, file=sys.stderr)
+    sys.exit(2)
+
+
 def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     """Call `main`; what only the user can mend becomes one line and exit code 2, Ctrl-C `on_interrupt` and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
@@ -27,5 +46,8 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         print(on_interrupt, file=sys.stderr)
         sys.exit(130)  # as shells report it
     except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
-        print("error:", one_line(error), file=sys.stderr)
-        sys.exit(2)
+        fail(one_line(error))
+    except RuntimeError as error:
+        if not is_of_another_process(error):
+            raise
+        fail("another process of this run has ended; see what it says, on its machine")

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, TORCHRUN, call, script
+from helpers import LITE, ROOT, TORCHRUN, call, script
 
 import clflow
 import evaluate
@@ -22,6 +25,41 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert join_processes() == ALONE and ALONE.first
+
+
+def two_nodes(*arguments, folders=(ROOT, ROOT)) -> list[subprocess.CompletedProcess]:
+    """train.py, started on each of two "machines", with these working directories; they meet on the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "clflow"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+    command = [*torchrun, str(ROOT / "train.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [subprocess.Popen(command, cwd=folder, **pipes) for folder in folders]
+    said = [agent.communicate(timeout=300) for agent in agents]
+    return [subprocess.CompletedProcess(command, a.returncode, *s) for a, s in zip(agents, said, strict=True)]
+
+
+def errors_in(result: subprocess.CompletedProcess) -> list[str]:
+    """Our own lines, among those of torchrun, which ends with a report of its own. None may be a traceback's."""
+    assert result.returncode != 0 and f'File "{ROOT}' not in result.stderr, result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+def test_what_stops_all_processes_is_said_once(tmp_path):
+    result = script(*TORCHRUN, "train.py", "--data", tmp_path / "missing", *LITE)
+    assert errors_in(result) == [f"error: --data {tmp_path / 'missing'}: no such folder"]
+
+
+def test_an_error_on_one_machine_ends_all(category, tmp_path):
+    """One has the images where the flag says, the other has not; it fails while the first waits for it."""
+    options = ["--data", category.name, *LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--out", tmp_path / "out"]
+    (tmp_path / "elsewhere").mkdir()
+    here, elsewhere = two_nodes(*options, folders=(category.parent, tmp_path / "elsewhere"))
+    assert errors_in(elsewhere) == [f"error: --data {category.name}: no such folder"]
+    (line,) = errors_in(here)
+    assert "another process" in line and not (tmp_path / "out" / "model.pt").exists()
 
 
 def losses_of(run) -> list[list[float]]:
@@ -46,6 +84,10 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     apart = (weights_of(one) - weights_of(two)).norm() / weights_of(one).norm()
     assert np.allclose(losses_of(two), losses_of(one), rtol=0.01), (losses_of(two), losses_of(one))
     assert apart < 0.4  # 0.8 without shared gradients
+
+    for result in two_nodes(*options, "--out", tmp_path / "nodes"):
+        assert result.returncode == 0, result.stderr
+    assert np.allclose(losses_of(tmp_path / "nodes"), losses_of(two), rtol=1e-3)
 
     call(evaluate.main, one)
     alone = json.loads((one / "metrics.json").read_text())
