@@ -1,8 +1,12 @@
 """The projecting autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723): it learns to undo partial corruptions, and so
-to project an image onto the manifold of normal ones. An anomaly is what the projection moves. No pretrained weights.
+to project an image onto the manifold of normal ones. An anomaly is what the projection moves in another way than it
+moves normal images, as a frozen backbone sees it.
 
 Shapes: images (B, 3, size, size) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
 
+import math
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +17,13 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data, draw
-from kit.detector import Detector, read_checkpoint, smoothed
+from kit.backbone import Backbone, as_rows, joined
+from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.images import read_image
 from kit.options import Parser
 from kit.pairs import PairFeed, Pairs
+from nearest import Prototypes, prototype_count, spread
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -25,6 +31,9 @@ BRANCH = 64  # channels of one dilated convolution
 DILATIONS = (1, 2, 4, 8)
 CONTEXT = BRANCH * len(DILATIONS)
 FOLDED = 12  # channels of an image folded 2x2
+SEEN = 1.5  # times its size, an image is shown to the backbone
+FITTED = 200  # normal images at most, from which the bank is chosen
+CANDIDATES = 50_000  # positions of theirs
 
 
 # ---------------------------------------------------------------- the network
@@ -80,17 +89,26 @@ class Projection(nn.Module):
 
 
 class Autoencoder(Detector):
-    """The detector: E = G8 * |G2 * (f(x) - x)|^2 / 2 SIGMA^2, averaged over the channels, a Gaussian's energy around
-    the projection. Gk filters with a standard deviation of k pixels (at size 256): what is moved to and fro, like
-    edges, cancels in G2, and G8 gathers what a defect has left."""
+    """The detector: what the projection f moves, as a frozen backbone's features phi see it, and how far that is from
+    how it moves normal images,
 
-    SIGMA = 0.05  # of the images' range 0..1: where the bounded map saturates
+        d = phi(f(x)) - phi(x);   E = |d - p| / spacing of p
+
+    p being the nearest of a bank of such differences of normal images. Where f is not perfect, it moves normal images,
+    too, and alike: the bank knows these movements."""
 
     def __init__(self, settings: dict):
         if settings["size"] % 8:
             raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8")
+        projection = Projection()  # first, so that its weights do not depend on the backbone's
+        backbone = Backbone(settings["backbone"])
         super().__init__(settings, experts=1)
-        self.projection = Projection().to(memory_format=torch.channels_last)
+        self.projection = projection
+        self.backbone = backbone
+        self.seen = round(SEEN * self.size)
+        count = prototype_count({**settings, "size": self.seen})
+        self.prototypes = Prototypes(count, sum(backbone.channels()[1:]))
+        self.to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
         """f(x), of images (B, 3, size, size)."""
@@ -98,13 +116,52 @@ class Autoencoder(Detector):
             return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """phi, (B, C, h, w): strides 8 and 16 of the enlarged images, joined at stride 8."""
+        large = F.interpolate(images.to(self.device), (self.seen, self.seen), mode="bilinear", antialias=True)
+        with self.autocast():
+            return joined(self.backbone(large.clamp(0, 1)))
+
+    @torch.no_grad()
+    def moved(self, images: Tensor) -> Tensor:
+        """d, (B, C, h, w), of images (B, 3, size, size)."""
+        images = images.to(self.device)
+        return self.features(self.project(images)) - self.features(images)
+
+    @torch.no_grad()
     def judge(self, code: Tensor) -> list[Tensor]:
-        """[1 - exp(-E)], (B, size / 4, size / 4), of images: bounded, so that no defect spills over."""
-        moved = smoothed(self.project(code) - code, self.size)
-        # At a quarter of the size the same filter, G2, is G8.
-        moved = F.avg_pool2d(moved.square().mean(dim=1, keepdim=True), 4)
-        gathered = smoothed(moved, self.size)[:, 0]
-        return [-torch.expm1(gathered / (-2 * self.SIGMA**2))]
+        """[E], (B, h, w), of images."""
+        moved = self.moved(code)
+        rows = as_rows(moved)
+        batch, _, height, width = moved.shape
+        index = self.prototypes.nearest(rows, height, self.dtype)
+        distance = self.prototypes.away(rows, index).norm(dim=1)
+        return [(distance / self.prototypes.spacing[index]).view(batch, height, width)]
+
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        """For a figure: one image (1, 3, size, size) on its way to the energies, as (what it is, map (h, w))."""
+        projected = self.project(images.to(self.device))
+        return [
+            ("f(x), brightness", projected[0].mean(dim=0)),
+            ("|f(x) - x|, pixels", (projected - images.to(self.device))[0].norm(dim=0)),
+            ("|d|, features", self.moved(images)[0].norm(dim=0)),
+            ("E, beside the bank", self.judge(images)[0][0]),
+        ]
+
+    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
+        """Load the backbone's ImageNet weights."""
+        self.backbone.load_imagenet(weights)
+
+    @torch.no_grad()
+    def refit(self, images: Iterable[Tensor]) -> None:
+        """Choose the bank from how the present f moves normal images."""
+        generator = torch.Generator().manual_seed(self.settings["seed"])
+        count = min(self.settings["images"] - self.settings["held_out"], FITTED)
+        per_image = math.ceil(CANDIDATES / count)
+        batches = islice(images, math.ceil(count / 8))
+        candidates = torch.cat([spread(self.moved(batch), per_image, generator) for batch in batches])
+        self.prototypes.fit(candidates, torch.zeros(len(candidates), dtype=torch.long), generator)
 
 
 # ---------------------------------------------------------------- corruptions and losses

@@ -55,8 +55,17 @@ METHODS = {
     "autoencoder": Method(
         detector=autoencoder.Autoencoder,
         losses=autoencoder.Losses,
-        defaults={"size": 256, "epochs": 50, "batch": 8, "lr": 2e-3, "textures": None},
-        demo_defaults={"size": 128, "epochs": 15, "lr": 5e-3},
+        defaults={
+            "size": 256,
+            "epochs": 20,
+            "batch": 8,
+            "lr": 2e-3,
+            "textures": None,
+            "backbone": "resnet18",
+            "weights": None,
+            "bank": 4000,
+        },
+        demo_defaults={"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
     ),
 }
 

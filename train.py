@@ -97,6 +97,7 @@ def fit(
     losses: nn.Module,
     feed: clflow.RowFeed | PairFeed,
     held_out: list[Path],
+    trained_on: list[Path],
     run: Run,
     progress: dict | None,
     keep_epochs: bool,
@@ -116,6 +117,7 @@ def fit(
 
     def save_state() -> None:
         """A usable checkpoint, whenever training is stopped, and what it takes to go on."""
+        model.refit(data.batches(trained_on, model.size))
         model.calibrate(code.float() for code in codes)
         state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
         state["files"] = names(run)
@@ -231,7 +233,7 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
             trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
         )
         feed = losses.feed(pairs, run.settings["batch"], fresh=progress is None)
-        fit(model, losses, feed, held_out, run, progress, args.keep_epochs, processes)
+        fit(model, losses, feed, held_out, trained_on, run, progress, args.keep_epochs, processes)
     finish(model, held_out, trained_on, run, processes)
     print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 

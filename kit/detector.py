@@ -50,8 +50,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 class Detector(nn.Module):
-    """Base of the methods; each adds `judge`, `encode` if a part of it is frozen, and `prepare` if there is something
-    to fit before training.
+    """Base of the methods; each adds `judge`, `encode` if a part of it is frozen, `prepare` if there is something to
+    fit before training, and `refit` if there is something to fit after it.
 
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). `settings` are plain values that the checkpoint
@@ -86,6 +86,10 @@ class Detector(nn.Module):
 
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
         """Before training: load pretrained `weights` (a file, or None), fit on batches of normal `images`."""
+
+    def refit(self, images: Iterable[Tensor]) -> None:
+        """After each epoch, before it is calibrated: fit to batches of the training images what follows from what was
+        trained, if there is any such thing."""
 
     @property
     def device(self) -> torch.device:

@@ -134,5 +134,5 @@ def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, 
     for flag, value in (("--epochs", 3), ("--lr", 0.1), ("--batch", 4), ("--contrast", "energy"), ("--textures", "x")):
         refuse(train.main, capsys, *command, flag, value, words=[flag, "--method patchcore"])
     refuse(train.main, capsys, *command, "--keep-epochs", words=["--keep-epochs", "--method patchcore"])
-    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--method", "autoencoder", "--bank", 30,
-           words=["--bank", "autoencoder"])  # fmt: skip
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--method", "autoencoder", "--no-local",
+           words=["--local", "autoencoder"])  # fmt: skip

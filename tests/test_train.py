@@ -187,7 +187,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder"]])
+@pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder", *LITE]])
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
     monkeypatch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 100)
@@ -324,7 +324,7 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     def attempt(*arguments, words):
         refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *arguments, words=words)
 
-    for flag, value in (("--backbone", "resnet18"), ("--weights", "x"), ("--steps", 2), ("--bank", 30),
+    for flag, value in (("--steps", 2), ("--classification-weight", 1), ("--contrast-weight", 1),
                         ("--contrast", "cosine"), ("--temperature", 2), ("--smoothing", 0)):  # fmt: skip
         attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
     for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):  # by default there is no contrast
