@@ -126,7 +126,7 @@ def main() -> None:
     add = parser.add_argument
     add("categories", type=Path, nargs="+")
     add("--weights", required=True, help="file with ResNet18's ImageNet weights")
-    add("--autoencoder", action="store_true", help="it takes half an hour a category")
+    add("--autoencoder", action="store_true", help="it takes a quarter of an hour a category")
     add("--rivals", action="store_true", help="anomalib's FastFlow and PatchCore, and ours at 256x256")
     args = parser.parse_args()
     keep_freed_memory()  # as train.py and evaluate.py do
@@ -136,7 +136,7 @@ def main() -> None:
         "nearest, 384": ["--method", "patchcore", *weights],
     }
     if args.autoencoder:
-        variants["autoencoder, 256"] = ["--method", "autoencoder"]
+        variants["autoencoder, 256"] = ["--method", "autoencoder", *weights]
     if args.rivals:
         variants["CL-Flow, 256"] = [*weights, "--size", str(SIZE)]
         variants["nearest, 256, 2,000 prototypes"] = [
