@@ -17,7 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data, draw
-from kit.backbone import Backbone, as_rows, joined
+from kit.backbone import Backbone, joined
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.images import read_image
@@ -106,8 +106,7 @@ class Autoencoder(Detector):
         self.projection = projection
         self.backbone = backbone
         self.seen = round(SEEN * self.size)
-        count = prototype_count({**settings, "size": self.seen})
-        self.prototypes = Prototypes(count, sum(backbone.channels()[1:]))
+        self.prototypes = Prototypes(prototype_count(settings, self.seen), sum(backbone.channels()[1:]))
         self.to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
@@ -118,35 +117,31 @@ class Autoencoder(Detector):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """phi, (B, C, h, w): strides 8 and 16 of the enlarged images, joined at stride 8."""
-        large = F.interpolate(images.to(self.device), (self.seen, self.seen), mode="bilinear", antialias=True)
+        large = F.interpolate(images, (self.seen, self.seen), mode="bilinear", antialias=True)
         with self.autocast():
             return joined(self.backbone(large.clamp(0, 1)))
 
     @torch.no_grad()
     def moved(self, images: Tensor) -> Tensor:
         """d, (B, C, h, w), of images (B, 3, size, size)."""
-        images = images.to(self.device)
         return self.features(self.project(images)) - self.features(images)
 
     @torch.no_grad()
     def judge(self, code: Tensor) -> list[Tensor]:
         """[E], (B, h, w), of images."""
-        moved = self.moved(code)
-        rows = as_rows(moved)
-        batch, _, height, width = moved.shape
-        index = self.prototypes.nearest(rows, height, self.dtype)
-        distance = self.prototypes.away(rows, index).norm(dim=1)
-        return [(distance / self.prototypes.spacing[index]).view(batch, height, width)]
+        return [self.prototypes.energies(self.moved(code), True, self.dtype)]
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
         """For a figure: one image (1, 3, size, size) on its way to the energies, as (what it is, map (h, w))."""
-        projected = self.project(images.to(self.device))
+        images = self.encode(images)
+        projected = self.project(images)
+        moved = self.features(projected) - self.features(images)
         return [
             ("f(x), brightness", projected[0].mean(dim=0)),
-            ("|f(x) - x|, pixels", (projected - images.to(self.device))[0].norm(dim=0)),
-            ("|d|, features", self.moved(images)[0].norm(dim=0)),
-            ("E, beside the bank", self.judge(images)[0][0]),
+            ("|f(x) - x|, pixels", (projected - images)[0].norm(dim=0)),
+            ("|d|, features", moved[0].norm(dim=0)),
+            ("E, beside the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
         ]
 
     def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
@@ -160,7 +155,7 @@ class Autoencoder(Detector):
         count = min(self.settings["images"] - self.settings["held_out"], FITTED)
         per_image = math.ceil(CANDIDATES / count)
         batches = islice(images, math.ceil(count / 8))
-        candidates = torch.cat([spread(self.moved(batch), per_image, generator) for batch in batches])
+        candidates = torch.cat([spread(self.moved(self.encode(batch)), per_image, generator) for batch in batches])
         self.prototypes.fit(candidates, torch.zeros(len(candidates), dtype=torch.long), generator)
 
 

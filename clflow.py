@@ -76,7 +76,7 @@ class CLFlow(Detector):
         self.classifies: bool = settings["classification_weight"] > 0
         super().__init__(settings, experts=2 if self.classifies else 1)
         self.backbone = backbone
-        self.prototypes = Prototypes(prototype_count(settings) if settings["local"] else 0, channels)
+        self.prototypes = Prototypes(prototype_count(settings, self.size) if settings["local"] else 0, channels)
         self.whitening = Whitening(channels, components)
         self.flow = Flow2D(components, settings["steps"], kernel_sizes=(1,), hidden_ratio=2.0)
         self.classifier = classifier(components) if self.classifies else None

@@ -87,6 +87,15 @@ class Prototypes(nn.Module):
         """Rows (N, C) less the prototypes with these numbers (N,)."""
         return rows - self.centre - self.bank[index]
 
+    def energies(self, x: Tensor, local: bool, dtype: torch.dtype, without: int | None = None) -> Tensor:
+        """E = d / spacing (B, h, w) of features (B, C, h, w), d the distance to the nearest prototype. If `local`, the
+        spacing is that of the bank there; else the bank's mean. For the others see `nearest`."""
+        rows = as_rows(x)
+        batch, _, height, width = x.shape
+        index = self.nearest(rows, height, dtype, without)
+        spacing = self.spacing[index] if local else self.spacing.mean()
+        return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
+
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """PatchCore's coreset: which `count` of rows (N, C) cover them. Greedy: the next one is always the row that is
@@ -103,10 +112,10 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(chosen, device=rows.device)
 
 
-def prototype_count(settings: dict) -> int:
-    """How many prototypes --bank N makes: N, or of few images a tenth of their rows, so that others are left to be seen
-    from them."""
-    rows = (settings["images"] - settings["held_out"]) * math.ceil(settings["size"] / 8) ** 2
+def prototype_count(settings: dict, size: int) -> int:
+    """How many prototypes --bank N makes of images that the backbone sees at size x size: N, or of few images a tenth
+    of their rows, so that others are left to be seen from them."""
+    rows = (settings["images"] - settings["held_out"]) * math.ceil(size / 8) ** 2
     return min(settings["bank"], math.ceil(rows / 10), CANDIDATES)
 
 
@@ -136,7 +145,7 @@ class Nearest(Detector):
         backbone = Backbone(settings["backbone"])
         super().__init__(settings, experts=1)
         self.backbone = backbone
-        self.prototypes = Prototypes(prototype_count(settings), sum(backbone.channels()[1:]))
+        self.prototypes = Prototypes(prototype_count(settings, self.size), sum(backbone.channels()[1:]))
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -152,13 +161,7 @@ class Nearest(Detector):
 
     def energies(self, x: Tensor, without: int | None = None) -> Tensor:
         """Features (B, C, h, w) -> E (B, 1, h, w)."""
-        rows = as_rows(x)
-        batch, _, height, width = x.shape
-        index = self.prototypes.nearest(rows, height, self.dtype, without)
-        spacing = self.prototypes.spacing
-        spacing = spacing[index] if self.settings["local"] else spacing.mean()
-        distance = self.prototypes.away(rows, index).norm(dim=1)
-        return (distance / spacing).view(batch, 1, height, width)
+        return self.prototypes.energies(x, self.settings["local"], self.dtype, without)[:, None]
 
     def judge(self, code: Tensor) -> list[Tensor]:
         return [code[:, 0]]
