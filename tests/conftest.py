@@ -48,7 +48,7 @@ def finished_run(category, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def projecting_run(category, tmp_path_factory) -> Path:
     """A run of the autoencoder."""
-    options = ["--method", "autoencoder", *LITE, "--size", 64, "--epochs", 5, "--lr", 0.005]
+    options = ["--method", "autoencoder", *LITE, "--size", 128, "--epochs", 5, "--lr", 0.005]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 350)  # a third: to save time
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
