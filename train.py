@@ -366,7 +366,7 @@ def option_parser() -> Parser:
     )
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
-    add = parser.add_argument_group("CL-Flow and PatchCore").add_argument
+    add = parser.add_argument_group("the backbone and its prototypes").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", choices=BACKBONES, metavar="NAME", help=default_text("backbone", backbones))
     add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
