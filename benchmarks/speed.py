@@ -3,7 +3,8 @@
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth             # ours
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth --rivals    # and anomalib's, 256x256
 
-Milliseconds are medians over batches of 8 random images; `beyond` is what comes after the backbone."""
+Milliseconds an image are medians over batches of random images, and over single ones in the column `one, ms`; `beyond`
+is what comes after the backbone."""
 
 import argparse
 import json
@@ -22,12 +23,11 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from kit import data, metrics  # noqa: E402
-from kit.detector import Detector  # noqa: E402
 from kit.processes import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
 SIZE = 256  # pixels a side, of what is compared to anomalib's
-BATCH, REPEATS = 8, 15
+REPEATS = 15
 COLUMNS = [
     "training, s",
     "memory, MB",
@@ -36,6 +36,7 @@ COLUMNS = [
     "backbone, ms",
     "beyond, ms",
     "all, ms",
+    "one, ms",
     "file, MB",
 ]
 
@@ -43,14 +44,17 @@ COLUMNS = [
 # ---------------------------------------------------------------- what is measured
 
 
-def median_ms(run: Callable[[Tensor], object], size: int) -> float:
-    """Milliseconds an image of `run` on a batch (BATCH, 3, size, size), the first two calls left out."""
-    images = torch.rand(BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
+def median_ms(run: Callable[[Tensor], object], size: int, batch: int, device: str) -> float:
+    """Milliseconds an image of `run` on a batch (batch, 3, size, size), the first two calls left out. The batch starts
+    in the processor's memory, as decoded images do."""
+    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times = []
     for _ in range(REPEATS + 2):
         started = time.perf_counter()
         run(images)
-        times.append(1000 * (time.perf_counter() - started) / BATCH)
+        wait()
+        times.append(1000 * (time.perf_counter() - started) / batch)
     return float(np.median(times[2:]))
 
 
@@ -83,27 +87,33 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 # ---------------------------------------------------------------- rows of the table
 
 
-def parts_of(model: Detector) -> dict[str, float]:
-    """Milliseconds an image: the backbone, if there is one, and all."""
-    backbone = getattr(model, "features", None)
-    with torch.no_grad():
-        return {"backbone": median_ms(backbone, model.size) if backbone else 0.0, "all": median_ms(model, model.size)}
+@torch.no_grad()
+def parts_of(whole: Callable, backbone: Callable | None, size: int, batch: int, device: str) -> dict[str, float]:
+    """Milliseconds an image: the backbone, if there is one; all; and all of a single image."""
+    return {
+        "backbone": median_ms(backbone, size, batch, device) if backbone else 0.0,
+        "all": median_ms(whole, size, batch, device),
+        "one": median_ms(whole, size, 1, device),
+    }
 
 
-def ours(category: Path, options: list[str], folder: Path) -> dict[str, float]:
+def ours(category: Path, options: list[str], folder: Path, batch: int, device: str) -> dict[str, float]:
     out = folder / "run"
-    command = [sys.executable, "train.py", "--data", str(category), "--out", str(out), *options]
+    command = [sys.executable, "train.py", "--data", str(category), "--out", str(out), "--device", device, *options]
     seconds, memory = run_measured(command, folder / "log.txt")
-    model = load(out / "model.pt", "cpu")
+    model = load(out / "model.pt", device)
     with torch.no_grad():
         found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.size)}
     found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
-    return found | parts_of(model) | {"decoding": decoding_ms(category, model.size)}
+    backbone = getattr(model, "features", None)
+    found |= parts_of(model, backbone, model.size, batch, device)
+    return found | {"decoding": decoding_ms(category, model.size)}
 
 
-def rival(name: str, category: Path, weights: str, folder: Path) -> dict[str, float]:
+def rival(name: str, category: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     log = folder / "log.txt"
-    command = [sys.executable, "benchmarks/rivals.py", name, str(category), "--weights", weights]
+    command = [sys.executable, "benchmarks/rivals.py", name, str(category), "--weights", args.weights]
+    command += ["--batch", str(args.batch), "--device", args.device]
     _, memory = run_measured(command, log)
     found = json.loads(log.read_text().splitlines()[-1])
     return found | {"memory": memory, "decoding": decoding_ms(category, SIZE)}
@@ -115,7 +125,7 @@ def print_row(category: str, name: str, found: dict[str, float]) -> None:
         f"{found['seconds']:.0f}",
         f"{found['memory']:.0f}",
         f"{found['image_auroc']:.3f}",
-        *(f"{ms:.1f}" for ms in (found["decoding"], found["backbone"], beyond, found["all"])),
+        *(f"{ms:.3g}" for ms in (found["decoding"], found["backbone"], beyond, found["all"], found["one"])),
         f"{found['megabytes']:.0f}",
     ]
     print(f"| {category} | {name} | {' | '.join(cells)} |", flush=True)
@@ -128,6 +138,8 @@ def main() -> None:
     add("--weights", required=True, help="file with ResNet18's ImageNet weights")
     add("--autoencoder", action="store_true", help="it takes a quarter of an hour a category")
     add("--rivals", action="store_true", help="anomalib's FastFlow and PatchCore, and ours at 256x256")
+    add("--batch", type=int, default=8, help="images at once (8)")
+    add("--device", default="cpu")
     args = parser.parse_args()
     keep_freed_memory()  # as train.py and evaluate.py do
     weights = ["--backbone", "resnet18", "--weights", args.weights]
@@ -152,10 +164,10 @@ def main() -> None:
     for category in args.categories:
         for name, options in variants.items():
             with tempfile.TemporaryDirectory() as folder:
-                print_row(category.name, name, ours(category, options, Path(folder)))
+                print_row(category.name, name, ours(category, options, Path(folder), args.batch, args.device))
         for name in ("patchcore", "fastflow") if args.rivals else ():
             with tempfile.TemporaryDirectory() as folder:
-                print_row(category.name, f"anomalib {name}, 256", rival(name, category, args.weights, Path(folder)))
+                print_row(category.name, f"anomalib {name}, 256", rival(name, category, Path(folder), args))
 
 
 if __name__ == "__main__":
