@@ -92,9 +92,15 @@ class Prototypes(nn.Module):
         spacing is that of the bank there; else the bank's mean. For the others see `nearest`."""
         rows = as_rows(x)
         batch, _, height, width = x.shape
-        index = self.nearest(rows, height, dtype, without)
+        index = self.nearest(rows, parts_of(height), dtype, without)
         spacing = self.spacing[index] if local else self.spacing.mean()
         return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
+
+
+def parts_of(height: int) -> int:
+    """How many equal parts of a batch of maps of this height `Prototypes.nearest` is to search one by one: each is
+    eight lines of every map, where that divides the height. Line by line, a single image takes 1.6 times as long."""
+    return height // math.gcd(height, 8)
 
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
