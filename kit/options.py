@@ -60,5 +60,6 @@ def pick_device(name: str | None, local_rank: int) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: not available here ({error!r:.200})") from error
+        hint = "; start one process for each GPU, or give --device cpu" if local_rank else ""
+        raise InputError(f"--device {name}: not available here ({error!r:.200}){hint}") from error
     return name

@@ -51,3 +51,5 @@ def test_options():
     assert pick_device("cpu", local_rank=0) == "cpu"
     with pytest.raises(InputError, match="--device x"):
         pick_device("x", local_rank=0)
+    with pytest.raises(InputError, match="one process for each GPU"):
+        pick_device("cuda", local_rank=77)

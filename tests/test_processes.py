@@ -1,4 +1,4 @@
-"""Real processes under torchrun."""
+"""Real processes under torchrun, on the CPU: of one GPU, several processes can do nothing together."""
 
 import csv
 import json
@@ -19,6 +19,7 @@ from kit.processes import ALONE, join_processes
 from methods import load
 
 PAINTED = clflow.PAINTED  # as real processes have it
+CPU = ["--device", "cpu"]
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
@@ -48,13 +49,14 @@ def errors_in(result: subprocess.CompletedProcess) -> list[str]:
 
 
 def test_what_stops_all_processes_is_said_once(tmp_path):
-    result = script(*TORCHRUN, "train.py", "--data", tmp_path / "missing", *LITE)
+    result = script(*TORCHRUN, "train.py", "--data", tmp_path / "missing", *LITE, *CPU)
     assert errors_in(result) == [f"error: --data {tmp_path / 'missing'}: no such folder"]
 
 
 def test_an_error_on_one_machine_ends_all(category, tmp_path):
     """One has the images where the flag says, the other has not; it fails while the first waits for it."""
-    options = ["--data", category.name, *LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--out", tmp_path / "out"]
+    options = ["--data", category.name, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 1]
+    options += ["--out", tmp_path / "out"]
     (tmp_path / "elsewhere").mkdir()
     here, elsewhere = two_nodes(*options, folders=(category.parent, tmp_path / "elsewhere"))
     assert errors_in(elsewhere) == [f"error: --data {category.name}: no such folder"]
@@ -75,7 +77,7 @@ def weights_of(run) -> torch.Tensor:
 
 def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     """They train one model together, and judge its test images; of several runs, each trains one."""
-    options = ["--data", category, *LITE, "--size", 64, "--epochs", 2, "--steps", 2]
+    options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 2, "--steps", 2]
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(clflow, "PAINTED", PAINTED)
     call(train.main, *options, "--out", one)
@@ -89,9 +91,9 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
         assert result.returncode == 0, result.stderr
     assert np.allclose(losses_of(tmp_path / "nodes"), losses_of(two), rtol=1e-3)
 
-    call(evaluate.main, one)
+    call(evaluate.main, one, *CPU)
     alone = json.loads((one / "metrics.json").read_text())
-    result = script(*TORCHRUN, "evaluate.py", one)
+    result = script(*TORCHRUN, "evaluate.py", one, *CPU)
     assert result.returncode == 0, result.stderr
     together = json.loads((one / "metrics.json").read_text())
     points = zip(alone.pop("operating_points"), together.pop("operating_points"), strict=True)
