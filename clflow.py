@@ -15,7 +15,7 @@ from flows import Flow2D
 from kit.backbone import Backbone, as_rows, joined
 from kit.detector import Detector
 from kit.pairs import Pairs
-from nearest import CANDIDATES, CHUNK, Prototypes, origins, parts_of, prototype_count, spread
+from nearest import CANDIDATES, CHUNK, Prototypes, origins, prototype_count, search_parts, spread
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
@@ -105,7 +105,7 @@ class CLFlow(Detector):
 
     def whitened_map(self, x: Tensor, without: int | None = None) -> Tensor:
         """Features (B, C, h, w) -> (B, K, h, w)."""
-        relative = self.relative(as_rows(x), parts_of(x.shape[2]), without)
+        relative = self.relative(as_rows(x), search_parts(x.shape[2]), without)
         return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
 
     def latents(self, rows: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ class CLFlow(Detector):
         """For a figure: one image (1, 3, size, size) on its way to the energies, equation by equation of
         docs/method.md, as (what it is, map (h, w))."""
         x = self.features(images)
-        relative = self.relative(as_rows(x), parts_of(x.shape[2]))
+        relative = self.relative(as_rows(x), search_parts(x.shape[2]))
         code = self.whitened_map(x)
         z, log_det = self.latents(as_rows(code), code.shape[3])
         e = energy(z, log_det)

@@ -26,7 +26,7 @@ from kit.images import read_mask  # noqa: E402
 from kit.pairs import Pairs  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from methods import METHODS  # noqa: E402
-from nearest import CANDIDATES, parts_of  # noqa: E402
+from nearest import CANDIDATES, search_parts  # noqa: E402
 from synth import synthesize  # noqa: E402
 
 GLOBAL = {"local": False, "classification_weight": 0.0}
@@ -102,7 +102,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     found = []
     for batch in x.split(8):
         rows = as_rows(batch.float())
-        index = model.prototypes.nearest(rows, parts_of(batch.shape[2]), model.dtype)
+        index = model.prototypes.nearest(rows, search_parts(batch.shape[2]), model.dtype)
         distance = model.prototypes.away(rows, index).norm(dim=1)
         e = distance / model.prototypes.spacing[index] if local else distance
         found.append(anomaly_map(e.view(-1, *batch.shape[2:]), model.size))

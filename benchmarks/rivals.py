@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.speed import SIZE, parts_of, tests_auroc  # noqa: E402
+from benchmarks.speed import SIZE, milliseconds_of, tests_auroc  # noqa: E402
 from kit import data  # noqa: E402
 from kit.backbone import DEVIATION, MEAN  # noqa: E402
 from train import split  # noqa: E402
@@ -96,7 +96,7 @@ def main() -> None:
             "image_auroc": tests_auroc(scores, args.category, SIZE),
             "megabytes": sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 1e6,
         }
-    found |= parts_of(scores, backbone, SIZE, args.batch, args.device)
+    found |= milliseconds_of(scores, backbone, SIZE, args.batch, args.device)
     print(json.dumps(found))
 
 

@@ -88,7 +88,7 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def parts_of(whole: Callable, backbone: Callable | None, size: int, batch: int, device: str) -> dict[str, float]:
+def milliseconds_of(whole: Callable, backbone: Callable | None, size: int, batch: int, device: str) -> dict[str, float]:
     """Milliseconds an image: the backbone, if there is one; all; and all of a single image."""
     return {
         "backbone": median_ms(backbone, size, batch, device) if backbone else 0.0,
@@ -106,7 +106,7 @@ def ours(category: Path, options: list[str], folder: Path, batch: int, device: s
         found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.size)}
     found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
     backbone = getattr(model, "features", None)
-    found |= parts_of(model, backbone, model.size, batch, device)
+    found |= milliseconds_of(model, backbone, model.size, batch, device)
     return found | {"decoding": decoding_ms(category, model.size)}
 
 
