@@ -1,6 +1,7 @@
 from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import autoencoder
 import clflow
 import train
 from kit.demo import draw_demo
+
+# The same on every machine. With CUDA_VISIBLE_DEVICES=0 they run on a GPU, whose rounding some of them do not expect.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session", autouse=True)
