@@ -241,8 +241,9 @@ def explain(model: Detector, path: Path, out: Path, false_alarm: float) -> None:
     with torch.no_grad():
         maps, scores = model(images)
     limits = model.thresholds(false_alarm)
-    verdict = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
-    draw.save_picture(out, draw.explanation(image, path.name, stages, verdict, limits))
+    as_drawn = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
+    draw.save_picture(out, draw.explanation(image, path.name, stages, as_drawn, limits))
+    verdict = model.inspect(path, false_alarm)  # the same, but its boxes are in the photograph's own pixels
     print(f"{path}: {sentence(verdict)}\nwrote {out}")
 
 

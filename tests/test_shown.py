@@ -31,6 +31,8 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     call(evaluate.main, run, "--explain", chip, "--out", tmp_path / "why.png")
     assert Image.open(tmp_path / "why.png").width > 900
     model = load(run / "model.pt")
+    region = model.inspect(chip).regions[0]
+    assert Image.open(chip).width != model.size and f"box {region.box}" in capsys.readouterr().out
     images = data.read_batch([chip], model.size)
     stages = dict(model.stages(images))
     with torch.no_grad():
