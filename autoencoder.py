@@ -5,8 +5,8 @@ moves normal images, as a frozen backbone sees it.
 Shapes: images (B, 3, size, size) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
 
 import math
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,15 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data, draw
-from kit.backbone import Backbone, joined
-from kit.detector import Detector, read_checkpoint
+from kit.backbone import BACKBONES
+from kit.detector import Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
+from kit.good import GoodImages, Pairs, loader, to_tensor
 from kit.images import read_image
 from kit.options import Parser
-from kit.pairs import PairFeed, Pairs
-from nearest import Prototypes, prototype_count, spread
+from kit.progress import counted
+from kit.training import Descent, Epoch, seed_epoch, shared
+from nearest import Prototypes, origins, positions, prototype_count, spread
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -34,6 +36,9 @@ FOLDED = 12  # channels of an image folded 2x2
 SEEN = 1.5  # times its size, an image is shown to the backbone
 FITTED = 200  # normal images at most, from which the bank is chosen
 CANDIDATES = 50_000  # positions of theirs
+LAMBDA = 0.9  # of the loss: inferred; the corrupted region is small, and its error large
+IMAGES_PER_EPOCH = 1000
+WEIGHT_DECAY = 0
 
 
 # ---------------------------------------------------------------- the network
@@ -88,6 +93,20 @@ class Projection(nn.Module):
         return self.mirror[level](torch.lerp(x, skip, gate))
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSettings(Settings):
+    """The options of the autoencoder, and their defaults."""
+
+    method: str = "autoencoder"
+    size: int = 256
+    epochs: int = 20
+    batch: int = 8  # images
+    lr: float = 2e-3
+    textures: str | None = None
+    backbone: str = "resnet18"
+    bank: int = 4000
+
+
 class Autoencoder(Detector):
     """The detector: what the projection f moves, as a frozen backbone's features phi see it, and how far that is from
     how it moves normal images,
@@ -97,16 +116,18 @@ class Autoencoder(Detector):
     p being the nearest of a bank of such differences of normal images. Where f is not perfect, it moves normal images,
     too, and alike: the bank knows these movements."""
 
-    def __init__(self, settings: dict):
-        if settings["size"] % 8:
-            raise InputError(f"--size {settings['size']}: the autoencoder takes multiples of 8")
+    SETTINGS = AutoencoderSettings
+
+    def __init__(self, settings: AutoencoderSettings):
+        if settings.size % 8:
+            raise InputError(f"--size {settings.size}: the autoencoder takes multiples of 8")
         projection = Projection()  # first, so that its weights do not depend on the backbone's
-        backbone = Backbone(settings["backbone"])
-        super().__init__(settings, experts=1)
+        backbone = BACKBONES[settings.backbone]()
+        super().__init__(settings, backbone, experts=1)
         self.projection = projection
-        self.backbone = backbone
         self.seen = round(SEEN * self.size)
-        self.prototypes = Prototypes(prototype_count(settings, self.seen), sum(backbone.channels()[1:]))
+        count = prototype_count(settings, positions(self.seen, backbone.stride))
+        self.prototypes = Prototypes(count, backbone.channels)
         self.to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
@@ -115,28 +136,27 @@ class Autoencoder(Detector):
             return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """phi, (B, C, h, w): strides 8 and 16 of the enlarged images, joined at stride 8."""
+    def phi(self, images: Tensor) -> Tensor:
+        """The backbone's features (B, C, h, w) of the enlarged images."""
         large = F.interpolate(images, (self.seen, self.seen), mode="bilinear", antialias=True)
-        with self.autocast():
-            return joined(self.backbone(large.clamp(0, 1)))
+        return self.features(large.clamp(0, 1))
 
     @torch.no_grad()
     def moved(self, images: Tensor) -> Tensor:
         """d, (B, C, h, w), of images (B, 3, size, size)."""
-        return self.features(self.project(images)) - self.features(images)
+        images = images.to(self.device)
+        return self.phi(self.project(images)) - self.phi(images)
 
     @torch.no_grad()
-    def judge(self, code: Tensor) -> list[Tensor]:
-        """[E], (B, h, w), of images."""
-        return [self.prototypes.energies(self.moved(code), True, self.dtype)]
+    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+        return [self.prototypes.energies(self.moved(images), True, self.dtype, without)]
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
         """For a figure: one image (1, 3, size, size) on its way to the energies, as (what it is, map (h, w))."""
-        images = self.encode(images)
+        images = images.to(self.device)
         projected = self.project(images)
-        moved = self.features(projected) - self.features(images)
+        moved = self.phi(projected) - self.phi(images)
         return [
             ("f(x), brightness", projected[0].mean(dim=0)),
             ("|f(x) - x|, pixels", (projected - images)[0].norm(dim=0)),
@@ -144,19 +164,15 @@ class Autoencoder(Detector):
             ("E, beside the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
         ]
 
-    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Load the backbone's ImageNet weights."""
-        self.backbone.load_imagenet(weights)
-
     @torch.no_grad()
-    def refit(self, images: Iterable[Tensor]) -> None:
-        """Choose the bank from how the present f moves normal images."""
-        generator = torch.Generator().manual_seed(self.settings["seed"])
-        count = min(self.settings["images"] - self.settings["held_out"], FITTED)
-        per_image = math.ceil(CANDIDATES / count)
-        batches = islice(images, math.ceil(count / 8))
-        candidates = torch.cat([spread(self.moved(self.encode(batch)), per_image, generator) for batch in batches])
-        self.prototypes.fit(candidates, torch.zeros(len(candidates), dtype=torch.long), generator)
+    def fit(self, good: GoodImages) -> None:
+        """Choose the bank from how the present f moves good images, at most FITTED of them."""
+        files = good.trained_on[:FITTED]
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        per_image = math.ceil(CANDIDATES / len(files))
+        batches = data.batches(files, self.size)
+        rows = torch.cat([spread(self.moved(images), per_image, generator) for images in batches])
+        self.prototypes.fit(rows, origins(rows, range(len(files))), generator)
 
 
 # ---------------------------------------------------------------- corruptions and losses
@@ -187,17 +203,9 @@ class Losses(nn.Module):
     `forward(images, mask)`: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size,
     size). Returns the losses of the batch by name; "loss" is the one to descend."""
 
-    LAMBDA = 0.9  # inferred; the corrupted region is small, and its error large
-    IMAGES_PER_EPOCH = 1000
-    WEIGHT_DECAY = 0
-
     def __init__(self, model: Autoencoder):
         super().__init__()
         self.model = model
-
-    def feed(self, pairs: Pairs, batch: int, fresh: bool) -> PairFeed:
-        """Batches of images, painted while training goes on."""
-        return PairFeed(pairs, batch)
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         clean, painted = images[: len(mask)], images[-len(mask) :]
@@ -207,12 +215,43 @@ class Losses(nn.Module):
         self.model.eval()
         outside = region_error(error, 1 - mask)
         inside = region_error(error, mask)
-        return {"loss": self.LAMBDA * outside + (1 - self.LAMBDA) * inside, "outside": outside, "inside": inside}
+        return {"loss": LAMBDA * outside + (1 - LAMBDA) * inside, "outside": outside, "inside": inside}
 
 
 def region_error(error: Tensor, region: Tensor) -> Tensor:
     """Mean of `error` (A, 1, S, S) within `region`, of the same shape, then over the images: they count equally."""
     return ((error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3))).mean()
+
+
+# ---------------------------------------------------------------- the training
+
+
+def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+    """Train a model, whose backbone has ImageNet weights, to undo what is painted on good images. A generator: it
+    yields after each epoch, and once before the first step; bank and calibration are those of the present f then. With
+    the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    settings = model.settings
+    pairs = Pairs(good, synthesize, settings, IMAGES_PER_EPOCH)
+    batches = loader(pairs, settings.batch)
+
+    def ready() -> None:
+        model.fit(good)
+        model.calibrate(model.energies(images) for images in data.batches(good.held_out, model.size))
+
+    losses = shared(Losses(model), good.processes)
+    descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
+    done = descent.go_on_from(progress)
+    ready()
+    yield descent.epoch(done, [], good.processes)
+    for number in range(done + 1, settings.epochs + 1):
+        seed_epoch(settings.seed, number)
+        pairs.epoch = number
+        steps = []
+        for images, masks in counted(batches, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+            batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
+            steps.append(descent.step(losses(*batch)))
+        ready()
+        yield descent.epoch(number, steps, good.processes)
 
 
 # ---------------------------------------------------------------- what it does, drawn

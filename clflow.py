@@ -1,37 +1,71 @@
 """CL-Flow (arXiv 2311.06794), from top to bottom as the data flow: frozen features -> the local scale -> a flow, whose
-energy is the exact likelihood, and a classifier beside it -> three losses, trained in one stage.
+energy is the exact likelihood of what it sees, and a classifier beside it -> the losses -> one way through training.
 
-Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) at stride 8. A row is one position's feature: rows
-x (N, K), latents z (N, K), log-determinants and energies (N,). Training sees rows, drawn from all images at once."""
+Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) of the backbone. One position's feature is a row:
+rows y (N, C); r (N, C), seen from the nearest prototype; w (N, K), whitened; latents z (N, K); log-determinants and
+energies (N,). Training sees rows, drawn from all images at once."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flows import Flow2D
-from kit.backbone import Backbone, as_rows, joined
-from kit.detector import Detector
-from kit.pairs import Pairs
-from nearest import CANDIDATES, CHUNK, Prototypes, origins, prototype_count, search_parts, spread
+from kit import data
+from kit.backbone import BACKBONES, as_rows
+from kit.detector import Detector, Settings
+from kit.good import GoodImages, Pairs
+from kit.progress import counted
+from kit.training import Descent, Epoch, seed_epoch, shared
+from nearest import CANDIDATES, CHUNK, Prototypes, origins, positions, prototype_count, search_parts, spread
+from synth import synthesize
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
+IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
 STEPS_PER_EPOCH = 50
+WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
 UPPER = 0.05  # the share of normal rows that the classifier takes for the most anomalous
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLFlowSettings(Settings):
+    """The options of CL-Flow, and their defaults."""
+
+    method: str = "clflow"
+    size: int = 384
+    epochs: int = 8
+    batch: int = 8192  # rows
+    lr: float = 2e-3
+    textures: str | None = None
+    backbone: str = "resnet18"
+    bank: int = 8000
+    local: bool = True
+    steps: int = 2  # of the flow
+    classification_weight: float = 1.0
+    smoothing: float = 0.1
+    contrast_weight: float = 0.0
+    contrast: str = "energy"  # or "cosine"
+    temperature: float = 1.0
+
+    @property
+    def needs_untouched(self) -> bool:
+        """Whether a loss compares rows of defects with those of the same places without them."""
+        return self.contrast_weight > 0 and self.contrast == "cosine"
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
 
 
 class Whitening(nn.Linear):
-    """PCA whitening to the K strongest components: rows (N, C) -> (N, K). Fitted once on normal rows, never trained:
-    that would lower the NLL for free, as no log-determinant accounts for it. With it, the flow starts as a Mahalanobis
-    distance."""
+    """PCA whitening to the K strongest components: rows r (N, C) -> w (N, K). Fitted once on normal rows, never
+    trained: that would lower the NLL for free, as no log-determinant accounts for it. With it, the flow starts as a
+    Mahalanobis distance."""
 
     def __init__(self, channels: int, components: int):
         super().__init__(channels, components)
@@ -48,7 +82,8 @@ class Whitening(nn.Linear):
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
-    """E = 1/2 mean_c z^2 - log|det| / K: one position's term of the exact NLL per dimension, less 1/2 log 2 pi."""
+    """E = 1/2 mean_c z^2 - log|det| / K: one position's term of the exact NLL per dimension, less 1/2 log 2 pi. Latents
+    (N, K, ...) and log-determinants (N, ...) -> (N, ...)."""
     return 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
 
 
@@ -64,43 +99,37 @@ def classifier(components: int) -> nn.Sequential:
 
 class CLFlow(Detector):
     """The detector: two experts on the rows of a frozen backbone's features, the flow's energies and the classifier's
-    log-odds. What it inherits makes map, score and verdict of them, and knows the device; `settings` are the options,
-    by name."""
+    log-odds. What it inherits makes map, score and verdict of them, and knows the device."""
 
+    SETTINGS = CLFlowSettings
     CAN_LEAVE_OUT = True
 
-    def __init__(self, settings: dict):
-        backbone = Backbone(settings["backbone"])
-        channels = sum(backbone.channels()[1:])
+    def __init__(self, settings: CLFlowSettings):
+        backbone = BACKBONES[settings.backbone]()
+        classifies = settings.classification_weight > 0
+        super().__init__(settings, backbone, experts=2 if classifies else 1)
+        channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
-        self.classifies: bool = settings["classification_weight"] > 0
-        super().__init__(settings, experts=2 if self.classifies else 1)
-        self.backbone = backbone
-        self.prototypes = Prototypes(prototype_count(settings, self.size) if settings["local"] else 0, channels)
+        count = prototype_count(settings, positions(self.size, backbone.stride)) if settings.local else 0
+        self.prototypes = Prototypes(count, channels)
         self.whitening = Whitening(channels, components)
-        self.flow = Flow2D(components, settings["steps"], kernel_sizes=(1,), hidden_ratio=2.0)
-        self.classifier = classifier(components) if self.classifies else None
+        self.flow = Flow2D(components, settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
+        self.classifier = classifier(components) if classifies else None
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, h, w): strides 8 and 16, joined at stride 8."""
-        with self.autocast():
-            return joined(self.backbone(images.to(self.device)))
-
-    @torch.no_grad()
     def relative(self, rows: Tensor, parts: int = 1, without: int | None = None) -> Tensor:
-        """Rows (N, C) seen from where they are: (x - p) / spacing of p, the nearest prototype; found in equal parts.
-        Density on these is local by construction. With --no-local the rows as they are. The prototypes that came from
-        training image number `without` do not count."""
-        if not self.settings["local"]:
+        """r = (y - p) / spacing of p, (N, C): rows y seen from where they are, p being the nearest prototype; found in
+        equal parts. Density on these is local by construction. With --no-local the rows as they are. The prototypes
+        that came from training image number `without` do not count."""
+        if not self.settings.local:
             return rows
         index = self.prototypes.nearest(rows, parts, self.dtype, without)
         return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
 
     @torch.no_grad()
     def encode(self, images: Tensor, without: int | None = None) -> Tensor:
-        """All that training never changes: images -> maps of whitened rows (B, K, h, w)."""
+        """All that training never changes: images -> maps of whitened rows w (B, K, h, w)."""
         return self.whitened_map(self.features(images), without)
 
     def whitened_map(self, x: Tensor, without: int | None = None) -> Tensor:
@@ -108,77 +137,72 @@ class CLFlow(Detector):
         relative = self.relative(as_rows(x), search_parts(x.shape[2]), without)
         return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
 
-    def latents(self, rows: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
-        """Latents z (N, K) and log-determinants (N,), of whitened rows (N, K). The flow sees them as one map of this
-        width, which must divide N; any gives the same, but a line of N positions takes a fifth longer."""
-        as_map = rows.view(1, -1, width, rows.shape[1]).permute(0, 3, 1, 2)
+    def latents(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents z and log-determinants of whitened rows (N, K), or of maps of them (B, K, h, w): (N,), (B, h, w)."""
         with self.autocast():
-            z, log_det = self.flow(as_map)
-        return as_rows(z), log_det.flatten()
+            return self.flow(w)
 
-    def log_odds(self, rows: Tensor) -> Tensor:
+    def log_odds(self, w: Tensor) -> Tensor:
         """The classifier's opinion of whitened rows: (N, K) -> (N,)."""
         with self.autocast():
-            return self.classifier(rows)[:, 0].float()
+            return self.classifier(w)[:, 0].float()
+
+    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+        return self.experts(self.encode(images, without))
 
     @torch.no_grad()
-    def judge(self, code: Tensor) -> list[Tensor]:
-        """Maps (B, K, h, w) -> energies (B, h, w) of each expert."""
-        batch, _, height, width = code.shape
-        rows = as_rows(code)
-        found = [tamed(energy(*self.latents(rows, width)))]
-        if self.classifies:
-            found.append(self.log_odds(rows))
-        return [e.view(batch, height, width) for e in found]
+    def experts(self, code: Tensor) -> list[Tensor]:
+        """Maps w (B, K, h, w) -> energies (B, h, w) of flow and classifier."""
+        opinions = [tamed(energy(*self.latents(code)))]
+        if self.classifier is not None:
+            batch, _, height, width = code.shape
+            opinions.append(self.log_odds(as_rows(code)).view(batch, height, width))
+        return opinions
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
         """For a figure: one image (1, 3, size, size) on its way to the energies, equation by equation of
         docs/method.md, as (what it is, map (h, w))."""
         x = self.features(images)
-        relative = self.relative(as_rows(x), search_parts(x.shape[2]))
+        relative = self.relative(as_rows(x), search_parts(x.shape[2])).view(*x.shape[2:], -1)
         code = self.whitened_map(x)
-        z, log_det = self.latents(as_rows(code), code.shape[3])
+        z, log_det = self.latents(code)
         e = energy(z, log_det)
-        found = [
-            ("|x|, features", x[0].norm(dim=0)),
-            ("|r|, seen from the nearest prototype", relative.norm(dim=1)),
+        steps = [
+            ("|y|, features", x[0].norm(dim=0)),
+            ("|r|, seen from the nearest prototype", relative.norm(dim=2)),
             ("|w|, whitened", code[0].norm(dim=0)),
-            ("1/2 mean z^2, latents", 0.5 * z.square().mean(dim=1)),
-            ("log|det| / K", log_det / z.shape[1]),
-            ("tamed E, the flow's energy", tamed(e)),
+            ("1/2 mean z^2, latents", 0.5 * z[0].square().mean(dim=0)),
+            ("log|det| / K", log_det[0] / z.shape[1]),
+            ("tamed E, the flow's energy", tamed(e)[0]),
         ]
-        if self.classifies:
-            found.append(("log-odds of the classifier", self.log_odds(as_rows(code))))
-        return [(name, values.view(code.shape[2:])) for name, values in found]
-
-    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Load the backbone's ImageNet weights. What is fitted to the images is fitted to their rows, by `fit`."""
-        self.backbone.load_imagenet(weights)
+        if self.classifier is not None:
+            steps.append(("log-odds of the classifier", self.experts(code)[1][0]))
+        return steps
 
     @torch.no_grad()
-    def fit(self, candidates: Tensor, origin: Tensor) -> None:
-        """Fit what is never trained on rows (N, C) of the normal images with these numbers (N,): prototypes and
-        whitening."""
-        if self.settings["local"]:
-            generator = torch.Generator().manual_seed(self.settings["seed"])
-            self.prototypes.fit(candidates, origin, generator)
-        self.whitening.fit(torch.cat(list(self.without_prototypes(candidates))))
+    def fit(self, rows: Tensor, images: Tensor) -> None:
+        """Fit what is never trained, prototypes and whitening, on rows y (N, C) of the good images with these numbers
+        (N,)."""
+        if self.settings.local:
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            self.prototypes.fit(rows, images, generator)
+        self.whitening.fit(torch.cat(list(self.without_prototypes(rows))))
 
     @torch.no_grad()
     def without_prototypes(self, rows: Tensor) -> Iterator[Tensor]:
         """`relative` rows (n, C) of many normal ones (N, C), a part at a time; less the prototypes themselves, which
         nothing is nearer to."""
         for part in rows.split(CHUNK):
-            found = self.relative(part.float())
-            yield found[found.any(dim=1)]
+            relative = self.relative(part.float())
+            yield relative[relative.any(dim=1)]
 
 
 # ---------------------------------------------------------------- the losses
 
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
-    """L_cls, smooth classification: cross-entropy of log-odds (B,) and (A,) with smoothed labels. Half of what normal
+    """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels. Half of what normal
     rows count comes from the worst 5 % of them; anomalous ones count twice. A smoothed label is met at finite odds:
     what is certain pulls no more."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2), reduction="none")
@@ -188,14 +212,19 @@ def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> 
 
 
 def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
-    """InfoNCE (arXiv 1807.03748): mean over anchors of -log( e^(p/T) / (e^(p/T) + sum_k e^(n_k/T)) ); the similarity p
-    (A,) is to stand out from the others n (A, K), or (K,) for all."""
-    rivals = (others / temperature).logsumexp(dim=-1)
-    return (torch.logaddexp(anchors / temperature, rivals) - anchors / temperature).mean()
+    """InfoNCE (arXiv 1807.03748), the cross-entropy of picking an anchor out of the others by its similarity:
+
+        mean over anchors of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
+
+    f (A,) of the anchors, f_k (A, n) of the others, or (n,) for all."""
+    others = others.expand(len(anchors), others.shape[-1])
+    similarities = torch.cat((anchors[:, None], others), dim=1) / temperature
+    which = torch.zeros(len(anchors), dtype=torch.long, device=anchors.device)  # the first one
+    return F.cross_entropy(similarities, which)
 
 
 def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: each anomalous one (A,) is to stand out from all normal ones (B,)."""
+    """L_con on energies: each anomalous one (A,) is to stand out from all normal ones (N,)."""
     return info_nce(tamed(anomalous), tamed(normal), temperature)
 
 
@@ -206,104 +235,125 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
     return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
 
 
-def map_width(rows: int) -> int:
-    """A width of about 64 for a map of so many rows, which it must divide: see `CLFlow.latents`."""
-    return math.gcd(rows, 64)
-
-
 class Losses(nn.Module):
-    """L = L_nll + a L_cls + b L_con, L_nll being the mean energy of normal rows. A module, since that is what
-    DistributedDataParallel wraps.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows. A module, since that
+    is what DistributedDataParallel wraps.
 
-    `forward(normal, anomalous, untouched)`: whitened rows of good images (B, K), of synthetic defects (A, K), and of
-    x+ at the same places as those, (A, K), where the contrast asks for them, else (0, K). Returns the losses of the
-    batch by name; "loss" is the one to descend."""
-
-    IMAGES_PER_EPOCH = 100
-    WEIGHT_DECAY = 1e-5
+    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K), of synthetic defects (A, K), and, if
+    the contrast asks for them, of x+ at the same places as those, (A, K). Returns the losses of the batch by name;
+    "loss" is the one to descend."""
 
     def __init__(self, model: CLFlow):
         super().__init__()
         self.model = model
 
-    def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor) -> dict[str, Tensor]:
+    def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal, map_width(len(normal)))
+        z, log_det = self.model.latents(normal)
         e = energy(z, log_det)
-        nll = e.mean()
-        found = {"loss": nll, "nll": nll}
-        if settings["classification_weight"]:
-            noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
-            odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
-            loss = classification_loss(odds[: len(normal)], odds[len(normal) :], settings["smoothing"])
-            found["classification"] = loss
-            found["loss"] = found["loss"] + settings["classification_weight"] * loss
-        if settings["contrast_weight"]:
-            found["contrast"] = self.contrast(z, e, anomalous, untouched)
-            found["loss"] = found["loss"] + settings["contrast_weight"] * found["contrast"]
-        return found
+        losses = {"nll": e.mean()}
+        loss = losses["nll"]
+        if settings.classification_weight:
+            losses["classification"] = self.classification(normal, anomalous)
+            loss = loss + settings.classification_weight * losses["classification"]
+        if settings.contrast_weight:
+            losses["contrast"] = self.contrast(z, e, anomalous, untouched)
+            loss = loss + settings.contrast_weight * losses["contrast"]
+        return {"loss": loss, **losses}
 
-    def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor) -> Tensor:
-        """L_con of normal latents (B, K) and energies (B,) against rows of defects (A, K)."""
-        temperature = self.model.settings["temperature"]
-        width = map_width(len(anomalous))
-        negative_box, log_det = self.model.latents(anomalous, width)
-        if self.model.settings["contrast"] == "energy":
-            return contrast_energy(e, energy(negative_box, log_det), temperature)
-        box, _ = self.model.latents(untouched, width)
-        return contrast_cosine(box, negative_box, z[: len(box)], temperature)
+    def classification(self, normal: Tensor, anomalous: Tensor) -> Tensor:
+        """L_cls of normal rows (N, K) against rows of defects (A, K), and against as many normal ones with noise."""
+        noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
+        odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
+        return classification_loss(odds[: len(normal)], odds[len(normal) :], self.model.settings.smoothing)
 
-    def feed(self, pairs: Pairs, batch: int, fresh: bool) -> "RowFeed":
-        """What training draws from: all rows, computed once. A `fresh` model is fitted to them first. Each process
-        keeps the rows of its own part of the images."""
-        normal = normal_rows(self.model, pairs)
-        if fresh:
-            generator = torch.Generator().manual_seed(self.model.settings["seed"])
-            chosen = torch.randperm(len(normal), generator=generator)[: math.ceil(CANDIDATES / pairs.processes.count)]
-            mine = torch.tensor(pairs.processes.part(range(len(pairs.files))))
-            origin = mine[origins(normal, len(mine))]
-            together = pairs.processes.concatenated
-            self.model.fit(together(normal[chosen]), together(origin[chosen]))
-        print(f"{len(normal)} rows of good images; painting {PAINTED} synthetic defects", flush=True)
-        torch.manual_seed(self.model.settings["seed"])  # which images are painted, and in which order
-        return self.feed_of(normal, *painted_rows(self.model, pairs), math.ceil(batch / pairs.processes.count))
-
-    @torch.no_grad()
-    def feed_of(self, normal: Tensor, anomalous: Tensor, untouched: Tensor, batch: int) -> "RowFeed":
-        """Batches of these rows (N, C), whitened; kept with half the bits."""
-        whiten = self.model.whitening
-        kept = [whiten(part).half() for part in self.model.without_prototypes(normal)]
-        defects = []
-        for rows in (anomalous, untouched):
-            parts = [whiten(self.model.relative(part.float())).half() for part in rows.split(CHUNK)]
-            defects.append(torch.cat(parts))
-        return RowFeed(torch.cat(kept), *defects, batch)
+    def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor | None) -> Tensor:
+        """L_con of normal latents (N, K) and energies (N,) against rows of defects (A, K)."""
+        settings = self.model.settings
+        negative_box, log_det = self.model.latents(anomalous)
+        if settings.contrast == "energy":
+            return contrast_energy(e, energy(negative_box, log_det), settings.temperature)
+        box, _ = self.model.latents(untouched)
+        return contrast_cosine(box, negative_box, z[: len(box)], settings.temperature)
 
 
-# ---------------------------------------------------------------- the rows that training draws from
+# ---------------------------------------------------------------- one way through training
 
 
-def normal_rows(model: CLFlow, pairs: Pairs) -> Tensor:
-    """Rows (N, C) of this process's good images, with half the bits; at most ROWS, spread over all images, of all
-    processes together."""
+def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+    """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
+    once before the first step; the model is calibrated then, ready to judge. The number of epochs is fixed, and the
+    last one counts.
+
+    With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    settings = model.settings
+    pairs = Pairs(good, synthesize, settings, IMAGES_PER_EPOCH)
+
+    # Features of the good images: each position is a row. What fits on them is fitted once: the bank and the whitening.
+    rows, images = good_rows(model, pairs)
+    if progress is None:
+        model.fit(*candidates(rows, images, good, settings.seed))
+
+    # Rows of painted defects. All rows are seen from the bank, and whitened, once and for all epochs.
+    painted = painted_rows(model, pairs)
+    feed = RowFeed(model, rows, painted, math.ceil(settings.batch / good.processes.count))
+    held_out = [model.encode(batch).half() for batch in data.batches(good.held_out, model.size)]
+
+    # For each step: the losses of a batch, and a step down. After each epoch: the calibration.
+    losses = shared(Losses(model), good.processes)
+    descent = Descent(losses, settings.lr, settings.epochs * STEPS_PER_EPOCH, WEIGHT_DECAY)
+    done = descent.go_on_from(progress)
+    model.calibrate(model.experts(code.float()) for code in held_out)
+    yield descent.epoch(done, [], good.processes)
+    for number in range(done + 1, settings.epochs + 1):
+        seed_epoch(settings.seed, number)
+        steps = []
+        for _ in counted(range(STEPS_PER_EPOCH), f"epoch {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
+            steps.append(descent.step(losses(*feed.draw())))
+        model.calibrate(model.experts(code.float()) for code in held_out)
+        yield descent.epoch(number, steps, good.processes)
+
+
+def good_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Rows (N, C) of this process's good images, with half the bits, and the numbers (N,) of these images; at most
+    ROWS, spread over all images, of all processes together."""
+    settings = model.settings
     per_image = math.ceil(ROWS / len(pairs.files))
-    if per_image < math.ceil(model.size / 8) ** 2:
+    if per_image < positions(model.size, model.backbone.stride):
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    generator = torch.Generator().manual_seed(model.settings["seed"])
+    generator = torch.Generator().manual_seed(settings.seed)
     parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
-    return torch.cat(parts)
+    rows = torch.cat(parts)
+    return rows, origins(rows, pairs.processes.part(range(len(pairs.files))))
 
 
-def painted_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Rows (N, C) of synthetic defects, and of x+ at the same places if the contrast needs them, else (0, C); with half
-    the bits."""
-    needs_both = model.settings["contrast_weight"] > 0 and model.settings["contrast"] == "cosine"
+def candidates(rows: Tensor, images: Tensor, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
+    """Some of the rows (N, C) of all processes, with the numbers (N,) of their images: CANDIDATES in all, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    count = math.ceil(CANDIDATES / good.processes.count)
+    chosen = torch.randperm(len(rows), generator=generator)[:count]
+    return good.processes.concatenated(rows[chosen]), good.processes.concatenated(images[chosen])
+
+
+@dataclass(frozen=True)
+class PaintedRows:
+    """Rows (A, C) of synthetic defects; if a loss asks for them, those of x+ at the same places, else None."""
+
+    anomalous: Tensor
+    untouched: Tensor | None
+
+
+def painted_rows(model: CLFlow, pairs: Pairs) -> PaintedRows:
+    """Rows of PAINTED synthetic defects, with half the bits."""
+    print(f"painting {PAINTED} synthetic defects", flush=True)
+    torch.manual_seed(model.settings.seed)  # which images are painted, and in which order
     anomalous, untouched = [], []
     for before, after, mask in pairs.painted(PAINTED):
         mask = mask.to(model.device)
         anomalous.append(touched_rows(model.features(after), mask).half())
-        untouched.append(touched_rows(model.features(before), mask).half() if needs_both else anomalous[-1][:0])
-    return torch.cat(anomalous), torch.cat(untouched)
+        if model.settings.needs_untouched:
+            untouched.append(touched_rows(model.features(before), mask).half())
+    return PaintedRows(torch.cat(anomalous), torch.cat(untouched) if untouched else None)
 
 
 def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
@@ -314,21 +364,31 @@ def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class RowFeed:
-    """Random batches for `Losses.forward`: of B normal rows and a quarter as many anomalous ones. Drawn with
-    replacement, so that few defects will do; which, depends on torch's seed."""
+    """What training draws from: rows of good images (N, C) and of painted defects, seen from the bank and whitened,
+    with half the bits. A batch has as many normal rows as it is large, and a quarter as many anomalous ones; drawn with
+    replacement, so that few defects will do."""
 
-    def __init__(self, normal: Tensor, anomalous: Tensor, untouched: Tensor, batch: int):
-        self.normal = normal
-        self.anomalous = anomalous
-        self.untouched = untouched
+    @torch.no_grad()
+    def __init__(self, model: CLFlow, rows: Tensor, painted: PaintedRows, batch: int):
+        self.device = model.device
         self.batch = batch
+        self.normal = torch.cat([model.whitening(part).half() for part in model.without_prototypes(rows)])
+        self.anomalous = whitened(model, painted.anomalous)
+        self.untouched = None if painted.untouched is None else whitened(model, painted.untouched)
 
-    def __len__(self) -> int:
-        return STEPS_PER_EPOCH
+    def draw(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch for `Losses.forward`; which, depends on torch's seed."""
+        normal = torch.randint(len(self.normal), (self.batch,))
+        anomalous = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
+        untouched = None if self.untouched is None else self.untouched[anomalous].float().to(self.device)
+        return (
+            self.normal[normal].float().to(self.device),
+            self.anomalous[anomalous].float().to(self.device),
+            untouched,
+        )
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for _ in range(STEPS_PER_EPOCH):
-            normal = self.normal[torch.randint(len(self.normal), (self.batch,))]
-            which = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
-            untouched = self.untouched[which] if len(self.untouched) else self.untouched
-            yield normal.float(), self.anomalous[which].float(), untouched.float()
+
+def whitened(model: CLFlow, rows: Tensor) -> Tensor:
+    """Rows y (N, C) -> w (N, K), a part at a time, with half the bits."""
+    parts = [model.whitening(model.relative(part.float())).half() for part in rows.split(CHUNK)]
+    return torch.cat(parts)

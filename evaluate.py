@@ -1,192 +1,31 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 
-from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
 import argparse
 import io
 import json
-import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from kit import data, draw, metrics, runs
+from kit import data, draw, runs
 from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_text
-from kit.images import load_image, photograph, read_image, read_mask, shape_of, turned
-from kit.inspection import judge_new, print_skipped, sentence
+from kit.images import read_image
+from kit.inspection import Inspection, judge_new, sentence, usable
+from kit.measuring import judge_tests, measure, readable_tests, report
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.processes import Processes, join_processes, keep_freed_memory
-from kit.progress import counted
-from kit.report import Entry, save_views, write_page
-from kit.verdict import Thresholds, Verdict, basis
+from kit.verdict import basis
 from kit.watching import watch
 from methods import load
 
-BATCH = 8
-OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
-REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
-
-
-# ---------------------------------------------------------------- a labelled test set
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a detector said of N test images: labels, scores (N,), maps and true masks (N, size, size), and the median
-    of milliseconds an image, without decoding."""
-
-    tests: list[data.LabelledImage]
-    labels: np.ndarray
-    scores: np.ndarray
-    maps: np.ndarray
-    masks: np.ndarray
-    milliseconds: float
-
-
-def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
-    """Judge test images; each process judges a part, and all get the whole."""
-    maps = torch.zeros(len(tests), model.size, model.size)
-    scores = torch.zeros(len(tests))
-    times = []
-    mine = list(range(processes.rank, len(tests), processes.count))
-    for start in counted(range(0, len(mine), BATCH), "judging test images", len(mine), BATCH):
-        rows = mine[start : start + BATCH]
-        images = data.read_batch([tests[i].path for i in rows], model.size)
-        started = time.perf_counter()
-        with torch.no_grad():
-            found_maps, found_scores = model(images)
-        maps[rows], scores[rows] = found_maps.cpu(), found_scores.cpu()
-        times.append(1000 * (time.perf_counter() - started) / len(images))
-    if processes.count > 1:  # each has filled rows of its own: their sum is the whole
-        dist.all_reduce(maps)
-        dist.all_reduce(scores)
-    labels = np.array([test.anomalous for test in tests])
-    masks = np.stack([read_mask(test.mask, model.size) for test in tests])
-    return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
-
-
-def unmasked(judged: Judged) -> int:
-    """How many defective images have no mask, or an empty one: with any such, pixel metrics would be wrong."""
-    return int((judged.labels & ~judged.masks.any(axis=(1, 2))).sum())
-
-
-def measure(judged: Judged) -> dict[str, float | None]:
-    """Image and pixel metrics; None where they are undefined."""
-    pixel = metrics.pixel_metrics(judged.maps, judged.masks)
-    if unmasked(judged):
-        pixel = dict.fromkeys(pixel)
-    return {**metrics.image_metrics(judged.labels, judged.scores), **pixel}
-
-
-def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
-    """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
-    tests = data.labelled_images(category)
-    good = set(usable([test.path for test in tests], skip_bad))
-    if not good:
-        raise InputError(f"--data {category}: not one of its test images can be read")
-    return [test for test in tests if test.path in good]
-
-
-def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
-    if not skip_bad:
-        return files
-    good, complaints = data.readable(files)
-    print_skipped(complaints, len(files))
-    return good
-
-
-def report(
-    model: Detector,
-    checkpoint: Path,
-    category: Path,
-    out: Path,
-    false_alarm: float,
-    skip_bad: bool,
-    processes: Processes,
-) -> None:
-    """Measure the `model` of a checkpoint on a category's test images; `out` gets metrics.json, report.html and
-    pictures/."""
-    judged = judge_tests(model, readable_tests(category, skip_bad), processes)
-    if not processes.first:
-        return  # its part is done
-    limits = model.thresholds(false_alarm)
-    print(basis(limits))
-    if missing := unmasked(judged):
-        print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
-    found = {
-        "checkpoint": checkpoint.name,
-        "category": category.resolve().name,
-        "data": str(category.resolve()),
-        **{name: model.settings.get(name) for name in ("method", "backbone", "size", "seed", "epochs")},
-        **measure(judged),
-        "ms_per_image": judged.milliseconds,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "false_alarm": false_alarm,
-        "threshold": limits.score,
-        "at_most": limits.at_most,
-        **metrics.shares_at(limits.score, judged.labels, judged.scores),
-    }
-    for name, value in found.items():
-        print(f"{name:14} {as_text(value)}")
-    found["operating_points"] = operating_points(model, judged)
-    for point in found["operating_points"]:
-        print("operating point", {name: as_text(value) for name, value in point.items()})
-    facts = {name: as_text(found[name]) for name in REPORTED}
-    draw_tests(model, judged, out, limits, facts | {"calibration": basis(limits)})
-    write_text(out / "metrics.json", json.dumps(found, indent=2) + "\n")
-    print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
-
-
-def as_text(value: object) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | None]]:
-    """What other rates of false alarms would give: their threshold, and what it does on the test images."""
-    points = []
-    for rate in OPERATING_POINTS:
-        limit = model.thresholds(rate).score
-        shares = metrics.shares_at(limit, judged.labels, judged.scores)
-        points.append({"false_alarm": rate, "threshold": limit, **shares})
-    return points
-
-
-def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, facts: dict[str, str]) -> None:
-    """report.html, with `facts` at its head, and pictures/<kind>/<file>.png of every test image. Those of an earlier
-    evaluation are removed."""
-    runs.remove(out, ("pictures", "report_files"))
-    entries = []
-    found = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
-    for test, score, heat, true in counted(found, "drawing pictures", len(judged.tests)):
-        name = f"{test.kind}/{test.path.name}"
-        image = turned(load_image(test.path))
-        verdict = model.verdict(float(score), heat, shape_of(image), limits)
-        photo = photograph(image, draw.LARGE)
-        mask = true if test.mask or not test.anomalous else None
-        title = f"{miss(verdict, test.anomalous)}{name}"
-        picture = draw.verdict_picture(photo, title, verdict, limits, mask)
-        draw.save_picture(out / "pictures" / test.kind / f"{test.path.name}.png", picture)
-        save_views(out, name, photo, verdict, limits, mask)
-        entries.append(Entry(name, test.kind, test.anomalous, float(score)))
-    title = f"{model.settings['category']}, {model.settings['method']}: {len(entries)} test images"
-    write_page(out, title, facts, limits.score, entries)
-
-
-def miss(verdict: Verdict, anomalous: bool) -> str:
-    """What went wrong, in capitals; nothing if the verdict is right."""
-    if verdict.anomalous == anomalous:
-        return ""
-    return "MISSED " if anomalous else "FALSE ALARM "
+# ---------------------------------------------------------------- epoch by epoch
 
 
 def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
@@ -194,14 +33,14 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in runs.kept_epochs(run, subfolders=True):
         model = load(file, device)
-        judged = judge_tests(model, readable_tests(Path(model.settings["data"]), skip_bad), processes)
-        found = measure(judged)
+        judged = judge_tests(model, readable_tests(Path(model.settings.data), skip_bad), processes)
+        figures = measure(judged)
         label = "/".join(file.resolve().parent.parts[-2:])
         epoch = runs.epoch_of(file)
-        print(f"{label}, epoch {epoch}:", {name: found[name] for name in lines}, flush=True)
+        print(f"{label}, epoch {epoch}:", {name: figures[name] for name in lines}, flush=True)
         for name in lines:
-            if found[name] is not None:
-                lines[name].setdefault(label, []).append((epoch, found[name]))
+            if figures[name] is not None:
+                lines[name].setdefault(label, []).append((epoch, figures[name]))
     charts = [draw.line_chart(f"{name} by epoch", by_run) for name, by_run in lines.items() if by_run]
     if not charts:
         raise InputError(f"{run}: no epoch_NN.pt in it, or nothing to measure it on; train with --keep-epochs")
@@ -215,17 +54,18 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 # ---------------------------------------------------------------- new good images
 
 
-def write_recalibrated(model: Detector, run: Path, folder: Path, false_alarm: float, skip_bad: bool) -> None:
+def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
-    files = usable(data.list_images(folder, subfolders=True), skip_bad)
+    model = work.model
+    files = usable(data.list_images(folder, subfolders=True), work.skip_bad)
     if len(files) < 2:
         raise InputError(f"--recalibrate {folder}: {len(files)} images there; give at least 2 good ones, better 50")
     taken = recalibrate(model, files)
     if len(taken) < len(files):
         print(f"took {len(taken)} of {len(files)} images, drawn at random")
-    model.settings["false_alarm"] = false_alarm
+    model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
-    to = run / runs.RECALIBRATED
+    to = work.out / runs.RECALIBRATED
     write_atomically(to, model.save)
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
@@ -233,18 +73,19 @@ def write_recalibrated(model: Detector, run: Path, folder: Path, false_alarm: fl
 # ---------------------------------------------------------------- one image, explained
 
 
-def explain(model: Detector, path: Path, out: Path, false_alarm: float) -> None:
-    """A picture of what happens to an image, step by step."""
+def explain(work: Inspection, path: Path) -> None:
+    """A picture of what happens to an image, step by step; `out` of the work is its file."""
+    model = work.model
     image = read_image(path, model.size)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
     stages = [(name, values.cpu().numpy()) for name, values in model.stages(images)]
     with torch.no_grad():
         maps, scores = model(images)
-    limits = model.thresholds(false_alarm)
+    limits = work.limits
     as_drawn = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
-    draw.save_picture(out, draw.explanation(image, path.name, stages, as_drawn, limits))
-    verdict = model.inspect(path, false_alarm)  # the same, but its boxes are in the photograph's own pixels
-    print(f"{path}: {sentence(verdict)}\nwrote {out}")
+    draw.save_picture(work.out, draw.explanation(image, path.name, stages, as_drawn, limits))
+    verdict = model.inspect(path, work.false_alarm)  # the same, but its boxes are in the photograph's own pixels
+    print(f"{path}: {sentence(verdict)}\nwrote {work.out}")
 
 
 # ---------------------------------------------------------------- to other programs
@@ -274,19 +115,19 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector) -> bytes:
     except ImportError as error:
         raise InputError("--export FILE.onnx: needs two more packages, pip install onnx onnxscript") from error
     names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
-    found = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     limits = model.thresholds()
     about = {
         "images": f"RGB in 0..1, (batch, 3, {model.size}, {model.size}), resized bilinear with antialiasing (Pillow)",
         "score_threshold": repr(limits.score),
         "map_threshold": repr(limits.heat),
-        "false_alarm": repr(model.false_alarm),
-        "category": str(model.settings.get("category")),
+        "false_alarm": repr(model.settings.false_alarm),
+        "category": model.settings.category,
     }
     for key, value in about.items():
-        entry = found.metadata_props.add()
+        entry = graph.metadata_props.add()
         entry.key, entry.value = key, value
-    return found.SerializeToString()
+    return graph.SerializeToString()
 
 
 # ---------------------------------------------------------------- the command line
@@ -361,31 +202,50 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint.name == runs.STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     model = load(checkpoint, device)
-    false_alarm = args.false_alarm or model.false_alarm
+    work = Inspection(
+        model,
+        checkpoint,
+        out=args.out or default_out(args, checkpoint, model),
+        false_alarm=args.false_alarm or model.settings.false_alarm,
+        skip_bad=bool(args.skip_bad),
+        processes=processes,
+    )
+    if is_test(args):
+        return measure_category(work, args.data or Path(model.settings.data), args.out is not None)
+    if not processes.first:  # one judges new images for all
+        return None
     if args.explain:
-        if processes.first:
-            explain(model, args.explain, args.out or Path("explained.png"), false_alarm)
-        return None
+        return explain(work, args.explain)
     if args.recalibrate:
-        if processes.first:
-            write_recalibrated(model, checkpoint.parent, args.recalibrate, false_alarm, args.skip_bad)
-        return None
+        return write_recalibrated(work, args.recalibrate)
     if args.watch:
-        if processes.first:
-            watch(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm)
-        return None
+        return watch(work, args.images)
+    return judge_new(work, args.images)
+
+
+def is_test(args: argparse.Namespace) -> bool:
+    """Whether a labelled test set is to be measured."""
+    return not (args.explain or args.recalibrate or args.images)
+
+
+def default_out(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
+    """Where what is found goes if --out does not say so."""
+    if args.explain:
+        return Path("explained.png")
+    if args.recalibrate:
+        return checkpoint.parent
     if args.images:
-        if processes.first:
-            judge_new(model, checkpoint, args.images, args.out or Path("predictions"), false_alarm, args.skip_bad)
-        return None
-    own_data = Path(model.settings["data"])
-    category = args.data or own_data
-    out = args.out or results_folder(checkpoint, category, own_data)
-    refuse_inside(out, category / "test")
-    if args.out and (out / "pictures").exists() and not (out / "report_files").exists():
-        raise InputError(f"--out {out}: has pictures in it, which are no evaluation's; give another --out")
-    report(model, checkpoint, category, out, false_alarm, args.skip_bad, processes)
-    return None
+        return Path("predictions")
+    own_data = Path(model.settings.data)
+    return results_folder(checkpoint, args.data or own_data, own_data)
+
+
+def measure_category(work: Inspection, category: Path, is_out_given: bool) -> None:
+    """`report`, unless it would write over what is not its own."""
+    refuse_inside(work.out, category / "test")
+    if is_out_given and (work.out / "pictures").exists() and not (work.out / "report_files").exists():
+        raise InputError(f"--out {work.out}: has pictures in it, which are no evaluation's; give another --out")
+    report(work, category)
 
 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:

@@ -1,7 +1,10 @@
 """2D normalizing flow: affine couplings with convolutional subnets (RealNVP, arXiv 1605.08803; FastFlow, 2111.07677).
 
 An invertible map x -> z with a cheap Jacobian determinant:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
-Shapes: x and z (B, C, H, W); log-determinants (B, H, W), one term for each position, whose sum is that of the map."""
+Shapes: x and z (B, C, H, W); log-determinants (B, H, W), one term for each position, whose sum is that of the map. With
+1x1 kernels positions do not see each other, and rows (N, C) will do as well."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 class Coupling(nn.Module):
     """One flow step: half of the channels scales and shifts the other half, then all are scaled, moved and permuted.
 
-        x = [a, b];   [r, t] = subnet(a);   s = clamp tanh(0.1 r);   b' = b exp(s) + t
+        x = [a, b];   [u, t] = subnet(a);   s = clamp tanh(0.1 u);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
     The subnet need not be invertible: `a` is kept, so that s and t can be computed again on the way back. The soft
@@ -36,9 +39,9 @@ class Coupling(nn.Module):
 
     def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """s and t of the changed half, each (B, changed, H, W), from the kept half (B, kept, H, W)."""
-        r, t = self.subnet(a).split(self.changed, dim=1)
-        r = r.to(a.dtype)  # under autocast the convolutions are in bfloat16; t is promoted when it is added
-        tanh = 2 * torch.sigmoid(0.2 * r) - 1  # tanh(0.1 r); on CPUs tanh itself takes seven times as long
+        u, t = self.subnet(a).split(self.changed, dim=1)
+        u = u.to(a.dtype)  # under autocast the convolutions are in bfloat16; t is promoted when it is added
+        tanh = 2 * torch.sigmoid(0.2 * u) - 1  # tanh(0.1 u); on CPUs tanh itself takes seven times as long
         return self.clamp * tanh, t
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,8 @@ class Coupling(nn.Module):
 class Flow2D(nn.Module):
     """`steps` couplings on maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps.
 
-    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact."""
+    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W), or, with 1x1 kernels only, rows
+    (N, C), of which log_det is (N,)."""
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()
@@ -74,6 +78,9 @@ class Flow2D(nn.Module):
             self.steps.append(Coupling(channels, kernel_sizes[i % len(kernel_sizes)], hidden_ratio))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.ndim == 2:
+            z, log_det = self(as_map(x))
+            return z.permute(0, 2, 3, 1).flatten(0, 2), log_det.flatten()
         log_dets = []
         for step in self.steps:
             x, log_det = step(x)
@@ -84,3 +91,9 @@ class Flow2D(nn.Module):
         for step in reversed(self.steps):
             z = step.inverse(z)
         return z
+
+
+def as_map(rows: Tensor) -> Tensor:
+    """Rows (N, C) as one map (1, C, H, W), W up to 64: convolutions take a fifth longer on a line of N positions."""
+    width = math.gcd(len(rows), 64)
+    return rows.view(1, -1, width, rows.shape[1]).permute(0, 3, 1, 2)

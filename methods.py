@@ -1,71 +1,45 @@
-"""The table of methods: what --method may name, and what each brings. A new one is a line here."""
+"""The table of methods: what --method may name, and what each brings. A new one is an entry here."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-
-from torch import nn
 
 import autoencoder
 import clflow
 import nearest
-from kit.detector import Detector, read_checkpoint
+from kit.detector import Detector, Settings, read_checkpoint
 from kit.errors import InputError
+from kit.training import Epoch
 
 
 @dataclass(frozen=True)
 class Method:
-    """A detector and the losses that train it, if anything is trained; the `defaults` of its options, of which train.py
-    refuses all others; and what differs for the demo, which is small and has no weights but pip's."""
+    """A detector; the loop that trains it, a generator `train(model, good images, progress)`; and what differs for the
+    demo, which is small and has no weights but pip's."""
 
     detector: type[Detector]
-    losses: type[nn.Module] | None
-    defaults: dict[str, object]
+    train: Callable[..., Iterator[Epoch]]
     demo_defaults: dict[str, object]
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """The options of the method, those of its settings that are not facts; train.py refuses all others."""
+        facts = {field.name for field in fields(Settings)}
+        return {field.name: field.default for field in fields(self.detector.SETTINGS) if field.name not in facts}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there are epochs of anything."""
+        return "epochs" in self.defaults
 
 
 METHODS = {
-    "clflow": Method(
-        detector=clflow.CLFlow,
-        losses=clflow.Losses,
-        defaults={
-            "size": 384,
-            "epochs": 8,
-            "batch": 8192,
-            "lr": 2e-3,
-            "textures": None,
-            "backbone": "resnet18",
-            "weights": None,
-            "bank": 8000,
-            "local": True,
-            "steps": 2,
-            "classification_weight": 1.0,
-            "smoothing": 0.1,
-            "contrast_weight": 0.0,
-            "contrast": "energy",
-            "temperature": 1.0,
-        },
-        demo_defaults={"backbone": "efficientnet_lite0"},
-    ),
-    "patchcore": Method(
-        detector=nearest.Nearest,
-        losses=None,
-        defaults={"size": 384, "backbone": "resnet18", "weights": None, "bank": 8000, "local": True},
-        demo_defaults={"backbone": "efficientnet_lite0"},
-    ),
+    "clflow": Method(clflow.CLFlow, clflow.train, {"backbone": "efficientnet_lite0"}),
+    "nearest": Method(nearest.Nearest, nearest.train, {"backbone": "efficientnet_lite0"}),
     "autoencoder": Method(
-        detector=autoencoder.Autoencoder,
-        losses=autoencoder.Losses,
-        defaults={
-            "size": 256,
-            "epochs": 20,
-            "batch": 8,
-            "lr": 2e-3,
-            "textures": None,
-            "backbone": "resnet18",
-            "weights": None,
-            "bank": 4000,
-        },
-        demo_defaults={"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
+        autoencoder.Autoencoder,
+        autoencoder.train,
+        {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
     ),
 }
 

@@ -1,18 +1,24 @@
-"""PatchCore (Roth et al., arXiv 2106.08265), the honest rival: a bank of normal features, and how far an image's
-features are from it. Nothing is trained. What a flow learns has to beat this, and stands on the same bank.
+"""The nearest neighbour, the honest rival: a bank of prototypes, normal features that cover all others, and how far an
+image's features are from it, in units of the bank's spacing there. Nothing is trained. What a flow learns has to beat
+this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore (arXiv 2106.08265).
 
-Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) at stride 8; rows (N, C): one feature for each
-position of each image."""
+Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) of the backbone; rows y (N, C): one feature for each
+position of each image. A bank has P prototypes p."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.backbone import Backbone, as_rows, joined
-from kit.detector import Detector
+from kit import data
+from kit.backbone import BACKBONES, as_rows
+from kit.detector import Detector, Settings
+from kit.good import GoodImages
+from kit.progress import counted
+from kit.training import Epoch
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions in which the bank is chosen
@@ -23,10 +29,10 @@ FAR = -1e30  # what no row is near to; infinity times zero would not be a number
 
 
 class Prototypes(nn.Module):
-    """A bank of M normal features that cover all others, and its `spacing` (M,): the mean distance of each to its own 5
+    """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each to its own 5
     nearest (after REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together:
-    what is near, and what is far, has to be asked place by place. The bank (M, C) is kept less its `centre` (C,), with
-    its `origin` (M,): the number of the training image that each comes from."""
+    what is near, and what is far, has to be asked place by place. The bank (P, C) is kept less its `centre` (C,), with
+    its `origin` (P,): the number of the training image that each comes from."""
 
     def __init__(self, count: int, channels: int):
         super().__init__()
@@ -36,7 +42,7 @@ class Prototypes(nn.Module):
         self.register_buffer("origin", torch.zeros(count, dtype=torch.long))
 
     def fit(self, candidates: Tensor, origin: Tensor, generator: torch.Generator) -> None:
-        """Choose the bank from normal rows (N, C), N >= M, of the training images with these numbers (N,)."""
+        """Choose the bank from normal rows (N, C), N >= P, of the training images with these numbers (N,)."""
         candidates = candidates.float()
         self.centre.copy_(candidates.mean(dim=0))
         candidates = candidates - self.centre
@@ -69,9 +75,9 @@ class Prototypes(nn.Module):
         return torch.cat(found)
 
     def keys(self, dtype: torch.dtype, without: int | None) -> Tensor:
-        """What a row's product with is the higher the nearer a prototype p is, |x - p|^2 = |x|^2 - 2 (x p - |p|^2 / 2):
-        (p, -|p|^2 / 2), for rows (x, 1). The second part is split into its coarse and its fine bits, in two columns; as
-        many keys as fill whole groups, (M', C + 2)."""
+        """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
+        (p, -|p|^2 / 2), for rows (y, 1). The second part is split into its coarse and its fine bits, in two columns; as
+        many keys as fill whole groups, (P', C + 2)."""
         bias = self.bank.square().sum(dim=1) / -2
         if without is not None:
             bias[self.origin == without] = FAR
@@ -119,11 +125,16 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(chosen, device=rows.device)
 
 
-def prototype_count(settings: dict, size: int) -> int:
-    """How many prototypes --bank N makes of images that the backbone sees at size x size: N, or of few images a tenth
-    of their rows, so that others are left to be seen from them."""
-    rows = (settings["images"] - settings["held_out"]) * math.ceil(size / 8) ** 2
-    return min(settings["bank"], math.ceil(rows / 10), CANDIDATES)
+def prototype_count(settings: Settings, positions: int) -> int:
+    """How many prototypes --bank N makes of images with so many positions: N, or of few images a tenth of their rows,
+    so that others are left to be seen from them."""
+    rows = (settings.images - settings.held_out) * positions
+    return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
+
+
+def positions(size: int, stride: int) -> int:
+    """Of a size x size image, for a backbone of this stride."""
+    return math.ceil(size / stride) ** 2
 
 
 def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -135,9 +146,23 @@ def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat(kept)
 
 
-def origins(rows: Tensor, images: int) -> Tensor:
-    """The number (N,) of the image that each of rows (N, C) came from; all have given as many."""
-    return torch.arange(images).repeat_interleave(len(rows) // images)
+def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
+    """The numbers (N,) of the images that rows (N, C) came from: these, in their order; all have given as many."""
+    return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
+
+
+# ---------------------------------------------------------------- the detector
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestSettings(Settings):
+    """The options of the nearest neighbour, and their defaults."""
+
+    method: str = "nearest"
+    size: int = 384
+    backbone: str = "resnet18"
+    bank: int = 8000
+    local: bool = True
 
 
 class Nearest(Detector):
@@ -146,39 +171,36 @@ class Nearest(Detector):
     With `local`, spacing is that of the bank there; without, the bank's mean, which is PatchCore's distance, up to a
     factor."""
 
+    SETTINGS = NearestSettings
     CAN_LEAVE_OUT = True
 
-    def __init__(self, settings: dict):
-        backbone = Backbone(settings["backbone"])
-        super().__init__(settings, experts=1)
-        self.backbone = backbone
-        self.prototypes = Prototypes(prototype_count(settings, self.size), sum(backbone.channels()[1:]))
+    def __init__(self, settings: NearestSettings):
+        backbone = BACKBONES[settings.backbone]()
+        super().__init__(settings, backbone, experts=1)
+        count = prototype_count(settings, positions(self.size, backbone.stride))
+        self.prototypes = Prototypes(count, backbone.channels)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, h, w): strides 8 and 16, joined at stride 8."""
-        with self.autocast():
-            return joined(self.backbone(images.to(self.device)))
+    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+        return [self.energies_of(self.features(images), without)]
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, without: int | None = None) -> Tensor:
-        """E (B, 1, h, w)."""
-        return self.energies(self.features(images), without)
+    def energies_of(self, x: Tensor, without: int | None = None) -> Tensor:
+        """Features (B, C, h, w) -> E (B, h, w)."""
+        return self.prototypes.energies(x, self.settings.local, self.dtype, without)
 
-    def energies(self, x: Tensor, without: int | None = None) -> Tensor:
-        """Features (B, C, h, w) -> E (B, 1, h, w)."""
-        return self.prototypes.energies(x, self.settings["local"], self.dtype, without)[:, None]
 
-    def judge(self, code: Tensor) -> list[Tensor]:
-        return [code[:, 0]]
-
-    @torch.no_grad()
-    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Load the backbone's ImageNet weights; choose the bank from the features of normal images."""
-        self.backbone.load_imagenet(weights)
-        generator = torch.Generator().manual_seed(self.settings["seed"])
-        count = self.settings["images"] - self.settings["held_out"]
-        per_image = math.ceil(CANDIDATES / count)
-        candidates = torch.cat([spread(self.features(batch), per_image, generator) for batch in images])
-        self.prototypes.fit(candidates, origins(candidates, count), generator)
+@torch.no_grad()
+def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+    """Choose the bank from the features of good images, and calibrate. There are no epochs: what is yielded is number
+    0."""
+    if progress is None:
+        generator = torch.Generator().manual_seed(model.settings.seed)
+        per_image = math.ceil(CANDIDATES / len(good.trained_on))
+        batches = data.batches(good.trained_on, model.size)
+        counting = counted(batches, "features of images", len(good.trained_on), each=8)
+        candidates = torch.cat([spread(model.features(images), per_image, generator) for images in counting])
+        numbers = range(len(good.trained_on))
+        model.prototypes.fit(candidates, origins(candidates, numbers), generator)
+    model.calibrate(model.energies(images) for images in data.batches(good.held_out, model.size))
+    yield Epoch(0, {}, {"epoch": 0})

@@ -1,175 +1,136 @@
 """Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 
-from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
 import argparse
 import json
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn, optim
 
-import clflow
-import evaluate
 from kit import data, draw, runs
 from kit.backbone import BACKBONES
 from kit.calibration import add_training_images, show_suspects
 from kit.demo import draw_demo
-from kit.detector import FALSE_ALARM, Detector, read_checkpoint
+from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.files import write_atomically, write_table, write_text
+from kit.good import GoodImages, held_out_count, split
+from kit.inspection import Inspection, usable
+from kit.measuring import report, results_table
 from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
-from kit.pairs import PairFeed, Pairs
-from kit.processes import ALONE, Processes, join_processes, keep_freed_memory
-from kit.progress import counted
-from kit.table import results_table
+from kit.processes import Processes, join_processes, keep_freed_memory
+from kit.training import Epoch
 from methods import METHODS, load
-from synth import synthesize
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: of one category, with one seed, into one folder. `settings` are what the checkpoint keeps."""
+    """One training: of one category, with one seed, into one folder."""
 
     category: Path
     files: list[Path]  # its good images
-    settings: dict
+    settings: Settings
     out: Path
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def train_epoch(
-    losses: nn.Module,
-    batches: Iterable[tuple[Tensor, ...]],
-    optimizer: optim.Optimizer,
-    schedule: optim.lr_scheduler.LRScheduler,
-) -> dict[str, float]:
-    """A step for each batch; the means of the losses by name. Raises InputError if training diverges."""
-    parameters = optimizer.param_groups[0]["params"]
-    steps = []
-    for batch in batches:
-        found = losses(*(part.to(parameters[0].device) for part in batch))
-        loss = found["loss"]
-        if not loss.isfinite():
-            raise InputError(f"--lr: training diverged to {loss.item()}; try a lower learning rate")
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        steps.append([value.item() for value in found.values()])
-    return dict(zip(found, torch.tensor(steps).mean(dim=0).tolist(), strict=True))
-
-
-def mean_over_processes(values: dict[str, float], processes: Processes) -> dict[str, float]:
-    """The losses of all processes; each has seen its part of every batch."""
-    if processes.count == 1:
-        return values
-    shared = torch.tensor(list(values.values())) / processes.count
-    dist.all_reduce(shared)
-    return dict(zip(values, shared.tolist(), strict=True))
-
-
-def make_optimizer(
-    losses: nn.Module, settings: dict, steps_per_epoch: int, progress: dict | None
-) -> tuple[optim.Optimizer, optim.lr_scheduler.LRScheduler]:
-    """Adam and one cycle of its learning rate over all epochs, where a stopped training left them."""
-    parameters = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = optim.Adam(parameters, settings["lr"], weight_decay=losses.WEIGHT_DECAY)
-    steps = settings["epochs"] * steps_per_epoch
-    schedule = optim.lr_scheduler.OneCycleLR(optimizer, settings["lr"], steps, pct_start=0.11)
-    if progress:
-        optimizer.load_state_dict(progress["optimizer"])
-        schedule.load_state_dict(progress["schedule"])
-    return optimizer, schedule
-
-
-def fit(
-    model: Detector,
-    losses: nn.Module,
-    feed: clflow.RowFeed | PairFeed,
-    held_out: list[Path],
-    trained_on: list[Path],
-    run: Run,
-    progress: dict | None,
-    keep_epochs: bool,
-    processes: Processes,
-) -> None:
-    """Train `model`, from `progress` on if there is one. The number of epochs is fixed, and the last one counts; it is
-    calibrated after each, on held-out images.
-
-    As long as there is a state.pt in the run's folder, it counts, and has all that --resume needs: it is written before
-    anything of an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
-    settings = run.settings
-    codes = [model.encode(images).half() for images in data.batches(held_out, model.size)]
-    optimizer, schedule = make_optimizer(losses, settings, len(feed), progress)
-    log = progress["log"] if progress else []
-    if processes.count > 1:
-        losses = nn.parallel.DistributedDataParallel(losses)
-
-    def save_state() -> None:
-        """A usable checkpoint, whenever training is stopped, and what it takes to go on."""
-        model.refit(data.batches(trained_on, model.size))
-        model.calibrate(code.float() for code in codes)
-        state = {"log": log, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        state["files"] = names(run)
-        if processes.first:
-            write_atomically(run.out / runs.STATE, lambda to: model.save(to, state))
-
-    save_state()
-    if processes.first and not log:
-        runs.remove_stale(run.out)
-    for epoch in range(len(log) + 1, settings["epochs"] + 1):
-        started = time.perf_counter()
-        torch.manual_seed(settings["seed"] + 10_000 * epoch)  # so that --resume need not know the generator's state
-        batches = counted(feed.batches(epoch), f"epoch {epoch}/{settings['epochs']}, steps", len(feed))
-        means = mean_over_processes(train_epoch(losses, batches, optimizer, schedule), processes)
-        seconds = time.perf_counter() - started
-        means["steps_per_second"] = len(feed) / seconds
-        print_epoch(epoch, settings["epochs"], means, seconds)
-        log.append({"epoch": epoch, **{name: round(value, 5) for name, value in means.items()}})
-        if processes.first:
-            write_log(run.out, log)
-        save_state()
-        if keep_epochs and processes.first:
-            write_atomically(runs.epoch_file(run.out, epoch), model.save)
-
-
-def print_epoch(epoch: int, epochs: int, means: dict[str, float], seconds: float) -> None:
-    text = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-    print(f"epoch {epoch}/{epochs}: {text}, {seconds * (epochs - epoch):.0f} s left", flush=True)
-
-
-def write_log(out: Path, log: list[dict]) -> None:
-    """log.csv, a row an epoch, and loss.png, a line for each part of the loss."""
-    write_table(out / "log.csv", log)
-    parts = [name for name in log[0] if name not in ("epoch", "loss", "steps_per_second")]
-    lines = {name: [(row["epoch"], row[name]) for row in log] for name in parts}
-    draw.save_picture(out / "loss.png", draw.line_chart("losses by epoch", lines))
 
 
 # ---------------------------------------------------------------- one run
 
 
-def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
-    """(held out, trained on), at random. A tenth is held out for the calibration; of few images at least eight, or a
-    quarter; at most 1000."""
-    count = held_out_count(len(files))
-    order = np.random.default_rng(seed).permutation(len(files))
-    return [files[i] for i in order[:count]], [files[i] for i in order[count:]]
+def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
+    """Train on the run's good images, calibrate on some that are held out; its folder gets model.pt and log.csv.
+
+    As long as there is a state.pt in it, it counts, and has all that --resume needs: it is written before anything of
+    an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
+    method = METHODS[run.settings.method]
+    model, progress = begin(run, args)
+    if model is None:
+        print(f"{run.out} is finished already")
+        return
+    good = GoodImages(*split(run.files, run.settings.seed), textures, processes)
+    if len(good.trained_on) < processes.count:
+        raise InputError(f"{processes.count} processes, and {len(good.trained_on)} images to train on: start fewer")
+    print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out", flush=True)
+    log = progress["log"] if progress else []
+    started = time.perf_counter()
+    for epoch in method.train(model, good, progress):
+        if epoch.losses:
+            seconds = time.perf_counter() - started
+            print_epoch(epoch, run.settings.epochs, seconds)
+            log.append({"epoch": epoch.number, **rounded(epoch.losses), "seconds": round(seconds, 2)})
+        if processes.first:
+            keep(epoch, model, log, run, args.keep_epochs)
+        started = time.perf_counter()
+    finish(model, good, run)
+    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
-def held_out_count(images: int) -> int:
-    tenth = min(1000, round(images / 10))
-    return max(1, tenth, min(8, images // 4))
+def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
+    """A new model with ImageNet weights; or, with --resume, where a stopped run was: its model and progress. None if
+    there is nothing left to do."""
+    detector = METHODS[run.settings.method].detector
+    checkpoint = resumable(run, args)
+    if checkpoint is None:
+        torch.manual_seed(run.settings.seed)
+        model = detector(run.settings).eval()
+        model.backbone.load_imagenet(args.weights)
+        return model.to(args.device), None
+    check_resumable(run, checkpoint)
+    progress = checkpoint["progress"]
+    if progress is None:
+        return None, None
+    return detector.restore(checkpoint, args.device), progress
+
+
+def resumable(run: Run, args: argparse.Namespace) -> dict | None:
+    """The checkpoint that --resume goes on from, if it is given and there is one."""
+    path = runs.checkpoint_of(run.out)
+    return read_checkpoint(path) if args.resume and path.exists() else None
+
+
+def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: bool) -> None:
+    """After an epoch: log.csv, loss.png, and state.pt, a usable checkpoint, whenever training is stopped, and what it
+    takes to go on."""
+    if log:
+        write_log(run.out, log)
+    progress = epoch.progress | {"log": log, "files": names(run)}
+    write_atomically(run.out / runs.STATE, lambda to: model.save(to, progress))
+    if epoch.number == 0:
+        runs.remove_stale(run.out)
+    elif keep_epochs:
+        write_atomically(runs.epoch_file(run.out, epoch.number), model.save)
+
+
+def rounded(losses: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in losses.items()}
+
+
+def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:
+    text = ", ".join(f"{name} {value:.3g}" for name, value in epoch.losses.items())
+    left = seconds * (epochs - epoch.number)
+    print(f"epoch {epoch.number}/{epochs}: {text}, {seconds:.1f} s, {left:.0f} s left", flush=True)
+
+
+def write_log(out: Path, log: list[dict]) -> None:
+    """log.csv, a row an epoch, and loss.png, a line for each part of the loss."""
+    write_table(out / "log.csv", log)
+    parts = [name for name in log[0] if name not in ("epoch", "loss", "seconds")]
+    lines = {name: [(row["epoch"], row[name]) for row in log] for name in parts}
+    draw.save_picture(out / "loss.png", draw.line_chart("losses by epoch", lines))
+
+
+def finish(model: Detector, good: GoodImages, run: Run) -> None:
+    """Calibrate a trained model on all good images, and write it."""
+    numbers = add_training_images(model, good)
+    if not good.processes.first:
+        return
+    show_suspects(model, good, numbers, run.out)
+    write_atomically(run.out / runs.MODEL, model.save)
+    runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
 
 
 def names(run: Run) -> list[str]:
@@ -180,7 +141,7 @@ def names(run: Run) -> list[str]:
 def check_resumable(run: Run, checkpoint: dict) -> None:
     """Raises InputError if the run had other settings or, as far as the checkpoint still tells, other images."""
     then = checkpoint["settings"]
-    for name, value in run.settings.items():
+    for name, value in asdict(run.settings).items():
         if name not in ("images", "held_out") and then.get(name) != value:
             was = then.get(name)
             raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
@@ -200,54 +161,6 @@ def complain_of_files(files: set[str], what: str) -> None:
     raise InputError(f"--resume: {min(files)} {what}{others}: {consequence}")
 
 
-def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
-    """Train on the run's good images, calibrate on some that are held out; its folder gets model.pt and log.csv."""
-    method = METHODS[run.settings["method"]]
-    progress = None
-    if args.resume and runs.checkpoint_of(run.out).exists():
-        checkpoint = read_checkpoint(runs.checkpoint_of(run.out))
-        check_resumable(run, checkpoint)
-        progress = checkpoint["progress"]
-        if progress is None:
-            print(f"{run.out} is finished already")
-            return
-        model = method.detector.restore(checkpoint)
-    else:
-        torch.manual_seed(run.settings["seed"])
-        model = method.detector(run.settings).eval()
-    model.to(args.device)
-    held_out, trained_on = split(run.files, run.settings["seed"])
-    if len(trained_on) < processes.count:
-        raise InputError(f"{processes.count} processes, and {len(trained_on)} images to train on: start fewer")
-    print(f"reading {len(run.files)} images, of which {len(held_out)} are held out", flush=True)
-    if not progress:
-        batches = counted(data.batches(trained_on, model.size), "features of images", len(trained_on), each=8)
-        model.prepare(batches, args.weights)
-    if method.losses is None:
-        model.calibrate(model.encode(images) for images in data.batches(held_out, model.size))
-        if processes.first:
-            runs.remove_stale(run.out)
-    else:
-        losses = method.losses(model)
-        pairs = Pairs(
-            trained_on, textures, synthesize, model.size, run.settings["seed"], losses.IMAGES_PER_EPOCH, processes
-        )
-        feed = losses.feed(pairs, run.settings["batch"], fresh=progress is None)
-        fit(model, losses, feed, held_out, trained_on, run, progress, args.keep_epochs, processes)
-    finish(model, held_out, trained_on, run, processes)
-    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
-
-
-def finish(model: Detector, held_out: list[Path], trained_on: list[Path], run: Run, processes: Processes) -> None:
-    """Calibrate a trained model on all good images, and write it."""
-    numbers = add_training_images(model, trained_on, processes)
-    if not processes.first:
-        return
-    show_suspects(model, held_out, trained_on, numbers, run.out)
-    write_atomically(run.out / runs.MODEL, model.save)
-    runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
-
-
 # ---------------------------------------------------------------- all runs
 
 
@@ -259,21 +172,20 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
             read_folders.append(args.textures)
-        files = evaluate.usable(data.list_images(folder), args.skip_bad)
+        files = usable(data.list_images(folder), args.skip_bad)
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / category.resolve().name / f"seed{seed}" if several else out
             runs.check_out(target, category, read_folders, args.resume)
-            settings = {
-                "method": args.method,
+            settings = METHODS[args.method].detector.SETTINGS(
+                seed=seed,
+                data=str(category.resolve()),
+                category=category.resolve().name,
+                images=len(files),
+                held_out=held_out_count(len(files)),
                 **options,
-                "seed": seed,
-                "data": str(category.resolve()),
-                "category": category.resolve().name,
-                "images": len(files),
-                "held_out": held_out_count(len(files)),
-            }
+            )
             planned.append(Run(category, files, settings, target))
     return planned
 
@@ -287,6 +199,8 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     categories = data.category_folders(args.data)
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
+    if args.weights and all(resumable(run, args) for run in planned):
+        refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
     if several:
         mine = planned[processes.rank :: processes.count]
         if not args.resume:
@@ -312,7 +226,7 @@ def measured(run: Run) -> dict | None:
     if not path.exists():
         return None
     metrics = json.loads(path.read_text())
-    expected = {"checkpoint": runs.MODEL, "data": run.settings["data"], "false_alarm": FALSE_ALARM}
+    expected = {"checkpoint": runs.MODEL, "data": run.settings.data, "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 
 
@@ -321,7 +235,7 @@ def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     if data.has_tests(run.category) and measured(run) is None:
         checkpoint = run.out / runs.MODEL
         model = load(checkpoint, args.device)
-        evaluate.report(model, checkpoint, run.category, run.out, FALSE_ALARM, args.skip_bad, ALONE)
+        report(Inspection(model, checkpoint, run.out, FALSE_ALARM, bool(args.skip_bad)), run.category)
 
 
 def write_results(planned: list[Run], out: Path) -> None:
@@ -345,9 +259,10 @@ def option_parser() -> Parser:
     add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
     add(
         "--method",
-        choices=METHODS,
+        type=method_name,
+        metavar="{" + ",".join(METHODS) + "}",
         default="clflow",
-        help="patchcore: nearest.py; autoencoder: autoencoder.py (clflow)",
+        help="clflow, the default, or one of the others, each in the file of its name",
     )
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
     add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
@@ -383,16 +298,26 @@ def option_parser() -> Parser:
     return parser
 
 
+def method_name(name: str) -> str:
+    """A method's name. Raises argparse's error for anything else; the former name of one is told."""
+    if name == "patchcore":
+        hint = "is called nearest now; PatchCore's own distance is --method nearest --no-local"
+        raise argparse.ArgumentTypeError(f"patchcore {hint}")
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(METHODS)}")
+    return name
+
+
 def default_text(name: str, meaning: str = "") -> str:
     """The help of an option: its meaning, and its default for each method and for the demo, where they differ."""
-    found = []
+    defaults = []
     for label, method in METHODS.items():
         if name in method.defaults:
             text = f"{label} {method.defaults[name]}"
             if name in method.demo_defaults:
                 text += f", demo {method.demo_defaults[name]}"
-            found.append(text)
-    return f"{meaning} ({'; '.join(found)})".strip()
+            defaults.append(text)
+    return f"{meaning} ({'; '.join(defaults)})".strip()
 
 
 RANGES = {
@@ -433,10 +358,9 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
     if args.method == "clflow" and not options["local"]:
         refuse_without_effect(args, ["bank"], "with --no-local")
-    options.pop("weights", None)  # not what is learnt, but where it lies
     if args.textures:
         options["textures"] = str(args.textures.resolve())
-    if method.losses is None:
+    if not method.is_trained:
         refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
     return options
 
@@ -445,10 +369,10 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
         return []
-    found = evaluate.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
-    if not found:
+    textures = usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
+    if not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
-    return found
+    return textures
 
 
 def main(arguments: list[str] | None = None) -> None:

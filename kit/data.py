@@ -1,15 +1,18 @@
 """Folders of images: the layouts people have, and batches of what lies in them."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from kit.ahead import ahead
 from kit.errors import InputError
 from kit.images import SUFFIXES, read_image
+
+Item = TypeVar("Item")
 
 GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
 
@@ -104,3 +107,14 @@ def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tens
     """Images of `files` in their order, as (<= batch, 3, size, size) tensors."""
     starts = range(0, len(files), batch)
     yield from ahead(read_batch(files[start : start + batch], size) for start in starts)
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, each made in a thread while the one before is used: the next images are decoded while the network sees
+    these. What is raised there is raised here."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item

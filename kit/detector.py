@@ -4,6 +4,7 @@ Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for e
 
 import contextlib
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
-from kit.verdict import Thresholds, Verdict, judge, thresholds
+from kit.verdict import Thresholds, Verdict, decide, thresholds
 
-FORMAT = 6  # of the checkpoint
+FORMAT = 7  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
 
 
@@ -49,47 +51,58 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a detector was made with: plain values, which the checkpoint keeps. These are facts; each method's own class
+    adds its options, with their defaults. `size` and `backbone` are among them."""
+
+    method: str
+    images: int  # good ones, of which
+    held_out: int  # calibrate and are not trained on
+    seed: int = 0
+    data: str = ""  # the folder they came from
+    category: str = ""  # its name
+    false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
+
+
 class Detector(nn.Module):
-    """Base of the methods; each adds `judge`, `encode` if a part of it is frozen, `prepare` if there is something to
-    fit before training, and `refit` if there is something to fit after it.
+    """Base of the methods; each adds `energies`, and names the class of its settings.
 
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
-    verdicts (`inspect`), and writes itself to a checkpoint (`save`). `settings` are plain values that the checkpoint
-    keeps: the method's options, `size`, and so on. Fitted on normal images that training has not seen: `levels` and
-    `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps' maxima of n of them.
-    A method that can judge a training image as if it were new, `encode(image, without=its number)`, says so."""
+    verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images that training has not
+    seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
+    maxima of n of them. A method that can judge a training image as if it were new, `energies(image, without=its
+    number)`, says so."""
 
+    SETTINGS: type[Settings]
     CAN_LEAVE_OUT = False
 
-    def __init__(self, settings: dict, experts: int):
+    def __init__(self, settings: Settings, backbone: Backbone | None, experts: int):
         super().__init__()
         self.settings = settings
-        self.size: int = settings["size"]
+        self.size: int = settings.size
+        self.backbone = backbone
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
 
-    def encode(self, images: Tensor) -> Tensor:
-        """All that training never changes, of images (B, 3, size, size): what `judge` takes."""
-        return images.to(self.device)
-
-    def judge(self, code: Tensor) -> list[Tensor]:
-        """Energies (B, h, w) of each of S experts; high is anomalous. What a method is."""
+    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+        """Energies (B, h, w) of each of S experts, of images (B, 3, size, size); high is anomalous. What a method is.
+        If it can, as if the training image number `without` had not been there."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The frozen backbone's, (B, C, h, w), of images (B, 3, H, W)."""
+        with self.autocast():
+            return self.backbone.features(images.to(self.device))
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
         """For a figure: what happens to one image (1, 3, size, size) on its way to the energies, step by step, as
         (what it is, map (h, w))."""
-        return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(self.encode(images)), start=1)]
-
-    def prepare(self, images: Iterable[Tensor], weights: str | None) -> None:
-        """Before training: load pretrained `weights` (a file, or None), fit on batches of normal `images`."""
-
-    def refit(self, images: Iterable[Tensor]) -> None:
-        """After each epoch, before it is calibrated: fit to batches of the training images what follows from what was
-        trained, if there is any such thing."""
+        return [(f"expert {i}", e[0]) for i, e in enumerate(self.energies(images), start=1)]
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +122,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, size, size), higher is more anomalous, and scores (B,), each of its image alone."""
-        maps = self.maps(self.judge(self.encode(images)))
+        maps = self.maps(self.energies(images))
         return maps, image_score(maps)
 
     def maps(self, energies: list[Tensor]) -> Tensor:
@@ -122,10 +135,10 @@ class Detector(nn.Module):
         return anomaly_map(torch.stack(scaled).mean(dim=0), self.size)
 
     @torch.no_grad()
-    def calibrate(self, codes: Iterable[Tensor]) -> None:
-        """Learn what normal images look like that training has not seen, from batches that `encode` made: `levels`,
-        `units` and `normal`."""
-        batches = [self.judge(code) for code in codes]
+    def calibrate(self, energies: Iterable[list[Tensor]]) -> None:
+        """Learn what normal images look like that training has not seen, from their energies, batch by batch:
+        `levels`, `units` and `normal`."""
+        batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
             level = torch.cat(parts).median()
             worst = torch.cat([image_score(anomaly_map(e, self.size)) for e in parts])
@@ -138,14 +151,9 @@ class Detector(nn.Module):
         maps = self.maps(energies)
         return torch.stack((image_score(maps), maps.amax(dim=(1, 2))))
 
-    @property
-    def false_alarm(self) -> float:
-        """The share of normal images that may be flagged, where nobody asks for another one."""
-        return self.settings.get("false_alarm", FALSE_ALARM)
-
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
         """What a share `false_alarm` of normal images is expected to exceed."""
-        return thresholds(self.normal.cpu().numpy(), false_alarm or self.false_alarm)
+        return thresholds(self.normal.cpu().numpy(), false_alarm or self.settings.false_alarm)
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
@@ -158,16 +166,17 @@ class Detector(nn.Module):
     def verdict(self, score: float, heat: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:
         """The verdict on an image of `shape` (H, W), from its score and its map (size, size)."""
         height, width = shape
-        return judge(score, resized(heat[..., None], width, height)[..., 0], limits)
+        return decide(score, resized(heat[..., None], width, height)[..., 0], limits)
 
     def save(self, to: Path, progress: dict | None = None) -> None:
         """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
-        torch.save({"format": FORMAT, "settings": self.settings, "state": self.state_dict(), "progress": progress}, to)
+        settings = asdict(self.settings)
+        torch.save({"format": FORMAT, "settings": settings, "state": self.state_dict(), "progress": progress}, to)
 
     @classmethod
     def restore(cls, checkpoint: dict, device: str = "cpu") -> "Detector":
         """The detector of a checkpoint that `read_checkpoint` read, ready to judge."""
-        model = cls(checkpoint["settings"])
+        model = cls(cls.SETTINGS(**checkpoint["settings"]))
         model.normal = checkpoint["state"]["normal"].clone()  # its length is that of the calibration
         model.load_state_dict(checkpoint["state"])
         return model.to(device).eval()

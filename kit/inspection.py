@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from kit import data, draw
-from kit.ahead import ahead
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, read_as_is, write_text
 from kit.images import load_image, named, photograph, shape_of, turned
 from kit.options import refuse_inside
+from kit.processes import ALONE, Processes
 from kit.progress import clear, counted
 from kit.report import Entry, remove_views, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
@@ -26,9 +26,45 @@ REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
 UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What a call of evaluate.py is about: a detector and the checkpoint that it came from, the folder for what it
+    finds, the share of good images that it may flag."""
+
+    model: Detector
+    checkpoint: Path
+    out: Path
+    false_alarm: float
+    skip_bad: bool = False
+    processes: Processes = ALONE
+
+    @property
+    def limits(self) -> Thresholds:
+        return self.model.thresholds(self.false_alarm)
+
+    def call(self, images: Path) -> dict:
+        """Tells a call on these images from others: with a checkpoint at the same place, but of a later time, it is
+        another one."""
+        return {
+            "checkpoint": str(self.checkpoint.resolve()),
+            "trained": self.checkpoint.stat().st_mtime_ns,
+            "images": str(images.resolve()),
+            "false_alarm": self.false_alarm,
+        }
+
+
 def print_skipped(complaints: list[str], images: int) -> None:
     for count, complaint in enumerate(complaints, start=1):
         print(f"skipped {count} of {images} images: {complaint}")
+
+
+def usable(files: list[Path], skip_bad: bool) -> list[Path]:
+    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
+    if not skip_bad:
+        return files
+    good, complaints = data.readable(files)
+    print_skipped(complaints, len(files))
+    return good
 
 
 class Judgements:
@@ -37,15 +73,15 @@ class Judgements:
     `call` describes it: if just this one was interrupted, it goes on behind the last whole row; any other begins anew.
     `more` are further columns of both tables. `done` holds the first cells of the rows that were there."""
 
-    def __init__(self, model: Detector, limits: Thresholds, out: Path, call: dict, more: tuple[str, ...] = ()):
-        self.model = model
-        self.limits = limits
-        self.out = out
+    def __init__(self, work: Inspection, call: dict, more: tuple[str, ...] = ()):
+        self.model = work.model
+        self.limits = work.limits
+        self.out = work.out
         self.call = call
-        self.scores = open_scores(out, call, [*SCORES_COLUMNS, *more])
+        self.scores = open_scores(self.out, call, [*SCORES_COLUMNS, *more])
         self.done = self.scores.keys
         columns = [*REGIONS_COLUMNS, *more]
-        self.regions = GrowingTable(out / "regions.csv", columns, resume=bool(self.done), only=self.done)
+        self.regions = GrowingTable(self.out / "regions.csv", columns, resume=bool(self.done), only=self.done)
 
     def add(self, name: str, photo: Image.Image, verdict: Verdict, more: tuple = ()) -> None:
         """The `photograph` of an image, and the verdict on it; `more` are further cells of its rows."""
@@ -62,7 +98,7 @@ class Judgements:
         entries = entries_of(self.out)
         facts = {name: str(self.call[name]) for name in ("checkpoint", "images")}
         facts["calibration"] = basis(self.limits)
-        title = f"{self.model.settings['category']}: {len(entries)} images"
+        title = f"{self.model.settings.category}: {len(entries)} images"
         write_page(self.out, title, facts, self.limits.score, entries)
         return entries
 
@@ -71,40 +107,30 @@ class Judgements:
         self.regions.close()
 
 
-def call_of(checkpoint: Path, images: Path, false_alarm: float) -> dict:
-    """Tells a call from others: with a checkpoint at the same place, but of a later time, it is another one."""
-    return {
-        "checkpoint": str(checkpoint.resolve()),
-        "trained": checkpoint.stat().st_mtime_ns,
-        "images": str(images.resolve()),
-        "false_alarm": false_alarm,
-    }
-
-
-def judge_new(model: Detector, checkpoint: Path, images: Path, out: Path, false_alarm: float, skip_bad: bool) -> None:
+def judge_new(work: Inspection, images: Path) -> None:
     """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
-    each of its regions, and <file name>.png in `out`.
+    each of its regions, and <file name>.png.
 
     Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
+    out = work.out
     files = new_images(images, out)
     root = images if images.is_dir() else images.parent
-    limits = model.thresholds(false_alarm)
-    print(basis(limits))
+    print(basis(work.limits))
     complaints = []
     with held(out):
-        judgements = Judgements(model, limits, out, call_of(checkpoint, images, false_alarm))
+        judgements = Judgements(work, work.call(images))
         todo = [path for path in files if plain_cell(name_below(root, path)) not in judgements.done]
         if len(todo) < len(files):
             print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
-        judged = judge_files(model, todo, limits, complaints)
+        judged = judge_files(work.model, todo, work.limits, complaints)
         for path, photo, verdict in counted(judged, "judging images", len(todo)):
             judgements.add(name_below(root, path), photo, verdict)
         judgements.close()
         entries = judgements.write_page()
         (out / UNFINISHED).unlink()
     print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
-    print_drift(model, np.array([entry.score for entry in entries]))
-    if complaints and not skip_bad:
+    print_drift(work.model, np.array([entry.score for entry in entries]))
+    if complaints and not work.skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
     print_skipped(complaints, len(files))
 
@@ -199,7 +225,7 @@ def judge_files(
 ) -> Iterator[tuple[Path, Image.Image, Verdict]]:
     """Each file with its `photograph` and the verdict on it. A line on each unreadable one is added to `complaints`,
     which is complete when the last file is through."""
-    for batch in ahead(decoded_batches(files, model.size, complaints)):
+    for batch in data.ahead(decoded_batches(files, model.size, complaints)):
         images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
         with torch.no_grad():
             maps, scores = model(images)

@@ -12,7 +12,7 @@ MODEL = "model.pt"  # of a finished run
 STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
 RECALIBRATED = "recalibrated.pt"  # with thresholds from other good images; counts only where it is named
 MEASURED = ("metrics.json", "report.html", "report_files", "pictures", "tests", "curve.png", "curve.json")
-TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png", "projection.png")  # the last: an autoencoder's
+TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png")
 
 
 def checkpoint_of(run: Path) -> Path:

@@ -104,7 +104,7 @@ def drift(scores: np.ndarray, normal: np.ndarray) -> str:
     return "lower" if high < normal_low else ""
 
 
-def judge(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:
+def decide(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:
     """The verdict on an image with this score and map (H, W)."""
     anomalous = bool(score > limits.score)
     found = np.zeros(heat.shape, dtype=bool)

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from kit import data
-from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import column, held, plain_cell
-from kit.inspection import Judgements, call_of, judge_files, name_below, print_drift
+from kit.inspection import Inspection, Judgements, judge_files, name_below, print_drift
 from kit.options import refuse_inside
 from kit.verdict import basis
 
@@ -21,7 +20,7 @@ STAMP_COLUMNS = ("bytes", "changed")  # the tables have them here: the same name
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
-def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alarm: float) -> None:
+def watch(work: Inspection, folder: Path) -> None:
     """Judge the images in `folder` and its subfolders, and those that come, until Ctrl-C.
 
     An image counts as whole when it has not changed between two looks, and can be read; one that cannot is named, and
@@ -29,12 +28,11 @@ def watch(model: Detector, checkpoint: Path, folder: Path, out: Path, false_alar
     scores.csv holds the stamp of its image."""
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder; --watch needs one")
+    out = work.out
     refuse_inside(out, folder)
-    limits = model.thresholds(false_alarm)
-    print(basis(limits))
-    call = call_of(checkpoint, folder, false_alarm) | {"watch": True}
+    print(basis(work.limits))
     with held(out):
-        judgements = Judgements(model, limits, out, call, STAMP_COLUMNS)
+        judgements = Judgements(work, work.call(folder) | {"watch": True}, STAMP_COLUMNS)
         seen = seen_before(out / "scores.csv")
         print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
         try:

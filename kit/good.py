@@ -1,9 +1,11 @@
-"""Training batches: normal images x+, and the anomalous ones x- that a given function paints on some of them."""
+"""The good images of a training: which are held out, which are trained on; batches of these, x+, and the anomalous ones
+x- that a given function paints on some of them."""
 
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,39 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kit.detector import Settings
 from kit.images import read_image
-from kit.processes import Processes
+from kit.processes import ALONE, Processes
 from kit.progress import counted
 
 CACHE_BYTES = 1e9  # of decoded images, on each machine: 1100 of 384x384
 
 # (x+, random generator, another image to take a defect's filling from) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray], tuple]
+
+
+@dataclass(frozen=True)
+class GoodImages:
+    """Files of good images: those that calibrate a detector after each epoch, and those that it is trained on; textures
+    to paint defects from, beside these; and the processes that share the training."""
+
+    held_out: list[Path]
+    trained_on: list[Path]
+    textures: list[Path] = field(default_factory=list)
+    processes: Processes = ALONE
+
+
+def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
+    """(held out, trained on), at random. A tenth is held out for the calibration; of few images at least eight, or a
+    quarter; at most 1000."""
+    count = held_out_count(len(files))
+    order = np.random.default_rng(seed).permutation(len(files))
+    return [files[i] for i in order[:count]], [files[i] for i in order[count:]]
+
+
+def held_out_count(images: int) -> int:
+    tenth = min(1000, round(images / 10))
+    return max(1, tenth, min(8, images // 4))
 
 
 class Pairs(Dataset):
@@ -28,29 +55,20 @@ class Pairs(Dataset):
     depends on seed, epoch and index alone, whatever the processes and the order. Decoded images are kept in memory with
     half the bits, up to CACHE_BYTES; the others are read anew each time."""
 
-    def __init__(
-        self,
-        files: list[Path],
-        textures: list[Path],
-        paint: Paint,
-        size: int,
-        seed: int,
-        images_per_epoch: int,
-        processes: Processes,
-    ):
-        self.files = files
-        self.textures = textures
+    def __init__(self, good: GoodImages, paint: Paint, settings: Settings, images_per_epoch: int):
+        self.files = good.trained_on
+        self.textures = good.textures
+        self.processes = good.processes
         self.paint = paint
-        self.size = size
-        self.seed = seed
-        self.processes = processes
+        self.size = settings.size
+        self.seed = settings.seed
         self.epoch = 0
-        self.repeats = max(1, round(images_per_epoch / len(files)))
-        bytes_per_image = 2 * 3 * size * size  # float16
-        room = int(CACHE_BYTES / processes.local_count / bytes_per_image)
-        kept = (files + textures)[:room]
+        self.repeats = max(1, round(images_per_epoch / len(self.files)))
+        bytes_per_image = 2 * 3 * self.size * self.size  # float16
+        room = int(CACHE_BYTES / self.processes.local_count / bytes_per_image)
+        kept = (self.files + self.textures)[:room]
         self.cache = {
-            path: read_image(path, size).astype(np.float16) for path in counted(kept, "reading images", len(kept))
+            path: read_image(path, self.size).astype(np.float16) for path in counted(kept, "reading images", len(kept))
         }
 
     def __len__(self) -> int:
@@ -129,19 +147,3 @@ def loader(pairs: Pairs, batch: int) -> DataLoader:
 def to_tensor(images: np.ndarray) -> Tensor:
     """(B, H, W, C) array -> (B, C, H, W) tensor."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
-
-
-class PairFeed:
-    """Batches for losses that see images: (x+ and x-, masks) of `pairs`, shuffled, painted anew in each epoch."""
-
-    def __init__(self, pairs: Pairs, batch: int):
-        self.pairs = pairs
-        self.loader = loader(pairs, batch)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.pairs.epoch = epoch
-        for images, masks in self.loader:
-            yield to_tensor(images), to_tensor(masks)

@@ -1,0 +1,192 @@
+"""A labelled test set: judged, measured, drawn; and the table over categories and seeds."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kit import data, draw, metrics, runs
+from kit.detector import Detector
+from kit.errors import InputError
+from kit.files import write_text
+from kit.images import load_image, photograph, read_mask, shape_of, turned
+from kit.inspection import Inspection, usable
+from kit.processes import Processes
+from kit.progress import counted
+from kit.report import Entry, save_views, write_page
+from kit.verdict import Thresholds, Verdict, basis
+
+BATCH = 8
+OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
+REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
+COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a detector said of N test images: labels, scores (N,), maps and true masks (N, size, size), and the median
+    of milliseconds an image, without decoding."""
+
+    tests: list[data.LabelledImage]
+    labels: np.ndarray
+    scores: np.ndarray
+    maps: np.ndarray
+    masks: np.ndarray
+    milliseconds: float
+
+
+def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
+    """Judge test images; each process judges a part, and all get the whole."""
+    maps = torch.zeros(len(tests), model.size, model.size)
+    scores = torch.zeros(len(tests))
+    times = []
+    mine = list(range(processes.rank, len(tests), processes.count))
+    for start in counted(range(0, len(mine), BATCH), "judging test images", len(mine), BATCH):
+        rows = mine[start : start + BATCH]
+        images = data.read_batch([tests[i].path for i in rows], model.size)
+        started = time.perf_counter()
+        with torch.no_grad():
+            found_maps, found_scores = model(images)
+        maps[rows], scores[rows] = found_maps.cpu(), found_scores.cpu()
+        times.append(1000 * (time.perf_counter() - started) / len(images))
+    if processes.count > 1:  # each has filled rows of its own: their sum is the whole
+        dist.all_reduce(maps)
+        dist.all_reduce(scores)
+    labels = np.array([test.anomalous for test in tests])
+    masks = np.stack([read_mask(test.mask, model.size) for test in tests])
+    return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
+
+
+def unmasked(judged: Judged) -> int:
+    """How many defective images have no mask, or an empty one: with any such, pixel metrics would be wrong."""
+    return int((judged.labels & ~judged.masks.any(axis=(1, 2))).sum())
+
+
+def measure(judged: Judged) -> dict[str, float | None]:
+    """Image and pixel metrics; None where they are undefined."""
+    pixel = metrics.pixel_metrics(judged.maps, judged.masks)
+    if unmasked(judged):
+        pixel = dict.fromkeys(pixel)
+    return {**metrics.image_metrics(judged.labels, judged.scores), **pixel}
+
+
+def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
+    """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
+    tests = data.labelled_images(category)
+    good = set(usable([test.path for test in tests], skip_bad))
+    if not good:
+        raise InputError(f"--data {category}: not one of its test images can be read")
+    return [test for test in tests if test.path in good]
+
+
+def report(work: Inspection, category: Path) -> None:
+    """Measure a detector on a category's test images; its folder gets metrics.json, report.html and pictures/."""
+    model, out = work.model, work.out
+    judged = judge_tests(model, readable_tests(category, work.skip_bad), work.processes)
+    if not work.processes.first:
+        return  # its part is done
+    limits = work.limits
+    print(basis(limits))
+    if missing := unmasked(judged):
+        print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
+    settings = model.settings
+    figures = {
+        "checkpoint": work.checkpoint.name,
+        "category": category.resolve().name,
+        "data": str(category.resolve()),
+        "method": settings.method,
+        "backbone": settings.backbone,
+        "size": settings.size,
+        "seed": settings.seed,
+        "epochs": getattr(settings, "epochs", None),
+        **measure(judged),
+        "ms_per_image": judged.milliseconds,
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "false_alarm": work.false_alarm,
+        "threshold": limits.score,
+        "at_most": limits.at_most,
+        **metrics.shares_at(limits.score, judged.labels, judged.scores),
+    }
+    for name, value in figures.items():
+        print(f"{name:14} {as_text(value)}")
+    figures["operating_points"] = operating_points(model, judged)
+    for point in figures["operating_points"]:
+        print("operating point", {name: as_text(value) for name, value in point.items()})
+    facts = {name: as_text(figures[name]) for name in REPORTED}
+    draw_tests(model, judged, out, limits, facts | {"calibration": basis(limits)})
+    write_text(out / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
+
+
+def as_text(value: object) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | None]]:
+    """What other rates of false alarms would give: their threshold, and what it does on the test images."""
+    points = []
+    for rate in OPERATING_POINTS:
+        limit = model.thresholds(rate).score
+        shares = metrics.shares_at(limit, judged.labels, judged.scores)
+        points.append({"false_alarm": rate, "threshold": limit, **shares})
+    return points
+
+
+def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, facts: dict[str, str]) -> None:
+    """report.html, with `facts` at its head, and pictures/<kind>/<file>.png of every test image. Those of an earlier
+    evaluation are removed."""
+    runs.remove(out, ("pictures", "report_files"))
+    entries = []
+    all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
+    for test, score, heat, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
+        name = f"{test.kind}/{test.path.name}"
+        image = turned(load_image(test.path))
+        verdict = model.verdict(float(score), heat, shape_of(image), limits)
+        photo = photograph(image, draw.LARGE)
+        mask = true if test.mask or not test.anomalous else None
+        title = f"{miss(verdict, test.anomalous)}{name}"
+        picture = draw.verdict_picture(photo, title, verdict, limits, mask)
+        draw.save_picture(out / "pictures" / test.kind / f"{test.path.name}.png", picture)
+        save_views(out, name, photo, verdict, limits, mask)
+        entries.append(Entry(name, test.kind, test.anomalous, float(score)))
+    title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
+    write_page(out, title, facts, limits.score, entries)
+
+
+def miss(verdict: Verdict, anomalous: bool) -> str:
+    """What went wrong, in capitals; nothing if the verdict is right."""
+    if verdict.anomalous == anomalous:
+        return ""
+    return "MISSED " if anomalous else "FALSE ALARM "
+
+
+# ---------------------------------------------------------------- the table over categories and seeds
+
+
+def results_table(rows: list[dict]) -> str:
+    """Markdown: mean ± standard deviation over the seeds for each category, then the mean of the categories; `rows`
+    are the metrics.json of all runs. What is undefined in one of them is n/a."""
+    lines = [["category", "seeds", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
+    means = []
+    for category in dict.fromkeys(row["category"] for row in rows):
+        runs = [row for row in rows if row["category"] == category]
+        values = np.array([[row[name] for name in COLUMNS] for row in runs], dtype=float)  # None becomes nan
+        mean = values.mean(axis=0)
+        spread = values.std(axis=0, ddof=1) if len(runs) > 1 else [None] * len(COLUMNS)
+        lines.append([category, str(len(runs)), *map(cell, mean, spread)])
+        means.append(mean)
+    lines.append(["mean", "", *map(cell, np.mean(means, axis=0), [None] * len(COLUMNS))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(mean: float, spread: float | None) -> str:
+    if math.isnan(mean):
+        return "n/a"
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
