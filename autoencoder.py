@@ -23,6 +23,7 @@ from kit.errors import InputError, run_script
 from kit.good import GoodImages, Pairs, loader, to_tensor
 from kit.images import read_image
 from kit.options import Parser
+from kit.owned import OwnFiles
 from kit.progress import counted
 from kit.training import Descent, Epoch, seed_epoch, shared
 from nearest import Prototypes, origins, positions, prototype_count, spread
@@ -247,7 +248,10 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
         seed_epoch(settings.seed, number)
         pairs.epoch = number
         steps = []
-        for images, masks in counted(batches, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+        painted = iter(batches)  # draws the order of the images, which is the same for all processes
+        if good.processes.rank:
+            seed_epoch(settings.seed, number, good.processes.rank)
+        for images, masks in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
             batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
             steps.append(descent.step(losses(*batch)))
         ready()
@@ -283,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     category = Path(checkpoint["settings"]["data"])
     good_tests = [path for name in data.GOOD_NAMES for path in data.list_images(category / "test" / name)]
     files = good_tests or data.list_images(data.good_folder(category))
-    draw_projection(Autoencoder.restore(checkpoint), files[:4], run / "projection.png")
+    draw_projection(Autoencoder.restore(checkpoint), files[:4], OwnFiles(run, "trained").claim("projection.png"))
     print(f"wrote {run / 'projection.png'}")
 
 

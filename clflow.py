@@ -306,7 +306,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     model.calibrate(model.experts(code.float()) for code in held_out)
     yield descent.epoch(done, [], good.processes)
     for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number)
+        seed_epoch(settings.seed, number, good.processes.rank)
         steps = []
         for _ in counted(range(STEPS_PER_EPOCH), f"epoch {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
             steps.append(descent.step(losses(*feed.draw())))
@@ -318,7 +318,7 @@ def good_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """Rows (N, C) of this process's good images, with half the bits, and the numbers (N,) of these images; at most
     ROWS, spread over all images, of all processes together."""
     settings = model.settings
-    per_image = math.ceil(ROWS / len(pairs.files))
+    per_image = max(1, ROWS // len(pairs.files))
     if per_image < positions(model.size, model.backbone.stride):
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
     generator = torch.Generator().manual_seed(settings.seed)

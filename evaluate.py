@@ -20,6 +20,7 @@ from kit.images import read_image
 from kit.inspection import Inspection, judge_new, sentence, usable
 from kit.measuring import judge_tests, measure, readable_tests, report
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
+from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory
 from kit.verdict import basis
 from kit.watching import watch
@@ -46,8 +47,9 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
         raise InputError(f"{run}: no epoch_NN.pt in it, or nothing to measure it on; train with --keep-epochs")
     if not processes.first:
         return
-    draw.save_picture(run / "curve.png", draw.below_each_other(charts))
-    write_text(run / "curve.json", json.dumps(lines) + "\n")
+    own = OwnFiles(run, "measured")
+    draw.save_picture(own.claim("curve.png"), draw.below_each_other(charts))
+    write_text(own.claim("curve.json"), json.dumps(lines) + "\n")
     print(f"wrote {run / 'curve.png'} and {run / 'curve.json'}")
 
 
@@ -65,7 +67,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
         print(f"took {len(taken)} of {len(files)} images, drawn at random")
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
-    to = work.out / runs.RECALIBRATED
+    to = OwnFiles(work.out, "trained").claim(runs.RECALIBRATED)
     write_atomically(to, model.save)
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
@@ -211,7 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
         processes=processes,
     )
     if is_test(args):
-        return measure_category(work, args.data or Path(model.settings.data), args.out is not None)
+        category = args.data or Path(model.settings.data)
+        refuse_inside(work.out, category / "test")
+        return report(work, category)
     if not processes.first:  # one judges new images for all
         return None
     if args.explain:
@@ -238,14 +242,6 @@ def default_out(args: argparse.Namespace, checkpoint: Path, model: Detector) -> 
         return Path("predictions")
     own_data = Path(model.settings.data)
     return results_folder(checkpoint, args.data or own_data, own_data)
-
-
-def measure_category(work: Inspection, category: Path, is_out_given: bool) -> None:
-    """`report`, unless it would write over what is not its own."""
-    refuse_inside(work.out, category / "test")
-    if is_out_given and (work.out / "pictures").exists() and not (work.out / "report_files").exists():
-        raise InputError(f"--out {work.out}: has pictures in it, which are no evaluation's; give another --out")
-    report(work, category)
 
 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:

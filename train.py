@@ -4,6 +4,7 @@ import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
 import argparse
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -18,11 +19,12 @@ from kit.calibration import add_training_images, show_suspects
 from kit.demo import draw_demo
 from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
-from kit.files import write_atomically, write_table, write_text
+from kit.files import held, write_atomically, write_table, write_text
 from kit.good import GoodImages, held_out_count, split
 from kit.inspection import Inspection, usable
 from kit.measuring import report, results_table
 from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
+from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory
 from kit.training import Epoch
 from methods import METHODS, load
@@ -46,6 +48,12 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
 
     As long as there is a state.pt in it, it counts, and has all that --resume needs: it is written before anything of
     an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
+    with held(run.out) if processes.first else contextlib.nullcontext():
+        train_held(run, args, textures, processes)
+
+
+def train_held(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
+    """`train`, while no other call can write into the run's folder."""
     method = METHODS[run.settings.method]
     model, progress = begin(run, args)
     if model is None:
@@ -95,14 +103,15 @@ def resumable(run: Run, args: argparse.Namespace) -> dict | None:
 def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: bool) -> None:
     """After an epoch: log.csv, loss.png, and state.pt, a usable checkpoint, whenever training is stopped, and what it
     takes to go on."""
+    own = OwnFiles(run.out, "trained")
     if log:
-        write_log(run.out, log)
+        write_log(own, log)
     progress = epoch.progress | {"log": log, "files": names(run)}
-    write_atomically(run.out / runs.STATE, lambda to: model.save(to, progress))
+    write_atomically(own.claim(runs.STATE), lambda to: model.save(to, progress))
     if epoch.number == 0:
         runs.remove_stale(run.out)
     elif keep_epochs:
-        write_atomically(runs.epoch_file(run.out, epoch.number), model.save)
+        write_atomically(own.claim(runs.epoch_file(epoch.number)), model.save)
 
 
 def rounded(losses: dict[str, float]) -> dict[str, float]:
@@ -115,12 +124,12 @@ def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:
     print(f"epoch {epoch.number}/{epochs}: {text}, {seconds:.1f} s, {left:.0f} s left", flush=True)
 
 
-def write_log(out: Path, log: list[dict]) -> None:
+def write_log(own: OwnFiles, log: list[dict]) -> None:
     """log.csv, a row an epoch, and loss.png, a line for each part of the loss."""
-    write_table(out / "log.csv", log)
+    write_table(own.claim("log.csv"), log)
     parts = [name for name in log[0] if name not in ("epoch", "loss", "seconds")]
     lines = {name: [(row["epoch"], row[name]) for row in log] for name in parts}
-    draw.save_picture(out / "loss.png", draw.line_chart("losses by epoch", lines))
+    draw.save_picture(own.claim("loss.png"), draw.line_chart("losses by epoch", lines))
 
 
 def finish(model: Detector, good: GoodImages, run: Run) -> None:
@@ -128,9 +137,11 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     numbers = add_training_images(model, good)
     if not good.processes.first:
         return
-    show_suspects(model, good, numbers, run.out)
-    write_atomically(run.out / runs.MODEL, model.save)
-    runs.remove(run.out, (runs.STATE, *runs.MEASURED))  # nothing to resume; what was measured was another epoch
+    own = OwnFiles(run.out, "trained")
+    show_suspects(model, good, numbers, own)
+    write_atomically(own.claim(runs.MODEL), model.save)
+    own.remove([runs.STATE])  # nothing to resume
+    runs.remove_measured(run.out)  # what was measured was another epoch
 
 
 def names(run: Run) -> list[str]:
@@ -205,7 +216,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         mine = planned[processes.rank :: processes.count]
         if not args.resume:
             for run in mine:
-                runs.remove(run.out, runs.MEASURED)  # or another process could take old figures for new ones
+                runs.remove_measured(run.out)  # or another process could take old figures for new ones
         if processes.count > 1:
             dist.barrier()  # all have planned, before one changes what the others look at
         for run in mine:
@@ -243,9 +254,10 @@ def write_results(planned: list[Run], out: Path) -> None:
     rows = [measured(run) for run in planned]
     if not rows or None in rows:
         return
-    write_text(out / "results.json", json.dumps(rows, indent=2) + "\n")
+    own = OwnFiles(out, "trained")
+    write_text(own.claim("results.json"), json.dumps(rows, indent=2) + "\n")
     table = results_table(rows)
-    write_text(out / "table.md", table)
+    write_text(own.claim("table.md"), table)
     print(f"{table}wrote {out / 'results.json'} and {out / 'table.md'}")
 
 

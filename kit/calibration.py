@@ -9,6 +9,7 @@ from kit import data, draw
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.images import load_image, photograph
+from kit.owned import OwnFiles
 from kit.progress import counted
 from kit.verdict import odd_ones
 
@@ -52,7 +53,7 @@ def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def show_suspects(model: Detector, good: GoodImages, numbers: list[int], out: Path) -> None:
+def show_suspects(model: Detector, good: GoodImages, numbers: list[int], own: OwnFiles) -> None:
     """A line and suspects.png, if there are odd ones among the images that calibrated the model: those that were held
     out, and those that were trained on with these numbers. They may be defective ones that got among the good."""
     scores = model.normal[0].cpu().numpy()
@@ -70,9 +71,9 @@ def show_suspects(model: Detector, good: GoodImages, numbers: list[int], out: Pa
         verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
         names.append(path.name)
         pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
-    draw.save_picture(out / SUSPECTS, draw.below_each_other(pictures))
+    draw.save_picture(own.claim(SUSPECTS), draw.below_each_other(pictures))
     others = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
     print(
-        f"{len(suspects)} of the good images look unlike the others: {', '.join(names)}{others}; see {out / SUSPECTS}. "
-        "If they are defective, remove them and train again"
+        f"{len(suspects)} of the good images look unlike the others: {', '.join(names)}{others}; see "
+        f"{own.folder / SUSPECTS}. If they are defective, remove them and train again"
     )

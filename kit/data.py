@@ -33,8 +33,13 @@ class LabelledImage:
 
 def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
     """Image files in `folder`, sorted by path; none if there is no such folder."""
-    found = folder.rglob("*") if subfolders else folder.glob("*")
-    return sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = folder.rglob("*") if subfolders else folder.glob("*")
+    return sorted(path for path in paths if is_image(path) and path.is_file())
+
+
+def is_image(path: Path) -> bool:
+    """Whether it is called like an image."""
+    return path.suffix.lower() in SUFFIXES
 
 
 def good_folder(data: Path, flag: str = "--data") -> Path:

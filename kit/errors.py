@@ -1,9 +1,11 @@
 """How bad input ends a script: one line on standard error, exit code 2, no traceback."""
 
+import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -28,23 +30,57 @@ def is_of_another_process(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistBackendError) or "/gloo/transport/" in str(error)
 
 
+def is_first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def fail(line: str) -> None:
     """Write the line, end with code 2. What all processes of torchrun have to say the first one says: it ends, and
     torchrun then ends the others while they wait."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first():
         time.sleep(AFTER_THE_FIRST)
     print("error:", line, file=sys.stderr)
     sys.exit(2)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that asks to end: SIGINT (Ctrl-C) or SIGTERM (kill, systemctl stop, docker stop)."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def stop(number: int, frame: object) -> None:
+    """The handler of such a signal."""
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Both signals raise `Stopped`, however the script was started: with & or nohup a shell has it ignore SIGINT, and
+    SIGTERM would end it at once."""
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
-    """Call `main`; what only the user can mend becomes one line and exit code 2, Ctrl-C `on_interrupt` and 130."""
+    """Call `main`; what only the user can mend becomes one line and exit code 2. A signal that asks to end becomes
+    `on_interrupt` and 128 + its number, as shells report it."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
-        main()
-    except KeyboardInterrupt:
-        print(on_interrupt, file=sys.stderr)
-        sys.exit(130)  # as shells report it
+        with stoppable():
+            main()
+    except KeyboardInterrupt as stopped:
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        if is_first():
+            print(on_interrupt, file=sys.stderr)
+        sys.exit(128 + number)
     except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
         fail(one_line(error))
     except RuntimeError as error:

@@ -60,9 +60,9 @@ FORMULA_GUARD = "'"
 
 def plain_cell(text: str) -> str:
     """A text that no spreadsheet takes for a formula, on one line: an apostrophe goes before a leading = + - @ or tab,
-    line ends become \\n and \\r."""
+    and before an apostrophe, so that it can be told from this; line ends become \\n and \\r."""
     text = text.replace("\n", "\\n").replace("\r", "\\r")
-    return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+    return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t", FORMULA_GUARD)) else text
 
 
 def column(path: Path, name: str) -> list[str]:

@@ -12,12 +12,13 @@ from PIL import Image
 from kit import data, draw
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, read_as_is, write_text
+from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, write_text
 from kit.images import load_image, named, photograph, shape_of, turned
 from kit.options import refuse_inside
+from kit.owned import OwnFiles
 from kit.processes import ALONE, Processes
 from kit.progress import clear, counted
-from kit.report import Entry, remove_views, save_views, write_page
+from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 
 BATCH = 8
@@ -76,17 +77,18 @@ class Judgements:
     def __init__(self, work: Inspection, call: dict, more: tuple[str, ...] = ()):
         self.model = work.model
         self.limits = work.limits
-        self.out = work.out
+        self.own = OwnFiles(work.out, "judged")
         self.call = call
-        self.scores = open_scores(self.out, call, [*SCORES_COLUMNS, *more])
+        self.scores = open_scores(self.own, call, [*SCORES_COLUMNS, *more])
         self.done = self.scores.keys
         columns = [*REGIONS_COLUMNS, *more]
-        self.regions = GrowingTable(self.out / "regions.csv", columns, resume=bool(self.done), only=self.done)
+        regions = self.own.claim("regions.csv")
+        self.regions = GrowingTable(regions, columns, resume=bool(self.done), only=self.done)
 
     def add(self, name: str, photo: Image.Image, verdict: Verdict, more: tuple = ()) -> None:
         """The `photograph` of an image, and the verdict on it; `more` are further cells of its rows."""
-        draw.save_picture(self.out / f"{name}.png", draw.verdict_picture(photo, name, verdict, self.limits))
-        save_views(self.out, name, photo, verdict, self.limits)
+        draw.save_picture(self.own.claim(f"{name}.png"), draw.verdict_picture(photo, name, verdict, self.limits))
+        save_views(self.own, name, photo, verdict, self.limits)
         for row in regions_rows(name, verdict):
             self.regions.add([*row, *more])
         self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
@@ -95,11 +97,11 @@ class Judgements:
 
     def write_page(self) -> list[Entry]:
         """report.html of all that is in scores.csv, and what is on it."""
-        entries = entries_of(self.out)
+        entries = entries_of(self.own.folder)
         facts = {name: str(self.call[name]) for name in ("checkpoint", "images")}
         facts["calibration"] = basis(self.limits)
         title = f"{self.model.settings.category}: {len(entries)} images"
-        write_page(self.out, title, facts, self.limits.score, entries)
+        write_page(self.own, title, facts, self.limits.score, entries)
         return entries
 
     def close(self) -> None:
@@ -127,7 +129,7 @@ def judge_new(work: Inspection, images: Path) -> None:
             judgements.add(name_below(root, path), photo, verdict)
         judgements.close()
         entries = judgements.write_page()
-        (out / UNFINISHED).unlink()
+        judgements.own.remove([UNFINISHED])
     print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
     print_drift(work.model, np.array([entry.score for entry in entries]))
     if complaints and not work.skip_bad:
@@ -154,18 +156,15 @@ def name_below(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def open_scores(out: Path, call: dict, columns: list[str]) -> GrowingTable:
+def open_scores(own: OwnFiles, call: dict, columns: list[str]) -> GrowingTable:
     """scores.csv, from the start; or, if just this `call` was interrupted, to go on behind its last whole row."""
-    marker = out / UNFINISHED
+    marker = own.folder / UNFINISHED
     text = json.dumps(call)
-    if marker.exists() and marker.read_text() == text:
-        return GrowingTable(out / "scores.csv", columns, resume=True)
-    if (out / "scores.csv").exists() and not read_as_is(out / "scores.csv").startswith("file,score,"):
-        raise InputError(f"--out {out}: has a scores.csv in it that this program did not write; give another --out")
-    remove_pictures(out)
-    marker.unlink(missing_ok=True)
-    table = GrowingTable(out / "scores.csv", columns, resume=False)
-    write_text(marker, text)  # last: as long as it is there, the table is this call's
+    if UNFINISHED in own.names() and marker.exists() and marker.read_text() == text:
+        return GrowingTable(own.claim("scores.csv"), columns, resume=True)
+    own.remove_all()  # or the pictures of an earlier call would lie beside a table that lacks them
+    table = GrowingTable(own.claim("scores.csv"), columns, resume=False)
+    write_text(own.claim(UNFINISHED), text)  # last: as long as it is there, the table is this call's
     return table
 
 
@@ -173,21 +172,16 @@ def entries_of(out: Path) -> list[Entry]:
     """For report.html: the images in scores.csv, of one that was judged several times the last row; their kind is their
     subfolder."""
     table = out / "scores.csv"
-    scores = dict(zip(names_in(table), map(float, column(table, "score")), strict=True))
+    scores: dict[str, float] = {}
+    for name, score in zip(names_in(table), column(table, "score"), strict=True):
+        scores.pop(name, None)  # in the order in which they were judged last
+        scores[name] = float(score)
     return [Entry(name, str(Path(name).parent), None, score) for name, score in scores.items()]
 
 
 def names_in(table: Path) -> list[str]:
     """The images in a table, as their files are called."""
     return [cell.removeprefix(FORMULA_GUARD) for cell in column(table, "file")]
-
-
-def remove_pictures(out: Path) -> None:
-    """Remove the pictures of the images in an earlier scores.csv: they would lie beside a table that lacks them."""
-    for name in names_in(out / "scores.csv"):
-        (out / f"{name}.png").unlink(missing_ok=True)
-        remove_views(out, name)
-    (out / "report.html").unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics, runs
+from kit import data, draw, metrics
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import write_text
+from kit.files import held, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
 from kit.inspection import Inspection, usable
+from kit.owned import OwnFiles
 from kit.processes import Processes
 from kit.progress import counted
 from kit.report import Entry, save_views, write_page
@@ -118,8 +119,10 @@ def report(work: Inspection, category: Path) -> None:
     for point in figures["operating_points"]:
         print("operating point", {name: as_text(value) for name, value in point.items()})
     facts = {name: as_text(figures[name]) for name in REPORTED}
-    draw_tests(model, judged, out, limits, facts | {"calibration": basis(limits)})
-    write_text(out / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    with held(out):
+        own = OwnFiles(out, "measured")
+        draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
+        write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
     print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
 
 
@@ -139,10 +142,10 @@ def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | 
     return points
 
 
-def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, facts: dict[str, str]) -> None:
+def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Thresholds, facts: dict[str, str]) -> None:
     """report.html, with `facts` at its head, and pictures/<kind>/<file>.png of every test image. Those of an earlier
     evaluation are removed."""
-    runs.remove(out, ("pictures", "report_files"))
+    own.remove_all()
     entries = []
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
     for test, score, heat, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
@@ -153,11 +156,11 @@ def draw_tests(model: Detector, judged: Judged, out: Path, limits: Thresholds, f
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
         picture = draw.verdict_picture(photo, title, verdict, limits, mask)
-        draw.save_picture(out / "pictures" / test.kind / f"{test.path.name}.png", picture)
-        save_views(out, name, photo, verdict, limits, mask)
+        draw.save_picture(own.claim(f"pictures/{name}.png"), picture)
+        save_views(own, name, photo, verdict, limits, mask)
         entries.append(Entry(name, test.kind, test.anomalous, float(score)))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
-    write_page(out, title, facts, limits.score, entries)
+    write_page(own, title, facts, limits.score, entries)
 
 
 def miss(verdict: Verdict, anomalous: bool) -> str:

@@ -1,11 +1,12 @@
 """One line on a terminal that moves: what is being done, how much of it, how fast, how long yet. On standard error, so
 that the output can be piped; into a file nothing is written."""
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from kit.errors import is_first
 
 Item = TypeVar("Item")
 
@@ -15,7 +16,7 @@ CLEAR = "\r\x1b[K"
 
 def is_shown() -> bool:
     """Only on a terminal, and only by the first of several processes."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return sys.stderr.isatty() and is_first()
 
 
 def counted(items: Iterable[Item], what: str, total: int, each: int = 1) -> Iterator[Item]:

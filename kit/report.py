@@ -11,6 +11,7 @@ from PIL import Image
 
 from kit.draw import RED, heat_and_line, heat_colours
 from kit.files import write_atomically, write_text
+from kit.owned import OwnFiles
 from kit.verdict import Thresholds, Verdict
 
 PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data
@@ -28,9 +29,10 @@ class Entry:
     score: float
 
 
-def picture(folder: Path, name: str, view: str) -> Path:
-    """Where a view of the image of this name lies. File names have no limit to their letters, so they are hashed."""
-    return folder / "report_files" / f"{key(name)}.{view}.jpg"
+def picture(name: str, view: str) -> str:
+    """Where a view of the image of this name lies, below the page's folder. File names have no limit to their letters,
+    so they are hashed."""
+    return f"report_files/{key(name)}.{view}.jpg"
 
 
 def key(name: str) -> str:
@@ -38,7 +40,7 @@ def key(name: str) -> str:
 
 
 def save_views(
-    folder: Path, name: str, photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+    own: OwnFiles, name: str, photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> None:
     """The pictures that the page shows of a `photograph`: itself, and outlined where a defect is found; the heat map;
     the true mask (H', W') bool, if there is any; a thumbnail."""
@@ -51,15 +53,9 @@ def save_views(
     if mask is not None and mask.any():
         views["mask"] = Image.fromarray(mask).convert("L").resize(photo.size)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    remove_views(folder, name)
+    own.remove([picture(name, view) for view in VIEWS if view not in views])  # of an earlier image of this name
     for view, shown in (views | {"thumb": thumbnail}).items():
-        save_jpeg(picture(folder, name, view), shown)
-
-
-def remove_views(folder: Path, name: str) -> None:
-    """Remove what an earlier call saved of an image of this name."""
-    for view in (*VIEWS, "thumb"):
-        picture(folder, name, view).unlink(missing_ok=True)
+        save_jpeg(own.claim(picture(name, view)), shown)
 
 
 def save_jpeg(path: Path, shown: Image.Image) -> None:
@@ -69,16 +65,16 @@ def save_jpeg(path: Path, shown: Image.Image) -> None:
     write_atomically(path, write)
 
 
-def write_page(folder: Path, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
-    """report.html in `folder`, of images whose views have been saved there; `facts` stand at its head."""
+def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
+    """report.html, of images whose views have been saved there; `facts` stand at its head."""
     images = []
     for entry in entries:
-        views = [view for view in VIEWS if picture(folder, entry.name, view).exists()]
+        views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
         name = readable(entry.name)
         images.append([name, readable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name), views])
     found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script
-    write_text(folder / "report.html", PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))
+    write_text(own.claim("report.html"), PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))
 
 
 def readable(name: str) -> str:

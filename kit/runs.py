@@ -1,18 +1,17 @@
 """The run folder: which checkpoint in it counts, and what a new run may write over."""
 
 import re
-import shutil
 from pathlib import Path
 
 from kit.detector import read_checkpoint
 from kit.errors import InputError
 from kit.options import refuse_inside
+from kit.owned import OwnFiles
 
 MODEL = "model.pt"  # of a finished run
 STATE = "state.pt"  # of an unfinished one: a usable checkpoint after each epoch
 RECALIBRATED = "recalibrated.pt"  # with thresholds from other good images; counts only where it is named
-MEASURED = ("metrics.json", "report.html", "report_files", "pictures", "tests", "curve.png", "curve.json")
-TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png")
+TRAINED = (MODEL, STATE, RECALIBRATED, "log.csv", "loss.png", "suspects.png")
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -24,13 +23,14 @@ def checkpoint_of(run: Path) -> Path:
 
 def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
     """Raises InputError if training on category `data` may not write into `out`: if it lies in one of the folders
-    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder, or what is no
-    run's but is called like what a new run removes."""
+    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder, or what is
+    called like a run's files and is none."""
     for folder in inputs:
         refuse_inside(out, folder)
+    for name in TRAINED:
+        OwnFiles(out, "trained").refuse_foreign(name)
     checkpoint = checkpoint_of(out)
     if not checkpoint.exists():
-        refuse_foreign(out)
         return
     try:
         other = Path(read_checkpoint(checkpoint)["settings"]["data"])
@@ -42,35 +42,23 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
         raise InputError(f"--out {out}: holds a stopped run; go on with --resume, or give another --out")
 
 
-def refuse_foreign(out: Path) -> None:
-    """Raises InputError if a folder without a run has in it what a run would remove."""
-    for name in TRAINED + MEASURED:
-        if (out / name).exists():
-            raise InputError(
-                f"--out {out}: has {name} in it, which training would remove, and no run; give another --out"
-            )
-
-
-def remove(out: Path, names: tuple[str, ...]) -> None:
-    """Remove these files and folders of a run, where they are there."""
-    for name in names:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def remove_stale(out: Path) -> None:
     """Remove what an earlier run left in `out`, once a new one has begun there."""
-    remove(out, TRAINED + MEASURED)
-    for path in kept_epochs(out):
-        path.unlink()
+    OwnFiles(out, "trained").remove_all(but=(STATE,))
+    remove_measured(out)
 
 
-def epoch_file(out: Path, epoch: int) -> Path:
-    """Where train.py --keep-epochs puts the checkpoint of an epoch."""
-    return out / f"epoch_{epoch:02}.pt"
+def remove_measured(out: Path) -> None:
+    """Remove all figures and pictures of a run's test images: they are of another detector."""
+    for folder in (out, *out.glob("tests/*")):
+        OwnFiles(folder, "measured").remove_all()
+        if folder != out and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def epoch_file(epoch: int) -> str:
+    """What train.py --keep-epochs calls the checkpoint of an epoch."""
+    return f"epoch_{epoch:02}.pt"
 
 
 def epoch_of(path: Path) -> int:

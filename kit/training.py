@@ -69,7 +69,7 @@ def shared(losses: nn.Module, processes: Processes) -> nn.Module:
     return losses if processes.count == 1 else nn.parallel.DistributedDataParallel(losses)
 
 
-def seed_epoch(seed: int, number: int) -> None:
-    """Random numbers of an epoch, so that --resume need not know where the generator was. Seeds count modulo 2^32: the
-    number must not be lost in the upper bits."""
-    torch.manual_seed(seed + 10_000 * number)
+def seed_epoch(seed: int, number: int, rank: int = 0) -> None:
+    """Random numbers of an epoch, so that --resume need not know where the generator was; for each process of its own,
+    or all would draw the same noise. Seeds count modulo 2^32: no number must be lost in the upper bits."""
+    torch.manual_seed(seed + 10_000 * number + 100_000_000 * rank)

@@ -1,6 +1,9 @@
 """Judging what arrives: a camera writes files into a folder, and each is judged once."""
 
+import os
 import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,8 @@ from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds
 PAGE_EVERY = 30.0
+IN_TURN = 2000  # known files whose stamps are asked at each look
+SETTLED_NS = 2_000_000_000  # after which a directory's time tells all that was done in it before
 RECENT = 50  # images that are asked, together, whether their scores have moved
 STAMP_COLUMNS = ("bytes", "changed")  # the tables have them here: the same name with another stamp is another image
 
@@ -21,7 +26,7 @@ Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
 def watch(work: Inspection, folder: Path) -> None:
-    """Judge the images in `folder` and its subfolders, and those that come, until Ctrl-C.
+    """Judge the images in `folder` and its subfolders, and those that come, until Ctrl-C or SIGTERM.
 
     An image counts as whole when it has not changed between two looks, and can be read; one that cannot is named, and
     looked at again when it changes. A call that was stopped or killed goes on when it is made again: a row of
@@ -51,12 +56,13 @@ def seen_before(table: Path) -> set[tuple[str, Stamp]]:
 
 def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Judgements) -> None:
     """Look into `folder` again and again; never returns."""
+    listing = Listing(folder)
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
     is_page_old = False
     while True:
         looked = time.monotonic()
-        now = unseen(folder, seen)
+        now = unseen(folder, [*last_look, *listing.look()], seen)
         whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
         last_look = now
         complaints: list[str] = []
@@ -76,16 +82,68 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
         time.sleep(max(0.0, looked + LOOK_EVERY - time.monotonic()))
 
 
-def unseen(folder: Path, seen: set[tuple[str, Stamp]]) -> dict[Path, Stamp]:
-    """The images that are there, with their stamps, less those that were seen."""
-    try:
-        files = data.list_images(folder, subfolders=True)
-    except FileNotFoundError:  # a subfolder went away meanwhile
-        return {}
-    found = {path: stamp_of(path) for path in files}
+class Listing:
+    """The images below a folder, looked at again and again. A new name changes its directory's time, so that only
+    directories have to be asked each time. A file that is written over in place changes nothing but itself: of those
+    that are known, IN_TURN are looked at each time, in turn. 100,000 files at once take two seconds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.times: dict[Path, int] = {}  # of directories, when they were listed
+        self.names: dict[Path, set[str]] = {}  # in directories, all that were there
+        self.files: list[Path] = []  # in the order in which they came
+        self.turn: Iterator[Path] = iter(())
+
+    def look(self) -> list[Path]:
+        """The files that are new since the last look, and those whose turn it is."""
+        new: list[Path] = []
+        self.visit(self.folder, new)
+        new.sort()
+        self.files += new
+        return new + self.next_in_turn()
+
+    def visit(self, directory: Path, new: list[Path]) -> None:
+        """Add a directory's new files to `new`, and those of its subfolders."""
+        try:
+            changed = directory.stat().st_mtime_ns
+            if self.times.get(directory) != changed:
+                self.list_directory(directory, new)
+                # A change soon after this one may get the same time: a clock is only so fine.
+                if time.time_ns() - changed > SETTLED_NS:
+                    self.times[directory] = changed
+        except OSError:  # it went away, or cannot be reached now
+            self.times.pop(directory, None)
+            return
+        for subfolder in [path for path in self.times if path.parent == directory and path != directory]:
+            self.visit(subfolder, new)
+
+    def list_directory(self, directory: Path, new: list[Path]) -> None:
+        """Add a directory's new files to `new`; its subfolders are visited from now on."""
+        names = self.names.setdefault(directory, set())
+        with os.scandir(directory) as entries:  # tells folders from files without asking for each
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    self.times.setdefault(directory / entry.name, -1)
+                elif entry.name not in names:
+                    names.add(entry.name)
+                    path = directory / entry.name
+                    if data.is_image(path):
+                        new.append(path)
+
+    def next_in_turn(self) -> list[Path]:
+        """IN_TURN of the known files, from where the last call ended."""
+        due = list(islice(self.turn, IN_TURN))
+        if len(due) < IN_TURN:
+            self.turn = iter(list(self.files))
+        return due
+
+
+def unseen(folder: Path, files: Iterable[Path], seen: set[tuple[str, Stamp]]) -> dict[Path, Stamp]:
+    """Those of these files that are there, with their stamps, less those that were seen."""
+    stamps = {path: stamp_of(path) for path in dict.fromkeys(files)}
     return {
         path: stamp
-        for path, stamp in found.items()
+        for path, stamp in stamps.items()
         if stamp is not None and (plain_cell(name_below(folder, path)), stamp) not in seen
     }
 
