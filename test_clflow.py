@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,10 +229,10 @@ class Given(torch.nn.Module):
 
     def __init__(self, **settings):
         super().__init__()
-        self.settings = {"classification_weight": 0.3, "smoothing": 0.2, "contrast_weight": 0.7}
-        self.settings |= {"contrast": "energy", "temperature": 0.5} | settings
+        given = {"classification_weight": 0.3, "smoothing": 0.2, "contrast_weight": 0.7, "temperature": 0.5}
+        self.settings = clflow.CLFlowSettings(images=2, held_out=1, **given | settings)
 
-    def latents(self, rows, width):
+    def latents(self, rows):
         return 1.5 * rows, rows[:, 0]
 
     def log_odds(self, rows):
@@ -280,7 +281,7 @@ def test_losses_against_a_loop_over_rows(monkeypatch, contrast):
 @pytest.mark.parametrize("off", ["classification", "contrast"])
 def test_a_proxy_task_of_weight_zero_is_left_out(off):
     rows = torch.randn(40, 4)
-    found = clflow.Losses(Given(**{f"{off}_weight": 0}))(rows, rows[:3], rows[:0])
+    found = clflow.Losses(Given(**{f"{off}_weight": 0}))(rows, rows[:3], None)
     assert off not in found and len(found) == 3
 
 
@@ -288,7 +289,7 @@ def test_the_contrast_raises_the_energies_of_defects_and_lowers_the_others():
     """One step down the loss, on the rows themselves: the direction in which each kind goes."""
     torch.manual_seed(0)
     normal, anomalous = torch.randn(64, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
-    clflow.Losses(Given(classification_weight=0))(normal, anomalous, normal[:0])["loss"].backward()
+    clflow.Losses(Given(classification_weight=0))(normal, anomalous, None)["loss"].backward()
 
     def change(rows):
         energies = [clflow.energy(1.5 * x, x[:, 0]) for x in (rows - 0.1 * rows.grad, rows)]
@@ -326,8 +327,7 @@ def test_whitening_needs_float64_on_the_cpu_only():
         clflow.Whitening(3, 2).fit(torch.randn(100, 3))
 
 
-SETTINGS = {"backbone": "efficientnet_lite0", "size": 64, "images": 5, "held_out": 1, "bank": 40, "seed": 0, "steps": 2}
-SETTINGS |= {"local": True, "classification_weight": 1.0, "contrast_weight": 0.0}
+SETTINGS = clflow.CLFlowSettings(backbone="efficientnet_lite0", size=64, images=5, held_out=1, bank=40)
 CHANNELS = 40 + 112
 
 
@@ -335,13 +335,13 @@ CHANNELS = 40 + 112
 def model() -> clflow.CLFlow:
     """Fitted to given features of five images; nothing is trained, but no parameter of the flow is zero."""
     torch.manual_seed(0)
-    model = clflow.CLFlow(dict(SETTINGS)).eval()
+    model = clflow.CLFlow(SETTINGS).eval()
     model.full_precision = True
     randomised(model.flow)
     with torch.no_grad():
         for step in model.flow.steps:
             step.scale.mul_(0.1)
-    model.fit(as_rows(features(5)), origins(as_rows(features(5)), 5))
+    model.fit(as_rows(features(5)), origins(as_rows(features(5)), range(5)))
     return model
 
 
@@ -358,7 +358,7 @@ def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
         nearest = (bank - row).norm(dim=1).argmin()
         expected.append((row - bank[nearest]) / spacing[nearest])
     assert torch.allclose(model.relative(rows), torch.stack(expected), atol=1e-4)
-    model.settings["local"] = False
+    model.settings = replace(model.settings, local=False)
     assert torch.equal(model.relative(rows), rows)
 
 
@@ -367,7 +367,7 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     x = features(3)
     monkeypatch.setattr(model, "features", lambda images: x)
     code = model.encode(torch.empty(3, 3, 64, 64))
-    flow, odds = model.judge(code)
+    flow, odds = model.experts(code)
     assert flow.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
         row = model.whitening(model.relative(x[image, :, y, column][None]))
@@ -378,8 +378,8 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
 
 
 def test_without_classification_there_is_one_expert():
-    model = clflow.CLFlow(SETTINGS | {"classification_weight": 0})
-    assert len(model.judge(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
+    model = clflow.CLFlow(replace(SETTINGS, classification_weight=0))
+    assert len(model.experts(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
 
 
 def test_prototypes_are_no_examples_of_themselves(model):
@@ -415,20 +415,20 @@ class Painted:
 def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch, model, contrast):
     before, after = features(2), features(2) + 9
     monkeypatch.setattr(model, "features", lambda images: after[1:] if images.max() > 0 else before[-len(images) :])
-    model.settings |= {"contrast_weight": 0.5, "contrast": contrast}
+    model.settings = replace(model.settings, contrast_weight=0.5, contrast=contrast)
     monkeypatch.setattr(clflow, "ROWS", 100)  # fifty of an image
-    feed = clflow.Losses(model).feed(Painted(), batch=30, fresh=False)
+    rows, images = clflow.good_rows(model, Painted())
+    assert images.tolist() == 50 * [0] + 50 * [1]
+    feed = clflow.RowFeed(model, rows, clflow.painted_rows(model, Painted()), batch=30)
     assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
     three = [model.whitening(model.relative(x[1, :, 0, :3].T)) for x in (after, before)]
     assert torch.allclose(feed.anomalous.float(), three[0], rtol=1e-2, atol=1e-2)
     if contrast == "cosine":
         assert torch.allclose(feed.untouched.float(), three[1], rtol=1e-2, atol=1e-2)
-    batches = list(feed.batches(epoch=1))
-    assert len(batches) == len(feed) == clflow.STEPS_PER_EPOCH
-    for normal, anomalous, untouched in batches[:5]:
+    for normal, anomalous, untouched in (feed.draw() for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8
         if contrast == "cosine":  # the same ones of the three
             which = [(feed.anomalous.float() == row).all(dim=1).nonzero().item() for row in anomalous]
             assert torch.equal(untouched, feed.untouched[which].float())
         else:
-            assert len(untouched) == 0
+            assert feed.untouched is None and untouched is None

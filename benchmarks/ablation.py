@@ -9,6 +9,7 @@ import itertools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,16 +18,13 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-import train  # noqa: E402
+from clflow import CLFlowSettings  # noqa: E402
 from kit import data, metrics  # noqa: E402
-from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
+from kit.good import GoodImages, Pairs, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
-from kit.pairs import Pairs  # noqa: E402
-from kit.processes import ALONE  # noqa: E402
-from methods import METHODS  # noqa: E402
-from nearest import CANDIDATES, search_parts  # noqa: E402
+from kit.training import Descent, seed_epoch  # noqa: E402
 from synth import synthesize  # noqa: E402
 
 GLOBAL = {"local": False, "classification_weight": 0.0}
@@ -44,34 +42,30 @@ VARIANTS = {
 }
 
 
-def settings_of(seed: int, images: int, held_out: int, backbone: str, changed: dict) -> dict:
-    fixed = {"method": "clflow", "seed": seed, "images": images, "held_out": held_out, "backbone": backbone}
-    return METHODS["clflow"].defaults | fixed | changed
-
-
 @torch.no_grad()
-def extract(category: Path, settings: dict, weights: str | None, device: str) -> dict[str, Tensor]:
+def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor]:
     """All features of a category that an experiment needs, with half the bits. Good images are those of seed 0."""
-    model = clflow.CLFlow(settings | {"contrast": "cosine", "contrast_weight": 1.0}).eval().to(device)
-    model.prepare([], weights)
-    held_out, trained_on = train.split(data.list_images(data.good_folder(category)), seed=0)
+    model = clflow.CLFlow(replace(settings, contrast="cosine", contrast_weight=1.0)).eval()
+    model.backbone.load_imagenet(weights)
+    model.to(device)
+    good = GoodImages(*split(data.list_images(data.good_folder(category)), seed=0))
     tests = data.labelled_images(category)
-    pairs = Pairs(trained_on, [], synthesize, model.size, 0, clflow.Losses.IMAGES_PER_EPOCH, ALONE)
-    torch.manual_seed(0)
-    anomalous, untouched = clflow.painted_rows(model, pairs)
+    pairs = Pairs(good, synthesize, model.settings, clflow.IMAGES_PER_EPOCH)
+    normal, _ = clflow.good_rows(model, pairs)
+    painted = clflow.painted_rows(model, pairs)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.size)])
 
     return {
-        "normal": clflow.normal_rows(model, pairs),
-        "anomalous": anomalous,
-        "untouched": untouched,
-        "held_out": features(held_out),
+        "normal": normal,
+        "anomalous": painted.anomalous,
+        "untouched": painted.untouched,
+        "held_out": features(good.held_out),
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
         "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.size)) for test in tests]),
-        "images": torch.tensor(len(held_out) + len(trained_on)),
+        "images": torch.tensor(len(good.held_out) + len(good.trained_on)),
     }
 
 
@@ -87,8 +81,8 @@ def measure(maps: Tensor, kept: dict[str, Tensor]) -> dict[str, float]:
 def judged(model: clflow.CLFlow, kept: dict[str, Tensor]) -> list[list[Tensor]]:
     """The experts' energies of the test images, batch by batch, after a calibration on the held-out ones."""
     codes = [[model.whitened_map(x.float()) for x in kept[name].split(8)] for name in ("held_out", "tests")]
-    model.calibrate(codes[0])
-    return [model.judge(code) for code in codes[1]]
+    model.calibrate(map(model.experts, codes[0]))
+    return [model.experts(code) for code in codes[1]]
 
 
 @torch.no_grad()
@@ -98,34 +92,28 @@ def joined_maps(model: clflow.CLFlow, energies: list[list[Tensor]]) -> Tensor:
 
 @torch.no_grad()
 def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
-    """The map of nearest.py on the same prototypes: raw distances, or over the spacing."""
-    found = []
-    for batch in x.split(8):
-        rows = as_rows(batch.float())
-        index = model.prototypes.nearest(rows, search_parts(batch.shape[2]), model.dtype)
-        distance = model.prototypes.away(rows, index).norm(dim=1)
-        e = distance / model.prototypes.spacing[index] if local else distance
-        found.append(anomaly_map(e.view(-1, *batch.shape[2:]), model.size))
-    return torch.cat(found)
+    """The maps of nearest.py on the same prototypes."""
+    energies = (model.prototypes.energies(batch.float(), local, model.dtype) for batch in x.split(8))
+    return torch.cat([anomaly_map(e, model.size) for e in energies])
 
 
-def experiment(kept: dict[str, Tensor], settings: dict, device: str, is_default: bool) -> dict:
+def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
     """Train on kept features; the figures of the last epoch. Of the default also the image AUROC of each epoch, with
     seed 0, and what single experts and the nearest neighbour alone give."""
-    torch.manual_seed(settings["seed"])
+    torch.manual_seed(settings.seed)
     model = clflow.CLFlow(settings).eval().to(device)
-    chosen = torch.randperm(len(kept["normal"]))[:CANDIDATES]
-    model.fit(kept["normal"][chosen], torch.zeros(len(chosen), dtype=torch.long))
+    unknown = torch.zeros(len(kept["normal"]), dtype=torch.long)  # no image is judged as if it were new
+    model.fit(*clflow.candidates(kept["normal"], unknown, GoodImages([], []), settings.seed))
+    painted = clflow.PaintedRows(kept["anomalous"], kept["untouched"] if settings.needs_untouched else None)
+    feed = clflow.RowFeed(model, kept["normal"], painted, settings.batch)
     losses = clflow.Losses(model)
-    cosine = settings["contrast_weight"] > 0 and settings["contrast"] == "cosine"
-    untouched = kept["untouched"] if cosine else kept["untouched"][:0]
-    feed = losses.feed_of(kept["normal"], kept["anomalous"], untouched, settings["batch"])
-    optimizer, schedule = train.make_optimizer(losses, settings, len(feed), None)
+    descent = Descent(losses, settings.lr, settings.epochs * clflow.STEPS_PER_EPOCH, clflow.WEIGHT_DECAY)
     by_epoch = []
-    for epoch in range(1, settings["epochs"] + 1):
-        torch.manual_seed(settings["seed"] + 10_000 * epoch)
-        train.train_epoch(losses, feed.batches(epoch), optimizer, schedule)
-        if (is_default and settings["seed"] == 0) or epoch == settings["epochs"]:
+    for epoch in range(1, settings.epochs + 1):
+        seed_epoch(settings.seed, epoch)
+        for _ in range(clflow.STEPS_PER_EPOCH):
+            descent.step(losses(*feed.draw()))
+        if (is_default and settings.seed == 0) or epoch == settings.epochs:
             energies = judged(model, kept)
             maps = joined_maps(model, energies)
             scores = image_score(maps).cpu().numpy()
@@ -145,7 +133,7 @@ def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
-        settings = settings_of(0, images, train.held_out_count(images), args.backbone, {})
+        settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
     for part in ("normal", "anomalous", "untouched", "held_out", "tests"):
@@ -165,7 +153,8 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
             continue
         started = time.perf_counter()
         changed = VARIANTS[variant]
-        settings = settings_of(seed, int(kept["images"]), len(kept["held_out"]), args.backbone, changed)
+        facts = {"images": int(kept["images"]), "held_out": len(kept["held_out"])}
+        settings = CLFlowSettings(seed=seed, backbone=args.backbone, **facts, **changed)
         row = {"category": name, "variant": variant, "seed": seed}
         row |= experiment(kept, settings, args.device, is_default=not changed)
         with open(results, "a") as file:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed import SIZE, milliseconds_of, tests_auroc  # noqa: E402
 from kit import data  # noqa: E402
 from kit.backbone import DEVIATION, MEAN  # noqa: E402
-from train import split  # noqa: E402
+from kit.good import split  # noqa: E402
 
 try:
     from anomalib.models.image.fastflow.loss import FastflowLoss

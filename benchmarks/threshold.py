@@ -12,8 +12,8 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
 from kit import runs  # noqa: E402
+from kit.measuring import judge_tests, readable_tests  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.verdict import threshold  # noqa: E402
 from methods import load  # noqa: E402
@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.runs:
         model = load(runs.checkpoint_of(run), args.device)
-        judged = evaluate.judge_tests(model, evaluate.readable_tests(Path(model.settings["data"]), False), ALONE)
+        judged = judge_tests(model, readable_tests(Path(model.settings.data), skip_bad=False), ALONE)
         good, bad = judged.scores[~judged.labels], judged.scores[judged.labels]
         calibrating = model.normal[0].cpu().numpy()
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-from kit import waiting  # noqa: F401 (first, before PyTorch is imported)
+import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
 import os
@@ -54,7 +54,7 @@ def projecting_run(category, tmp_path_factory) -> Path:
     """A run of the autoencoder."""
     options = ["--method", "autoencoder", *LITE, "--size", 128, "--epochs", 5, "--lr", 0.005]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 350)  # a third: to save time
+        patch.setattr(autoencoder, "IMAGES_PER_EPOCH", 350)  # a third: to save time
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
 
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 import autoencoder
 import evaluate
 from kit import data
-from kit.backbone import joined
+from kit.good import GoodImages
 from kit.images import read_image
 from methods import load
 from synth import synthesize
@@ -131,32 +131,33 @@ def test_energy_is_the_distance_to_the_nearest_movement_of_a_normal_image(projec
     images = data.read_batch(data.list_images(category / "test" / "crack"), 128)
     large = torch.nn.functional.interpolate(torch.cat((model.project(images), images)), (192, 192), mode="bilinear",
                                             antialias=True).clamp(0, 1)  # fmt: skip
-    after, before = joined(model.backbone(large)).chunk(2)
+    after, before = model.backbone.features(large).chunk(2)
     rows = (after - before).permute(0, 2, 3, 1).reshape(-1, after.shape[1])
     bank = model.prototypes.bank + model.prototypes.centre
     distance, index = torch.cdist(rows, bank, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
     expected = (distance / model.prototypes.spacing[index]).view(len(images), 24, 24)
-    assert (model.judge(images)[0] - expected).abs().max() < 1e-3 * expected.max() and expected.std() > 0.1
+    assert (model.energies(images)[0] - expected).abs().max() < 1e-3 * expected.max() and expected.std() > 0.1
 
 
 def test_the_bank_is_of_the_present_projection(projecting_run, category):
     """Fitted anew to other images, or after another training step, it is another one; the seed alone decides else."""
     model = load(projecting_run / "model.pt")
-    images = data.read_batch(data.list_images(category / "train" / "good"), 128)
+    files = data.list_images(category / "train" / "good")
+    images = data.read_batch(files, 128)
     banks = []
     for shift in (0.0, 0.0, 0.1):
         model.projection.out.bias.data += shift
-        model.refit(images.split(8))
+        model.fit(GoodImages([], files))
         banks.append(model.prototypes.bank.clone())
     assert torch.equal(banks[0], banks[1]) and (banks[2] - banks[1]).norm() > 0.01 * banks[1].norm()
-    assert model.judge(images)[0].median() < 2  # normal movements lie near the bank
+    assert model.energies(images)[0].median() < 2  # normal movements lie near the bank
     model.projection.out.bias.data += 0.2
-    assert model.judge(images)[0].median() > 2
+    assert model.energies(images)[0].median() > 2
 
 
 def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp_path):
     with open(projecting_run / "log.csv") as file:
-        assert next(csv.reader(file)) == ["epoch", "loss", "outside", "inside", "steps_per_second"]
+        assert next(csv.reader(file)) == ["epoch", "loss", "outside", "inside", "seconds"]
     call(evaluate.main, projecting_run)
     metrics = json.loads((projecting_run / "metrics.json").read_text())
     assert metrics["backbone"] == "efficientnet_lite0"

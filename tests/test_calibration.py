@@ -11,7 +11,7 @@ import train
 from kit import calibration, data
 from methods import load
 
-NEAREST = ["--method", "patchcore", *LITE, "--size", 128, "--bank", 400]
+NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 
 
 def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category, tmp_path, capsys):

@@ -1,9 +1,10 @@
 import shutil
+import threading
 
 import pytest
 from PIL import Image
 
-from kit.data import category_folders, good_folder, labelled_images, list_images, readable
+from kit.data import ahead, category_folders, good_folder, labelled_images, list_images, readable
 from kit.errors import InputError
 
 
@@ -54,3 +55,30 @@ def test_readable_files_and_a_line_on_each_other(tmp_path):
     (tmp_path / "b.png").write_bytes(b"broken")
     good, complaints = readable(list_images(tmp_path))
     assert [p.name for p in good] == ["a.png", "c.png"] and len(complaints) == 1 and "b.png" in complaints[0]
+
+
+def test_items_come_in_order_and_the_next_is_made_while_one_is_used():
+    started = [threading.Event() for _ in range(4)]
+
+    def items():
+        for number in range(3):
+            started[number].set()
+            yield number
+        started[3].set()
+
+    found = []
+    for number in ahead(items()):
+        assert started[number + 1].wait(timeout=5)  # without a request for it
+        found.append(number)
+    assert found == [0, 1, 2]
+
+
+def test_what_is_raised_while_an_item_is_made_is_raised_where_it_is_asked_for():
+    def items():
+        yield 1
+        raise OSError("broken")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="broken"):
+        next(coming)

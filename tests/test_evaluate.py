@@ -13,6 +13,7 @@ from PIL import Image
 
 import evaluate
 from kit import data, files
+from kit.measuring import judge_tests
 from kit.processes import ALONE
 from methods import load
 
@@ -39,7 +40,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     assert all(a["threshold"] >= b["threshold"] for a, b in zip(points, points[1:], strict=False))
     assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
     model = load(run / "model.pt")
-    judged = evaluate.judge_tests(model, data.labelled_images(category), ALONE)
+    judged = judge_tests(model, data.labelled_images(category), ALONE)
     flagged = judged.scores > metrics["threshold"]
     hits, alarms = (flagged & judged.labels).sum(), (flagged & ~judged.labels).sum()
     assert metrics["recall"] == hits / judged.labels.sum()

@@ -13,14 +13,15 @@ import evaluate
 import nearest
 import train
 from kit import data
-from kit.backbone import joined
+from kit.backbone import BACKBONES
+from kit.good import split
 from methods import load
 
 RNG = np.random.default_rng(0)
 
 
 def prototypes(bank) -> nearest.Prototypes:
-    """With a given bank (M, C), its centre taken off."""
+    """With a given bank (P, C), its centre taken off."""
     bank = torch.as_tensor(bank, dtype=torch.float32)
     found = nearest.Prototypes(*bank.shape)
     found.centre.copy_(bank.mean(dim=0))
@@ -63,22 +64,25 @@ def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_energies_by_hand(local):
+def test_energies_by_hand(monkeypatch, local):
     """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
-    settings = {"backbone": LITE[1], "size": 16, "images": 3, "held_out": 1, "bank": 3, "local": local, "method": "x"}
+    settings = nearest.NearestSettings(backbone=LITE[1], size=16, images=3, held_out=1, bank=3, local=local)
     model = nearest.Nearest(settings)
     model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
     model.prototypes.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
     x = torch.tensor([[1.0, 0, 0], [10, 0, 4], [31, 0, 0], [4, 0, 0]])
-    (e,) = model.judge(model.energies(x.T.reshape(1, 3, 2, 2)))
+    monkeypatch.setattr(model, "features", lambda images: x.T.reshape(1, 3, 2, 2))
+    (e,) = model.energies(torch.empty(1, 3, 16, 16))
     expected = [1 / 1, 4 / 2, 1 / 6, 4 / 1] if local else [1 / 3, 4 / 3, 1 / 3, 4 / 3]
     assert e.flatten().tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_features_join_two_strides_position_by_position():
+def test_features_join_two_strides_position_by_position(monkeypatch):
     """The coarse map is averaged, then laid over the fine one."""
     fine, coarse = torch.rand(1, 2, 4, 4), torch.rand(1, 1, 2, 2)
-    x = joined([torch.rand(1, 1, 8, 8), fine, coarse])
+    backbone = BACKBONES[LITE[1]]()
+    monkeypatch.setattr(backbone, "layers", lambda images: [fine, coarse])
+    x = backbone.features(torch.empty(1, 3, 32, 32))
     assert x.shape == (1, 3, 4, 4)
     neighbours = [fine[0, 1, i, j] for i, j in itertools.product((0, 1), (0, 1))]  # of the corner: four, not nine
     assert x[0, 1, 0, 0].item() == pytest.approx(float(np.mean(neighbours)), abs=1e-5)
@@ -88,7 +92,7 @@ def test_features_join_two_strides_position_by_position():
 @pytest.fixture(scope="module")
 def bank_run(category, tmp_path_factory):
     out = tmp_path_factory.mktemp("nearest")
-    call(train.main, "--data", category, "--out", out, "--method", "patchcore", *LITE, "--size", 128, "--bank", 400)
+    call(train.main, "--data", category, "--out", out, "--method", "nearest", *LITE, "--size", 128, "--bank", 400)
     return out
 
 
@@ -102,7 +106,7 @@ def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
 def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     """Its own prototypes, and no others, do not count; with them it would score far too low."""
     model = load(bank_run / "model.pt")
-    held_out, trained_on = train.split(data.list_images(category / "train/good"), seed=0)
+    held_out, trained_on = split(data.list_images(category / "train/good"), seed=0)
     assert model.normal.shape == (2, 24)
     number = 5
     x = model.features(data.read_batch([trained_on[number]], 128))
@@ -113,8 +117,8 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     to_others = torch.cdist(rows, bank).min(dim=1)
     expected = to_others.values / model.prototypes.spacing[~own][to_others.indices]
     model.full_precision = True  # else nearly equal ones may be mistaken for each other
-    assert torch.allclose(model.energies(x, without=number).flatten(), expected, rtol=0.01)
-    assert model.energies(x).mean() < 0.9 * expected.mean()
+    assert torch.allclose(model.energies_of(x, without=number).flatten(), expected, rtol=0.01)
+    assert model.energies_of(x).mean() < 0.9 * expected.mean()
     # Any row is nearest to itself: the numbers belong to the right images.
     kept = model.prototypes.bank[own] + model.prototypes.centre
     assert torch.cdist(kept, rows).min(dim=1).values.max() < 0.1 * kept.norm(dim=1).mean()
@@ -124,15 +128,15 @@ def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
     assert sorted(p.name for p in bank_run.iterdir()) == ["model.pt"]
     call(evaluate.main, bank_run)
     metrics = json.loads((bank_run / "metrics.json").read_text())
-    assert metrics["method"] == "patchcore" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
+    assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
     images = data.read_batch(data.list_images(category / "test" / "chip")[:3], 128)
     check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 
 def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, capsys):
-    command = ["--data", category, "--out", tmp_path / "out", "--method", "patchcore"]
+    command = ["--data", category, "--out", tmp_path / "out", "--method", "nearest"]
     for flag, value in (("--epochs", 3), ("--lr", 0.1), ("--batch", 4), ("--contrast", "energy"), ("--textures", "x")):
-        refuse(train.main, capsys, *command, flag, value, words=[flag, "--method patchcore"])
-    refuse(train.main, capsys, *command, "--keep-epochs", words=["--keep-epochs", "--method patchcore"])
+        refuse(train.main, capsys, *command, flag, value, words=[flag, "--method nearest"])
+    refuse(train.main, capsys, *command, "--keep-epochs", words=["--keep-epochs", "--method nearest"])
     refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", "--method", "autoencoder", "--no-local",
            words=["--local", "autoencoder"])  # fmt: skip

@@ -13,7 +13,7 @@ import evaluate
 from kit.draw import LARGE
 from kit.images import photograph
 from kit.report import Entry, picture, save_views, write_page
-from kit.verdict import Thresholds, judge
+from kit.verdict import Thresholds, decide
 
 
 def data_of(page) -> dict:
@@ -34,7 +34,7 @@ def test_views_show_where_it_is(tmp_path):
     """A wide image that is larger than the page's pictures, with a defect in its lower right."""
     heat = np.zeros((500, 1500), np.float32)
     heat[400:450, 1200:1300] = 3
-    verdict = judge(2.0, heat, Thresholds(1.0, 1.0, 9, 0.2))
+    verdict = decide(2.0, heat, Thresholds(1.0, 1.0, 9, 0.2))
     mask = np.zeros((64, 64), bool)
     mask[51:57, 51:55] = True
     photo = photograph(Image.new("RGB", (1500, 500), "#808080"), LARGE)
@@ -47,7 +47,7 @@ def test_views_show_where_it_is(tmp_path):
     assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
     assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
     assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
-    save_views(tmp_path, "a/b.png", Image.new("RGB", (50, 50)), judge(0.5, heat, verdict_limits()), verdict_limits())
+    save_views(tmp_path, "a/b.png", Image.new("RGB", (50, 50)), decide(0.5, heat, verdict_limits()), verdict_limits())
     assert not picture(tmp_path, "a/b.png", "outline").exists() and not picture(tmp_path, "a/b.png", "mask").exists()
 
 

@@ -30,7 +30,7 @@ def log_of(run) -> list[dict]:
 
 def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
     rows = log_of(finished_run)
-    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "steps_per_second"]
+    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
     assert Image.open(finished_run / "loss.png").width == 960
@@ -40,38 +40,28 @@ def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
 # ---------------------------------------------------------------- held-out images
 
 
-@pytest.mark.parametrize(
-    "images, held_out", [(2, 1), (7, 1), (8, 2), (31, 7), (32, 8), (80, 8), (209, 21), (20000, 1000)]
-)
-def test_how_many_images_are_held_out(images, held_out):
-    assert train.held_out_count(images) == held_out
-
-
-def test_held_out_images_are_not_trained_on(tmp_path):
-    files = [tmp_path / f"{i}.png" for i in range(50)]
-    held_out, trained_on = train.split(files, seed=3)
-    assert len(held_out) == 8 and set(held_out) | set(trained_on) == set(files) and not set(held_out) & set(trained_on)
-    assert train.split(files, seed=3) == (held_out, trained_on) != train.split(files, seed=4)
-
-
 def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_others(category, tmp_path, monkeypatch):
     seen = {}
-    fit = train.fit
+    batches, good_rows, painted_rows = data.batches, clflow.good_rows, clflow.painted_rows
 
-    feed = clflow.Losses.feed
+    def encoding(files, size):
+        seen.update(held_out=set(files))
+        return batches(files, size)
 
-    def watching(model, losses, rows, held_out, *rest):
-        seen.update(held_out=set(held_out))
-        fit(model, losses, rows, held_out, *rest)
-
-    def feeding(losses, pairs, *rest, **options):
+    def fitting(model, pairs):
         seen.update(trained=set(pairs.files))
-        return feed(losses, pairs, *rest, **options)
+        return good_rows(model, pairs)
 
-    monkeypatch.setattr(train, "fit", watching)
-    monkeypatch.setattr(clflow.Losses, "feed", feeding)
+    def painting(model, pairs):
+        seen.update(painted=set(pairs.files))
+        return painted_rows(model, pairs)
+
+    monkeypatch.setattr(data, "batches", encoding)
+    monkeypatch.setattr(clflow, "good_rows", fitting)
+    monkeypatch.setattr(clflow, "painted_rows", painting)
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
     assert len(seen["held_out"]) == 6 and not seen["trained"] & seen["held_out"]
+    assert seen["painted"] == seen["trained"]
     assert seen["trained"] | seen["held_out"] == set(data.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
@@ -101,7 +91,7 @@ def test_epochs_differ_in_their_random_numbers(category, tmp_path, monkeypatch):
 
     monkeypatch.setattr(clflow.Losses, "forward", recording)
     call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--epochs", 2)
-    assert len(draws) > 20 and len(set(draws)) == len(draws)
+    assert len(draws) == 2 * clflow.STEPS_PER_EPOCH and len(set(draws)) == len(draws)
 
 
 def test_every_open_choice_can_be_flipped(category, tmp_path):
@@ -111,7 +101,7 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     choices = ["--contrast", "cosine", "--contrast-weight", 0.1, "--textures", tmp_path / "textures", "--no-local"]
     choices += ["--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices)
-    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "steps_per_second"]
+    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "seconds"]
     model = load(tmp_path / "run" / "model.pt")
     assert len(model.flow.steps) == 2 and model.classifier is None and len(model.levels) == 1
 
@@ -190,7 +180,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 @pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder", *LITE]])
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
-    monkeypatch.setattr(autoencoder.Losses, "IMAGES_PER_EPOCH", 100)
+    monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 100)
     mine = shutil.copytree(category, tmp_path / "mine")
 
     def arguments(out, *more):
@@ -334,6 +324,23 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     attempt("--method", "autoencoder", "--size", 100, words=["--size 100", "8"])
 
 
+def test_a_method_by_its_former_name_is_told_the_new_one(category, tmp_path, capsys):
+    command = ["--data", category, "--out", tmp_path / "out", "--method"]
+    refuse(train.main, capsys, *command, "patchcore", words=["--method", "patchcore", "is called nearest now"])
+    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, nearest, autoencoder"])
+
+
+def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path, capsys):
+    """A run that goes on has the backbone's weights in its checkpoint; one that begins reads them."""
+    command = ["--data", load(run / "model.pt").settings.data, *LITE, "--weights", tmp_path / "gone.pth", "--resume"]
+    refuse(train.main, capsys, *command, "--out", run, words=["--weights has no effect with --resume"])
+    refuse(train.main, capsys, *command, "--out", tmp_path / "new", words=["gone.pth", "no ImageNet weights"])
+    (tmp_path / "two" / category.name / "seed0").mkdir(parents=True)
+    shutil.copy(run / "model.pt", tmp_path / "two" / category.name / "seed0")
+    some = [*command, "--out", tmp_path / "two", "--seeds", 2]  # the second one has no checkpoint
+    refuse(train.main, capsys, *some, "--epochs", 3, "--size", 192, "--batch", 1024, words=["gone.pth", "no ImageNet"])
+
+
 def test_two_folders_of_the_same_name_do_not_share_a_run(category, tmp_path, monkeypatch, capsys):
     for name in "ab":
         shutil.copytree(category / "train" / "good", tmp_path / name / "good")
@@ -345,14 +352,13 @@ def test_two_folders_of_the_same_name_do_not_share_a_run(category, tmp_path, mon
 
 def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_path, monkeypatch, capsys):
     shutil.copytree(category / "train", tmp_path / "data" / "train")
-    monkeypatch.setattr("kit.pairs.CACHE_BYTES", 0)  # so that the workers decode
+    monkeypatch.setattr("kit.good.CACHE_BYTES", 0)  # so that the workers decode
 
-    def spoil(model, images, weights):
+    def spoil(model, rows, images):
         for path in (tmp_path / "data" / "train" / "good").iterdir():
             path.write_bytes(b"broken")
 
-    monkeypatch.setattr(clflow.CLFlow, "prepare", spoil)
-    monkeypatch.setattr(clflow.CLFlow, "calibrate", lambda *_: None)
+    monkeypatch.setattr(clflow.CLFlow, "fit", spoil)
     refuse(train.main, capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", *QUICK,
            words=["error: ", "good", ".png"])  # fmt: skip
 

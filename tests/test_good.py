@@ -1,18 +1,46 @@
+from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 
-import kit.pairs
+import kit.good
 from kit.data import list_images
-from kit.pairs import Pairs
+from kit.detector import Settings
+from kit.good import GoodImages, Pairs, held_out_count, split
 from kit.processes import Processes
 from synth import synthesize
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sized(Settings):
+    size: int
+
+
 def make_pairs(category, processes: Processes = Processes(), size: int = 64) -> Pairs:  # noqa: B008 (it is frozen)
-    return Pairs(list_images(category / "train/good"), [], synthesize, size, 0, 100, processes)
+    good = GoodImages([], list_images(category / "train/good"), [], processes)
+    return Pairs(good, synthesize, Sized(method="none", images=24, held_out=0, size=size), 100)
+
+
+# ---------------------------------------------------------------- held-out images
+
+
+@pytest.mark.parametrize(
+    "images, held_out", [(2, 1), (7, 1), (8, 2), (31, 7), (32, 8), (80, 8), (209, 21), (20000, 1000)]
+)
+def test_how_many_images_are_held_out(images, held_out):
+    assert held_out_count(images) == held_out
+
+
+def test_held_out_images_are_not_trained_on(tmp_path):
+    files = [tmp_path / f"{i}.png" for i in range(50)]
+    held_out, trained_on = split(files, seed=3)
+    assert len(held_out) == 8 and set(held_out) | set(trained_on) == set(files) and not set(held_out) & set(trained_on)
+    assert split(files, seed=3) == (held_out, trained_on) != split(files, seed=4)
+
+
+# ---------------------------------------------------------------- batches of the others
 
 
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
@@ -46,7 +74,7 @@ def test_small_sets_are_repeated(category):
 
 
 def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
-    monkeypatch.setattr(kit.pairs, "CACHE_BYTES", 3 * 6 * 64 * 64)
+    monkeypatch.setattr(kit.good, "CACHE_BYTES", 3 * 6 * 64 * 64)
     pairs = make_pairs(category)
     assert len(pairs.cache) == 3
     images, _ = pairs.__getitems__(list(range(8)))
@@ -61,7 +89,7 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     def refuse(tensor):
         raise AssertionError("a tensor is about to be sent through shared memory")
 
-    loader = kit.pairs.loader(make_pairs(category), batch=8)
+    loader = kit.good.loader(make_pairs(category), batch=8)
     assert loader.num_workers > 0
     loader.timeout = 30  # a worker that cannot send says nothing
     for kind in (torch.Tensor, torch.UntypedStorage):
