@@ -149,7 +149,7 @@ class Autoencoder(Detector):
         return self.phi(self.project(images)) - self.phi(images)
 
     @torch.no_grad()
-    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         return [self.prototypes.energies(self.moved(images), True, self.dtype, without)]
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
         painted = iter(batches)  # draws the order of the images, which is the same for all processes
         if good.processes.rank:
             seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+        for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
             batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
             steps.append(descent.step(losses(*batch)))
         ready()

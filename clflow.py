@@ -7,6 +7,7 @@ energies (N,). Training sees rows, drawn from all images at once."""
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,24 @@ from torch import Tensor, nn
 from flows import Flow2D
 from kit import data
 from kit.backbone import BACKBONES, as_rows
+from kit.calibration import FOLDS, AsNew
 from kit.detector import Detector, Settings
+from kit.errors import InputError
 from kit.good import GoodImages, Pairs
+from kit.processes import Processes
 from kit.progress import counted
 from kit.training import Descent, Epoch, seed_epoch, shared
-from nearest import CANDIDATES, CHUNK, Prototypes, origins, positions, prototype_count, search_parts, spread
+from nearest import (
+    CANDIDATES,
+    CHUNK,
+    Prototypes,
+    alike_in_order,
+    origins,
+    positions,
+    prototype_count,
+    search_parts,
+    spread,
+)
 from synth import synthesize
 
 HIDDEN = 1024  # units of the classifier
@@ -39,7 +53,7 @@ class CLFlowSettings(Settings):
 
     method: str = "clflow"
     size: int = 384
-    epochs: int = 8
+    epochs: int = 3
     batch: int = 8192  # rows
     lr: float = 2e-3
     textures: str | None = None
@@ -102,37 +116,43 @@ class CLFlow(Detector):
     log-odds. What it inherits makes map, score and verdict of them, and knows the device."""
 
     SETTINGS = CLFlowSettings
-    CAN_LEAVE_OUT = True
 
     def __init__(self, settings: CLFlowSettings):
         backbone = BACKBONES[settings.backbone]()
-        classifies = settings.classification_weight > 0
-        super().__init__(settings, backbone, experts=2 if classifies else 1)
+        super().__init__(settings, backbone, experts=2 if settings.classification_weight > 0 else 1)
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
         count = prototype_count(settings, positions(self.size, backbone.stride)) if settings.local else 0
         self.prototypes = Prototypes(count, channels)
         self.whitening = Whitening(channels, components)
-        self.flow = Flow2D(components, settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
-        self.classifier = classifier(components) if classifies else None
+        self.renew_experts()
         self.to(memory_format=torch.channels_last)
 
+    def renew_experts(self) -> None:
+        """Put a new flow, and a new classifier if there is a loss that trains it, in place of the present ones."""
+        components = self.whitening.out_features
+        flow = Flow2D(components, self.settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
+        self.flow = flow.to(self.device, memory_format=torch.channels_last)
+        self.classifier = None
+        if self.settings.classification_weight > 0:
+            self.classifier = classifier(components).to(self.device)
+
     @torch.no_grad()
-    def relative(self, rows: Tensor, parts: int = 1, without: int | None = None) -> Tensor:
+    def relative(self, rows: Tensor, parts: int = 1, without: Tensor | None = None) -> Tensor:
         """r = (y - p) / spacing of p, (N, C): rows y seen from where they are, p being the nearest prototype; found in
         equal parts. Density on these is local by construction. With --no-local the rows as they are. The prototypes
-        that came from training image number `without` do not count."""
+        that came from the training images with the numbers `without` (n,) do not count."""
         if not self.settings.local:
             return rows
         index = self.prototypes.nearest(rows, parts, self.dtype, without)
         return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
 
     @torch.no_grad()
-    def encode(self, images: Tensor, without: int | None = None) -> Tensor:
+    def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
         """All that training never changes: images -> maps of whitened rows w (B, K, h, w)."""
         return self.whitened_map(self.features(images), without)
 
-    def whitened_map(self, x: Tensor, without: int | None = None) -> Tensor:
+    def whitened_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> (B, K, h, w)."""
         relative = self.relative(as_rows(x), search_parts(x.shape[2]), without)
         return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
@@ -147,7 +167,7 @@ class CLFlow(Detector):
         with self.autocast():
             return self.classifier(w)[:, 0].float()
 
-    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         return self.experts(self.encode(images, without))
 
     @torch.no_grad()
@@ -183,19 +203,24 @@ class CLFlow(Detector):
     @torch.no_grad()
     def fit(self, rows: Tensor, images: Tensor) -> None:
         """Fit what is never trained, prototypes and whitening, on rows y (N, C) of the good images with these numbers
-        (N,)."""
+        (N,). Raises InputError if these are copies of one."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, images, generator)
-        self.whitening.fit(torch.cat(list(self.without_prototypes(rows))))
+        order = images.argsort(stable=True)
+        relative = torch.cat(list(self.as_new(rows[order.to(rows.device)], images[order])))
+        if not relative.norm(dim=1).median() > 0:
+            raise InputError("--data: its good images are copies of one; give different photographs")
+        self.whitening.fit(relative)
 
     @torch.no_grad()
-    def without_prototypes(self, rows: Tensor) -> Iterator[Tensor]:
-        """`relative` rows (n, C) of many normal ones (N, C), a part at a time; less the prototypes themselves, which
-        nothing is nearer to."""
-        for part in rows.split(CHUNK):
-            relative = self.relative(part.float())
-            yield relative[relative.any(dim=1)]
+    def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
+        """`relative` rows r (n, C) of each image in turn, of rows y (N, C) that are in the order of their images'
+        numbers (N,); each seen without the prototypes of its own image, as those of a new image will be."""
+        numbers, counts = images.unique_consecutive(return_counts=True)
+        for number, part in zip(numbers, rows.split(counts.tolist()), strict=True):
+            for chunk in part.split(CHUNK):
+                yield self.relative(chunk.float(), without=number[None])
 
 
 # ---------------------------------------------------------------- the losses
@@ -282,104 +307,145 @@ class Losses(nn.Module):
 
 def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
-    once before the first step; the model is calibrated then, ready to judge. The number of epochs is fixed, and the
-    last one counts.
+    once before the first step; the model is calibrated on the held-out images then, ready to judge. The number of
+    epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
     pairs = Pairs(good, synthesize, settings, IMAGES_PER_EPOCH)
 
-    # Features of the good images: each position is a row. What fits on them is fitted once: the bank and the whitening.
-    rows, images = good_rows(model, pairs)
+    # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
+    normal = good_rows(model, pairs)
     if progress is None:
-        model.fit(*candidates(rows, images, good, settings.seed))
+        model.fit(*candidates(normal, good, settings.seed))
 
-    # Rows of painted defects. All rows are seen from the bank, and whitened, once and for all epochs.
-    painted = painted_rows(model, pairs)
-    feed = RowFeed(model, rows, painted, math.ceil(settings.batch / good.processes.count))
-    held_out = [model.encode(batch).half() for batch in data.batches(good.held_out, model.size)]
+    # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
+    feed = Feed(model, normal, painted_rows(model, pairs))
 
-    # For each step: the losses of a batch, and a step down. After each epoch: the calibration.
-    losses = shared(Losses(model), good.processes)
+    # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
+    held_out = [model.encode(images).half() for images in data.batches(good.held_out, model.size)]
+    for epoch in epochs(model, feed, good.processes, progress):
+        model.calibrate(model.experts(code.float()) for code in held_out)
+        yield epoch
+
+    # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
+    as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
+    scores = {}
+    trained = model.flow, model.classifier
+    for fold in range(FOLDS):
+        seed_epoch(settings.seed, settings.epochs + 1 + fold)
+        model.renew_experts()
+        for _ in epochs(model, feed.only(as_new.fold != fold), good.processes):
+            model.calibrate(model.experts(code.float()) for code in held_out)
+        scores |= as_new.scores(model, fold)
+    model.flow, model.classifier = trained
+    model.calibrate(model.experts(code.float()) for code in held_out)
+    as_new.settle(model, scores)
+
+
+def epochs(model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None) -> Iterator[Epoch]:
+    """Train flow and classifier; yields before the first step, and after each epoch."""
+    settings = model.settings
+    batch = math.ceil(settings.batch / processes.count)
+    losses = shared(Losses(model), processes)
     descent = Descent(losses, settings.lr, settings.epochs * STEPS_PER_EPOCH, WEIGHT_DECAY)
     done = descent.go_on_from(progress)
-    model.calibrate(model.experts(code.float()) for code in held_out)
-    yield descent.epoch(done, [], good.processes)
+    yield descent.epoch(done, [], processes)
     for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number, good.processes.rank)
+        seed_epoch(settings.seed, number, processes.rank)
         steps = []
         for _ in counted(range(STEPS_PER_EPOCH), f"epoch {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
-            steps.append(descent.step(losses(*feed.draw())))
-        model.calibrate(model.experts(code.float()) for code in held_out)
-        yield descent.epoch(number, steps, good.processes)
+            steps.append(descent.step(losses(*feed.draw(batch))))
+        yield descent.epoch(number, steps, processes)
 
 
-def good_rows(model: CLFlow, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Rows (N, C) of this process's good images, with half the bits, and the numbers (N,) of these images; at most
-    ROWS, spread over all images, of all processes together."""
-    settings = model.settings
-    per_image = max(1, ROWS // len(pairs.files))
-    if per_image < positions(model.size, model.backbone.stride):
-        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    generator = torch.Generator().manual_seed(settings.seed)
-    parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
-    rows = torch.cat(parts)
-    return rows, origins(rows, pairs.processes.part(range(len(pairs.files))))
-
-
-def candidates(rows: Tensor, images: Tensor, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
-    """Some of the rows (N, C) of all processes, with the numbers (N,) of their images: CANDIDATES in all, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    count = math.ceil(CANDIDATES / good.processes.count)
-    chosen = torch.randperm(len(rows), generator=generator)[:count]
-    return good.processes.concatenated(rows[chosen]), good.processes.concatenated(images[chosen])
+# ---------------------------------------------------------------- the rows that training draws from
 
 
 @dataclass(frozen=True)
-class PaintedRows:
-    """Rows (A, C) of synthetic defects; if a loss asks for them, those of x+ at the same places, else None."""
+class Rows:
+    """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
+    Of painted defects also `untouched` (N, C), rows of the same places without them, if a loss asks for these."""
 
-    anomalous: Tensor
-    untouched: Tensor | None
+    y: Tensor
+    images: Tensor
+    untouched: Tensor | None = None
 
 
-def painted_rows(model: CLFlow, pairs: Pairs) -> PaintedRows:
-    """Rows of PAINTED synthetic defects, with half the bits."""
+def good_rows(model: CLFlow, pairs: Pairs) -> Rows:
+    """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
+    per_image = max(1, ROWS // len(pairs.files))
+    if per_image < positions(model.size, model.backbone.stride):
+        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
+    rows = torch.cat(parts)
+    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))))
+
+
+def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
+    """Some of the rows y (N, C) of all processes, with the numbers (N,) of their images: CANDIDATES in all, at
+    random."""
+    generator = torch.Generator().manual_seed(seed)
+    count = math.ceil(CANDIDATES / good.processes.count)
+    chosen = torch.randperm(len(normal.y), generator=generator)[:count]
+    return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
+
+
+def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
+    """Rows of PAINTED synthetic defects."""
     print(f"painting {PAINTED} synthetic defects", flush=True)
     torch.manual_seed(model.settings.seed)  # which images are painted, and in which order
-    anomalous, untouched = [], []
-    for before, after, mask in pairs.painted(PAINTED):
-        mask = mask.to(model.device)
-        anomalous.append(touched_rows(model.features(after), mask).half())
+    anomalous, untouched, images = [], [], []
+    for before, after, mask, numbers in pairs.painted(PAINTED):
+        x = model.features(after)
+        touched = touches(mask.to(model.device), x.shape[2:])
+        anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
+        images.append(numbers.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
-            untouched.append(touched_rows(model.features(before), mask).half())
-    return PaintedRows(torch.cat(anomalous), torch.cat(untouched) if untouched else None)
+            untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
+    images = torch.cat(images)
+    order = images.argsort(stable=True)
+    there = order.to(model.device)
+    rows = torch.cat(anomalous)[there]
+    return Rows(rows, images[order], torch.cat(untouched)[there] if untouched else None)
 
 
-def touched_rows(x: Tensor, mask: Tensor) -> Tensor:
-    """Of maps (A, C, h, w) the rows (N, C) that a mask (A, 1, size, size) touches, be it by a thin scratch's one
-    pixel."""
-    touched = F.adaptive_max_pool2d(mask, x.shape[2:])[:, 0] > 0
-    return x.permute(0, 2, 3, 1)[touched]
+def touches(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Which positions of maps of this shape (h, w) a mask (A, 1, size, size) touches, be it by a thin scratch's one
+    pixel: (A, h, w) bool."""
+    return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
 
 
-class RowFeed:
-    """What training draws from: rows of good images (N, C) and of painted defects, seen from the bank and whitened,
-    with half the bits. A batch has as many normal rows as it is large, and a quarter as many anomalous ones; drawn with
-    replacement, so that few defects will do."""
+class Feed:
+    """What training draws from: rows w of good images (N, K), and of painted defects (A, K), seen from the bank without
+    the prototypes of their own image, and whitened; with half the bits. A batch has as many normal rows as it is large,
+    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do."""
 
-    @torch.no_grad()
-    def __init__(self, model: CLFlow, rows: Tensor, painted: PaintedRows, batch: int):
+    def __init__(self, model: CLFlow, normal: Rows, painted: Rows):
         self.device = model.device
-        self.batch = batch
-        self.normal = torch.cat([model.whitening(part).half() for part in model.without_prototypes(rows)])
-        self.anomalous = whitened(model, painted.anomalous)
-        self.untouched = None if painted.untouched is None else whitened(model, painted.untouched)
+        self.normal = whitened(model, normal.y, normal.images)
+        self.anomalous = whitened(model, painted.y, painted.images)
+        self.untouched = None
+        if painted.untouched is not None:
+            self.untouched = whitened(model, painted.untouched, painted.images)
+        self.images = normal.images, painted.images
+        # The rows that are drawn from: all.
+        self.normal_index = torch.arange(len(self.normal))
+        self.anomalous_index = torch.arange(len(self.anomalous))
 
-    def draw(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def only(self, allowed: Tensor) -> "Feed":
+        """The same, but of those images that are `allowed` (n,) bool, by number."""
+        part = copy(self)
+        normal, anomalous = self.images
+        part.normal_index = where(allowed[normal])
+        part.anomalous_index = where(allowed[anomalous])
+        return part
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""
-        normal = torch.randint(len(self.normal), (self.batch,))
-        anomalous = torch.randint(len(self.anomalous), (math.ceil(self.batch / 4),))
+        normal = drawn(self.normal_index, batch)
+        anomalous = drawn(self.anomalous_index, math.ceil(batch / 4))
         untouched = None if self.untouched is None else self.untouched[anomalous].float().to(self.device)
         return (
             self.normal[normal].float().to(self.device),
@@ -388,7 +454,17 @@ class RowFeed:
         )
 
 
-def whitened(model: CLFlow, rows: Tensor) -> Tensor:
-    """Rows y (N, C) -> w (N, K), a part at a time, with half the bits."""
-    parts = [model.whitening(model.relative(part.float())).half() for part in rows.split(CHUNK)]
-    return torch.cat(parts)
+def where(is_allowed: Tensor) -> Tensor:
+    """The numbers of the rows that are allowed; of all, if none is: of too few images there are no others."""
+    return torch.nonzero(is_allowed if is_allowed.any() else torch.ones_like(is_allowed))[:, 0]
+
+
+def drawn(index: Tensor, count: int) -> Tensor:
+    """Some of `index` (N,), at random, with replacement: (count,)."""
+    return index[torch.randint(len(index), (count,))]
+
+
+@torch.no_grad()
+def whitened(model: CLFlow, rows: Tensor, images: Tensor) -> Tensor:
+    """Rows y (N, C) of images with these numbers (N,) -> w (N, K), with half the bits."""
+    return torch.cat([model.whitening(part).half() for part in model.as_new(rows, images)])

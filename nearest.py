@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kit import data
 from kit.backbone import BACKBONES, as_rows
+from kit.calibration import FOLDS, AsNew, blocks
 from kit.detector import Detector, Settings
 from kit.good import GoodImages
 from kit.progress import counted
@@ -25,6 +26,8 @@ SKETCH = 64  # random directions in which the bank is chosen
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
 GROUP = 32  # prototypes, of which the best is sought first
+TENTHS = 10
+ASKED = 40  # images, whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
 
 
@@ -57,10 +60,11 @@ class Prototypes(nn.Module):
         spacing = torch.cat(parts)
         self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
 
-    def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: int | None = None) -> Tensor:
+    def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). All distances at once would fill the memory, so they
         are found in this many equal parts. Half the bits will do, since nearly equal distances may be mistaken for each
-        other. Prototypes of the training image number `without` do not count: so it is judged as if it were new."""
+        other. Prototypes that came from the training images with the numbers `without` (n,) do not count: so an image
+        is judged as if it, or what is like it, were new."""
         keys = self.keys(dtype, without)
         count = rows.shape[0] // parts  # not len(rows), which would fix the batch in an export
         room = keys.new_empty(len(keys), count)  # used by all parts: to get new memory each time takes longer
@@ -74,13 +78,15 @@ class Prototypes(nn.Module):
             found.append(group * GROUP + members.max(dim=1).indices)
         return torch.cat(found)
 
-    def keys(self, dtype: torch.dtype, without: int | None) -> Tensor:
+    def keys(self, dtype: torch.dtype, without: Tensor | None) -> Tensor:
         """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
         (p, -|p|^2 / 2), for rows (y, 1). The second part is split into its coarse and its fine bits, in two columns; as
         many keys as fill whole groups, (P', C + 2)."""
         bias = self.bank.square().sum(dim=1) / -2
         if without is not None:
-            bias[self.origin == without] = FAR
+            is_out = torch.isin(self.origin, without.to(self.origin.device))
+            if not is_out.all():  # else there is but one training image, and nothing to see it from
+                bias[is_out] = FAR
         coarse = bias.to(dtype)
         fine = (bias - coarse.float()).to(dtype)
         keys = torch.cat((self.bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
@@ -93,7 +99,7 @@ class Prototypes(nn.Module):
         """Rows (N, C) less the prototypes with these numbers (N,)."""
         return rows - self.centre - self.bank[index]
 
-    def energies(self, x: Tensor, local: bool, dtype: torch.dtype, without: int | None = None) -> Tensor:
+    def energies(self, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """E = d / spacing (B, h, w) of features (B, C, h, w), d the distance to the nearest prototype. If `local`, the
         spacing is that of the bank there; else the bank's mean. For the others see `nearest`."""
         rows = as_rows(x)
@@ -151,6 +157,25 @@ def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
     return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
 
 
+@torch.no_grad()
+def alike_in_order(model: Detector, good: GoodImages) -> float:
+    """How much more alike good images are that follow each other by name: how many times as often as by chance the
+    prototypes that are nearest to an image, its own left out, come from its own tenth of the images. 1 where the names
+    tell nothing; some of the images are asked."""
+    tenth = blocks(good.trained_on, TENTHS)
+    origin = model.prototypes.origin.cpu()
+    found, expected = 0.0, 0.0
+    for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
+        x = model.features(data.read_batch([good.trained_on[number]], model.size))
+        own = torch.tensor([number])
+        index = model.prototypes.nearest(as_rows(x), search_parts(x.shape[2]), model.dtype, own).cpu()
+        is_near = tenth[origin] == tenth[number]
+        others = origin != number
+        found += float(is_near[index].float().mean())
+        expected += float((is_near & others).sum() / others.sum().clamp(min=1))
+    return found / max(expected, 1e-6)
+
+
 # ---------------------------------------------------------------- the detector
 
 
@@ -172,7 +197,6 @@ class Nearest(Detector):
     factor."""
 
     SETTINGS = NearestSettings
-    CAN_LEAVE_OUT = True
 
     def __init__(self, settings: NearestSettings):
         backbone = BACKBONES[settings.backbone]()
@@ -182,10 +206,10 @@ class Nearest(Detector):
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         return [self.energies_of(self.features(images), without)]
 
-    def energies_of(self, x: Tensor, without: int | None = None) -> Tensor:
+    def energies_of(self, x: Tensor, without: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> E (B, h, w)."""
         return self.prototypes.energies(x, self.settings.local, self.dtype, without)
 
@@ -204,3 +228,8 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
         model.prototypes.fit(candidates, origins(candidates, numbers), generator)
     model.calibrate(model.energies(images) for images in data.batches(good.held_out, model.size))
     yield Epoch(0, {}, {"epoch": 0})
+    as_new = AsNew(good, model.settings.seed, alike_in_order(model, good))
+    scores = {}
+    for fold in range(FOLDS):
+        scores |= as_new.scores(model, fold)
+    as_new.settle(model, scores)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from kit import data, draw, runs
 from kit.backbone import BACKBONES
-from kit.calibration import add_training_images, show_suspects
+from kit.calibration import show_suspects
 from kit.demo import draw_demo
 from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
@@ -133,12 +133,11 @@ def write_log(own: OwnFiles, log: list[dict]) -> None:
 
 
 def finish(model: Detector, good: GoodImages, run: Run) -> None:
-    """Calibrate a trained model on all good images, and write it."""
-    numbers = add_training_images(model, good)
+    """Write a trained model, and show which good images are unlike the others."""
     if not good.processes.first:
         return
     own = OwnFiles(run.out, "trained")
-    show_suspects(model, good, numbers, own)
+    show_suspects(model, own)
     write_atomically(own.claim(runs.MODEL), model.save)
     own.remove([runs.STATE])  # nothing to resume
     runs.remove_measured(run.out)  # what was measured was another epoch

@@ -1,9 +1,11 @@
 """The scores of normal images, from which thresholds come, and the odd ones among them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kit import data, draw
 from kit.detector import Detector
@@ -13,33 +15,86 @@ from kit.owned import OwnFiles
 from kit.progress import counted
 from kit.verdict import odd_ones
 
+FOLDS = 3  # in which the good images are divided for the calibration
+ALIKE = 2.5  # times as alike as others, from which on images that follow each other are a series
+FEW = 20  # images, among which a series cannot be told
 LIMIT = 1000  # images at most that a threshold comes from, beside the held-out ones
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
 
 
-@torch.no_grad()
-def add_training_images(model: Detector, good: GoodImages) -> list[int]:
-    """Add to `model.normal` the scores of the images that `model` was trained on, each judged as if it were new, so
-    that the threshold comes from all good images and not from the held-out ones alone. Returns their numbers, in order;
-    of more than LIMIT it draws some at random.
+class AsNew:
+    """The good images that a detector was trained on, each to be judged as if it were new: so all of them calibrate the
+    threshold, and not the held-out ones alone. This is cross-validation, as in CV+ (Barber, Candes, Ramdas, Tibshirani,
+    arXiv 1905.02928).
 
-    This is the jackknife (Barber, Candes, Ramdas, Tibshirani, arXiv 1905.02928) for what holds on to single images,
-    the prototypes. What is trained beside them, on rows of all images, gives no image a score that is too low: see
-    docs/results.md."""
-    files, processes = good.trained_on, good.processes
-    if not model.CAN_LEAVE_OUT or len(files) < 2:
-        return []
-    order = np.random.default_rng(model.settings.seed).permutation(len(files))[:LIMIT]
-    numbers = [order[rank :: processes.count].tolist() for rank in range(processes.count)]
-    scores = [torch.empty(2, 0, device=model.device)]
-    mine = numbers[processes.rank]
-    for number in counted(mine, "judging good images", len(mine)):
-        images = data.read_batch([files[number]], model.size)
-        scores.append(model.scores(model.energies(images, without=number)))
-    together = processes.concatenated(torch.cat(scores, dim=1).T).T
-    model.normal = torch.cat((model.normal, together), dim=1)
-    return [number for part in numbers for number in part]
+    `numbers` are those that are judged, at most LIMIT, drawn at random. `fold` (n,) divides all n into FOLDS blocks, in
+    the order of their names: what is trained is trained without the image's block. The bank leaves out the image's own
+    prototypes; but where images that follow each other are alike (`alike` times as alike as others), as the frames of a
+    camera are, those of its whole block. Such images count for fewer: `different` of them."""
+
+    def __init__(self, good: GoodImages, seed: int, alike: float):
+        self.good = good
+        count = len(good.trained_on)
+        self.numbers = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
+        self.fold = blocks(good.trained_on, FOLDS)
+        self.is_series = alike >= ALIKE and count >= FEW
+        self.different = max(2, round(count / alike)) if self.is_series else count
+
+    def left_out(self, number: int) -> Tensor:
+        """The numbers of the images whose prototypes do not count when this one is judged."""
+        if self.is_series:
+            return torch.nonzero(self.fold == self.fold[number])[:, 0]
+        return torch.tensor([number])
+
+    @torch.no_grad()
+    def scores(self, model: Detector, fold: int) -> dict[int, Tensor]:
+        """Score and map's maximum (2,) of the images of a block that are judged, by number; each process judges
+        some."""
+        processes = self.good.processes
+        numbers = [number for number in self.numbers if self.fold[number] == fold]
+        mine = numbers[processes.rank :: processes.count]
+        columns = [torch.empty(2, 0, device=model.device)]
+        for number in counted(mine, "judging good images", len(mine)):
+            images = data.read_batch([self.good.trained_on[number]], model.size)
+            columns.append(model.scores(model.energies(images, self.left_out(number))))
+        together = processes.concatenated(torch.cat(columns, dim=1).T)
+        in_their_order = [number for rank in range(processes.count) for number in numbers[rank :: processes.count]]
+        return dict(zip(in_their_order, together, strict=True))
+
+    def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
+        """Let these scores, by number, calibrate the threshold, beside those of the held-out images; but in a series
+        these have neighbours among the others, and do not count. Says so if it is one."""
+        columns = torch.stack([scores[number] for number in self.numbers], dim=1)
+        judged = [(self.good.trained_on[number], self.left_out(number)) for number in self.numbers]
+        different = self.different
+        if not self.is_series:
+            columns = torch.cat((model.normal, columns), dim=1)
+            judged = [(path, None) for path in self.good.held_out] + judged
+            different = columns.shape[1]
+        model.normal = columns
+        model.different = torch.tensor(min(different, columns.shape[1]), device=model.device)
+        model.calibrated_on = judged
+        if self.is_series:
+            print(
+                f"a series: images that follow each other by name are alike, and these {len(self.fold)} show about "
+                f"{different} different ones. Each was judged without its third of them, and the threshold is no "
+                f"surer than {different} images make it; good images from other days would help"
+            )
+
+
+def blocks(files: list[Path], count: int) -> Tensor:
+    """(n,) the number of the block of each of n files: as many blocks, each contiguous in the natural order of names,
+    2 before 10."""
+    order = sorted(range(len(files)), key=lambda number: natural(files[number]))
+    block = torch.empty(len(files), dtype=torch.long)
+    block[torch.tensor(order)] = torch.arange(len(files)) * count // len(files)
+    return block
+
+
+def natural(path: Path) -> list:
+    """Sorts names as people do: the digits in them count as numbers."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.as_posix())]
 
 
 def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
@@ -53,9 +108,9 @@ def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def show_suspects(model: Detector, good: GoodImages, numbers: list[int], own: OwnFiles) -> None:
-    """A line and suspects.png, if there are odd ones among the images that calibrated the model: those that were held
-    out, and those that were trained on with these numbers. They may be defective ones that got among the good."""
+def show_suspects(model: Detector, own: OwnFiles) -> None:
+    """A line and suspects.png, if there are odd ones among the images that calibrated the model. They may be defective
+    ones that got among the good."""
     scores = model.normal[0].cpu().numpy()
     suspects = odd_ones(scores)
     if not len(suspects):
@@ -63,10 +118,8 @@ def show_suspects(model: Detector, good: GoodImages, numbers: list[int], own: Ow
     limits = model.thresholds()
     names, pictures = [], []
     for index in suspects[:SHOWN]:
-        number = numbers[index - len(good.held_out)] if index >= len(good.held_out) else None
-        path = good.held_out[index] if number is None else good.trained_on[number]
-        images = data.read_batch([path], model.size)
-        heat = model.maps(model.energies(images, without=number))[0].cpu().numpy()
+        path, without = model.calibrated_on[index]
+        heat = model.maps(model.energies(data.read_batch([path], model.size), without))[0].cpu().numpy()
         photo = photograph(load_image(path), draw.LARGE)
         verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
         names.append(path.name)

@@ -71,11 +71,9 @@ class Detector(nn.Module):
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images that training has not
     seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
-    maxima of n of them. A method that can judge a training image as if it were new, `energies(image, without=its
-    number)`, says so."""
+    maxima of n of them, which show `different` ones."""
 
     SETTINGS: type[Settings]
-    CAN_LEAVE_OUT = False
 
     def __init__(self, settings: Settings, backbone: Backbone | None, experts: int):
         super().__init__()
@@ -86,10 +84,12 @@ class Detector(nn.Module):
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
+        self.register_buffer("different", torch.tensor(1))
+        self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 
-    def energies(self, images: Tensor, without: int | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         """Energies (B, h, w) of each of S experts, of images (B, 3, size, size); high is anomalous. What a method is.
-        If it can, as if the training image number `without` had not been there."""
+        What holds on to single training images does so without those of these numbers (n,)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -145,6 +145,7 @@ class Detector(nn.Module):
             self.levels[expert] = level
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
+        self.different = torch.tensor(self.normal.shape[1], device=self.device)
 
     def scores(self, energies: list[Tensor]) -> Tensor:
         """(2, B): scores, and maps' maxima, of the experts' energies."""
@@ -153,7 +154,7 @@ class Detector(nn.Module):
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
         """What a share `false_alarm` of normal images is expected to exceed."""
-        return thresholds(self.normal.cpu().numpy(), false_alarm or self.settings.false_alarm)
+        return thresholds(self.normal.cpu().numpy(), false_alarm or self.settings.false_alarm, int(self.different))
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:

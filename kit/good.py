@@ -89,9 +89,10 @@ class Pairs(Dataset):
         painted, mask, _ = self.paint(image, rng, other)
         return painted, mask
 
-    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
-        (B + A, size, size, 3) float32, and the masks, (A, size, size, 1) float32.
+        (B + A, size, size, 3) float32; the masks, (A, size, size, 1) float32; and the numbers (A,) of the files that x-
+        were made from.
 
         Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
         batch, so that each process makes one. Every process gets at least one image and one x-.
@@ -108,7 +109,8 @@ class Pairs(Dataset):
             anomalous, mask = self.anomalous(index, image)
             painted.append(anomalous)
             masks.append(mask)
-        return np.stack(normal + painted), np.float32(masks)[..., None]
+        numbers = np.array(mine[:pairs]) % len(self.files)
+        return np.stack(normal + painted), np.float32(masks)[..., None], numbers
 
     def normal(self, batch: int = 8) -> Iterator[Tensor]:
         """This process's part of the files x+, each once, as (<= batch, 3, size, size) tensors."""
@@ -116,19 +118,20 @@ class Pairs(Dataset):
         for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
-    def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """x+ and the x- made from it, both (A, 3, size, size), and the masks (A, 1, size, size), until all processes
-        together have had `count` of them; anew in each epoch."""
+    def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """x+ and the x- made from it, both (A, 3, size, size), the masks (A, 1, size, size), and the numbers (A,) of
+        the files, until all processes together have had `count` of them; anew in each epoch."""
         batches = self.painted_batches(count / self.processes.count)
         yield from counted(batches, "painting defects", math.ceil(count / self.processes.count), each=8)
 
-    def painted_batches(self, count: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def painted_batches(self, count: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The batches of `painted`, until this process has had `count` of them."""
         while count > 0:
             self.epoch += 1
-            for images, masks in loader(self, batch=16):
+            for images, masks, numbers in loader(self, batch=16):
                 pairs = len(masks)
-                yield to_tensor(images[:pairs]), to_tensor(images[-pairs:]), to_tensor(masks)
+                before, after = to_tensor(images[:pairs]), to_tensor(images[-pairs:])
+                yield before, after, to_tensor(masks), torch.from_numpy(numbers)
                 count -= pairs
                 if count <= 0:
                     break

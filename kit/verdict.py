@@ -7,6 +7,10 @@ from scipy import ndimage, stats
 
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
 FEW = 10  # good images: too few for a threshold that one may trust
+LEAST = 1e-6  # of a score: lower ones have no logarithm
+REACH = 1.5  # robust standard deviations
+USUAL = 0.16  # standard deviation of the logarithms of good images' scores, of eight categories
+BELIEVED = 20  # images
 ODD = 4  # standard deviations above the median, of log scores
 
 
@@ -44,12 +48,14 @@ class Verdict:
     found: np.ndarray  # (H, W) bool: all regions together
 
 
-def thresholds(normal: np.ndarray, rate: float) -> Thresholds:
-    """Thresholds that a share `rate` of normal images exceeds; normal (2, n): their scores and their maps' maxima."""
-    score = threshold(normal[0], rate)
-    above, n = int((normal[0] > score).sum()), normal.shape[1]
-    at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, n - above))  # Clopper and Pearson's bound
-    return Thresholds(score, threshold(normal[1], rate), n, at_most)
+def thresholds(normal: np.ndarray, rate: float, different: int | None = None) -> Thresholds:
+    """Thresholds that a share `rate` of normal images exceeds; normal (2, n): their scores and their maps' maxima; they
+    show `different` ones, n if it is not given."""
+    images = normal.shape[1] if different is None else different
+    score = threshold(normal[0], rate, images)
+    above = round(float((normal[0] > score).mean()) * images)
+    at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, images - above))  # Clopper and Pearson's bound
+    return Thresholds(score, threshold(normal[1], rate, images), images, at_most)
 
 
 def basis(limits: Thresholds) -> str:
@@ -61,21 +67,42 @@ def basis(limits: Thresholds) -> str:
     )
 
 
-def threshold(values: np.ndarray, rate: float) -> float:
-    """What a share `rate` of values like these n exceeds.
+def threshold(values: np.ndarray, rate: float, different: int | None = None) -> float:
+    """What a share `rate` of values like these n exceeds, of which so many are `different`, n if it is not given.
 
     The k-th highest, k = rate (n + 1) rounded down, if that is at least 10: conformal prediction, which assumes
     nothing. Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of
-    the logarithms, odd ones left out. It says where their bulk ends, whatever the highest of few happens to be."""
-    values = np.sort(np.asarray(values, dtype=np.float64))[::-1]
-    k = int(rate * (len(values) + 1))
-    if k >= 10:
-        return float(values[k - 1])
-    logs = np.log(np.maximum(np.delete(values, odd_ones(values)), 1e-6))
-    n = len(logs)
-    if n == 1:
-        return float(values[-1])
-    return float(np.exp(logs.mean() + stats.t.ppf(1 - rate, n - 1) * np.sqrt(1 + 1 / n) * logs.std(ddof=1)))
+    the logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
+    deviations from the median, above or below, counts as if it lay there. And few images do not decide alone how widely
+    good ones scatter: USUAL, a scatter that others had, counts as much as BELIEVED images do."""
+    logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST))
+    images = len(logs) if different is None else different
+    k = int(rate * (images + 1))
+    if k >= 10 and images == len(logs):
+        return float(np.sort(values)[-k])
+    if len(logs) == 1:
+        return float(values[0])
+    middle = np.median(logs)
+    first_guess = believed(np.median(np.abs(logs - middle)) / stats.norm.ppf(0.75), images)
+    clipped = np.clip(logs, middle - REACH * first_guess, middle + REACH * first_guess)
+    deviation = believed(clipped.std(ddof=1) / CLIPPED_DEVIATION, images)
+    t = stats.t.ppf(1 - rate, images - 1 + BELIEVED)
+    return float(np.exp(clipped.mean() + t * np.sqrt(1 + 1 / images) * deviation))
+
+
+def believed(deviation: float, images: int) -> float:
+    """A deviation that so many images had, together with the usual one."""
+    return float(np.sqrt((BELIEVED * USUAL**2 + images * deviation**2) / (BELIEVED + images)))
+
+
+def clipped_deviation(reach: float) -> float:
+    """The deviation of a standard normal variable that is clipped to -reach..reach."""
+    inside = stats.norm.cdf(reach) - stats.norm.cdf(-reach)
+    variance = inside - 2 * reach * stats.norm.pdf(reach) + reach**2 * (1 - inside)
+    return float(np.sqrt(variance))
+
+
+CLIPPED_DEVIATION = clipped_deviation(REACH)
 
 
 def odd_ones(values: np.ndarray) -> np.ndarray:
@@ -84,7 +111,7 @@ def odd_ones(values: np.ndarray) -> np.ndarray:
     ones do not change. Of less than five none is odd."""
     if len(values) < 5:
         return np.array([], dtype=int)
-    logs = np.log(np.maximum(values, 1e-6))
+    logs = np.log(np.maximum(values, LEAST))
     away = logs - np.median(logs)
     deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # of copies of one image it would be zero
     odd = np.flatnonzero(away > ODD * deviation)
