@@ -1,8 +1,11 @@
 """What each part of CL-Flow is worth, on categories in MVTec AD's layout; features are computed once and kept.
 
 python benchmarks/ablation.py mvtec/bottle mvtec/screw --weights FILE --seeds 3 --out ablation
+python benchmarks/ablation.py mvtec/bottle mvtec/screw --out ablation --compare "the default" "8 epochs"
 
-OUT/<category>.pt are the features, OUT/<category>.jsonl the results, a line as each comes. Called again, it goes on."""
+OUT/<category>.pt are the features, OUT/<category>.jsonl the results, a line as each comes. Called again, it goes on.
+--compare reads the results: mean gain of the second variant over the first, over all pairs of category and seed, with
+the t and p of a paired test."""
 
 import argparse
 import itertools
@@ -12,30 +15,35 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from clflow import CLFlowSettings  # noqa: E402
+from clflow import CLFlowSettings, Rows  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Pairs, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
-from kit.training import Descent, seed_epoch  # noqa: E402
+from kit.processes import ALONE  # noqa: E402
+from nearest import origins  # noqa: E402
 from synth import synthesize  # noqa: E402
 
 GLOBAL = {"local": False, "classification_weight": 0.0}
 LIKELIHOOD = {"classification_weight": 0.0}
 VARIANTS = {
-    "+ classification (the default)": {},
+    "the default": {},
     "likelihood, one scale for all": GLOBAL,
     "likelihood, local scale": LIKELIHOOD,
     "+ contrast of energies 0.1": {"contrast_weight": 0.1},
     "+ contrast by the cosine 0.1": {"contrast_weight": 0.1, "contrast": "cosine"},
     "likelihood and contrast of energies 0.1, without classification": LIKELIHOOD | {"contrast_weight": 0.1},
+    "8 epochs": {"epochs": 8},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
     "the default with 16,000 prototypes": {"bank": 16000},
@@ -44,45 +52,45 @@ VARIANTS = {
 
 @torch.no_grad()
 def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor]:
-    """All features of a category that an experiment needs, with half the bits. Good images are those of seed 0."""
+    """All features of a category that an experiment needs, with half the bits: of all good images, whatever a seed
+    holds out, of what is painted on them, and of the test images."""
     model = clflow.CLFlow(replace(settings, contrast="cosine", contrast_weight=1.0)).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
-    good = GoodImages(*split(data.list_images(data.good_folder(category)), seed=0))
+    files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    pairs = Pairs(good, synthesize, model.settings, clflow.IMAGES_PER_EPOCH)
-    normal, _ = clflow.good_rows(model, pairs)
+    pairs = Pairs(GoodImages([], files), synthesize, model.settings, clflow.IMAGES_PER_EPOCH)
     painted = clflow.painted_rows(model, pairs)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.size)])
 
     return {
-        "normal": normal,
-        "anomalous": painted.anomalous,
+        "good": features(files),
+        "anomalous": painted.y,
         "untouched": painted.untouched,
-        "held_out": features(good.held_out),
+        "painted_on": painted.images,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
         "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.size)) for test in tests]),
-        "images": torch.tensor(len(good.held_out) + len(good.trained_on)),
     }
 
 
 def measure(maps: Tensor, kept: dict[str, Tensor]) -> dict[str, float]:
     """Image AUROC; pixel AUROC and AUPRO at half the resolution, to save time."""
     image = metrics.image_metrics(kept["labels"].numpy(), image_score(maps).cpu().numpy())
-    pixel = metrics.pixel_metrics(maps[:, ::2, ::2].cpu().numpy(), kept["masks"][:, ::2, ::2].numpy())
-    found = image | pixel
-    return {name: round(found[name], 5) for name in ("image_auroc", "pixel_auroc", "aupro")}
+    masks = kept["masks"][:, ::2, ::2].numpy()
+    if not masks[kept["labels"].numpy()].any(axis=(1, 2)).all():  # some defects have no mask
+        return {"image_auroc": round(image["image_auroc"], 5)}
+    figures = image | metrics.pixel_metrics(maps[:, ::2, ::2].cpu().numpy(), masks)
+    return {name: round(figures[name], 5) for name in ("image_auroc", "pixel_auroc", "aupro")}
 
 
 @torch.no_grad()
-def judged(model: clflow.CLFlow, kept: dict[str, Tensor]) -> list[list[Tensor]]:
+def judged(model: clflow.CLFlow, held_out: Tensor, tests: Tensor) -> list[list[Tensor]]:
     """The experts' energies of the test images, batch by batch, after a calibration on the held-out ones."""
-    codes = [[model.whitened_map(x.float()) for x in kept[name].split(8)] for name in ("held_out", "tests")]
-    model.calibrate(map(model.experts, codes[0]))
-    return [model.experts(code) for code in codes[1]]
+    model.calibrate(model.experts(model.whitened_map(x.float())) for x in held_out.split(8))
+    return [model.experts(model.whitened_map(x.float())) for x in tests.split(8)]
 
 
 @torch.no_grad()
@@ -97,35 +105,39 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     return torch.cat([anomaly_map(e, model.size) for e in energies])
 
 
+def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched: bool) -> tuple[Rows, Rows]:
+    """Rows of the good images that are trained on, and of what is painted on these."""
+    good = as_rows(kept["good"][trained_on])
+    numbers = torch.full((len(kept["good"]),), -1)
+    numbers[trained_on] = torch.arange(len(trained_on))
+    painted_on = numbers[kept["painted_on"]]
+    order = painted_on.argsort(stable=True)
+    order = order[painted_on[order] >= 0]
+    untouched = kept["untouched"][order] if with_untouched else None
+    painted = Rows(kept["anomalous"][order], painted_on[order], untouched)
+    return Rows(good, origins(good, range(len(trained_on)))), painted
+
+
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
-    """Train on kept features; the figures of the last epoch. Of the default also the image AUROC of each epoch, with
-    seed 0, and what single experts and the nearest neighbour alone give."""
+    """Train on kept features; the figures of the last epoch. Of the default also what single experts and the nearest
+    neighbour alone give."""
     torch.manual_seed(settings.seed)
     model = clflow.CLFlow(settings).eval().to(device)
-    unknown = torch.zeros(len(kept["normal"]), dtype=torch.long)  # no image is judged as if it were new
-    model.fit(*clflow.candidates(kept["normal"], unknown, GoodImages([], []), settings.seed))
-    painted = clflow.PaintedRows(kept["anomalous"], kept["untouched"] if settings.needs_untouched else None)
-    feed = clflow.RowFeed(model, kept["normal"], painted, settings.batch)
-    losses = clflow.Losses(model)
-    descent = Descent(losses, settings.lr, settings.epochs * clflow.STEPS_PER_EPOCH, clflow.WEIGHT_DECAY)
-    by_epoch = []
-    for epoch in range(1, settings.epochs + 1):
-        seed_epoch(settings.seed, epoch)
-        for _ in range(clflow.STEPS_PER_EPOCH):
-            descent.step(losses(*feed.draw()))
-        if (is_default and settings.seed == 0) or epoch == settings.epochs:
-            energies = judged(model, kept)
-            maps = joined_maps(model, energies)
-            scores = image_score(maps).cpu().numpy()
-            by_epoch.append(round(metrics.image_metrics(kept["labels"].numpy(), scores)["image_auroc"], 5))
-    found = measure(maps, kept) | {"by_epoch": by_epoch}
+    held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
+    trained_on = sorted(trained_on)
+    normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
+    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed))
+    for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
+        pass
+    energies = judged(model, kept["good"][held_out], kept["tests"])
+    figures = measure(joined_maps(model, energies), kept)
     if is_default:
         for expert, name in enumerate(("flow", "classifier")):
             alone = torch.cat([anomaly_map(batch[expert], model.size) for batch in energies])
-            found[name] = measure(alone, kept)
+            figures[name] = measure(alone, kept)
         for name, local in (("nearest, local scale", True), ("nearest", False)):
-            found[name] = measure(nearest_maps(model, kept["tests"], local), kept)
-    return found
+            figures[name] = measure(nearest_maps(model, kept["tests"], local), kept)
+    return figures
 
 
 def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -136,7 +148,7 @@ def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]
         settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
-    for part in ("normal", "anomalous", "untouched", "held_out", "tests"):
+    for part in ("good", "anomalous", "untouched", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
 
@@ -145,15 +157,15 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
     """All that is missing of a category's results, seed by seed."""
     name = category.resolve().name
     results = args.out / f"{name}.jsonl"
-    rows = results.read_text().splitlines() if results.exists() else []
-    done = {(row["variant"], row["seed"]) for row in map(json.loads, rows)}
+    done = {(row["variant"], row["seed"]) for row in read_results(results)}
     kept = kept_features(category, args)
     for seed, variant in itertools.product(range(args.seeds), args.variants):
         if (variant, seed) in done:
             continue
         started = time.perf_counter()
         changed = VARIANTS[variant]
-        facts = {"images": int(kept["images"]), "held_out": len(kept["held_out"])}
+        images = len(kept["good"])
+        facts = {"images": images, "held_out": held_out_count(images)}
         settings = CLFlowSettings(seed=seed, backbone=args.backbone, **facts, **changed)
         row = {"category": name, "variant": variant, "seed": seed}
         row |= experiment(kept, settings, args.device, is_default=not changed)
@@ -161,6 +173,31 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
             file.write(json.dumps(row) + "\n")
         seconds = time.perf_counter() - started
         print(f"{name}, seed {seed}, {variant}: {row['image_auroc']:.4f}, {seconds:.0f} s", flush=True)
+
+
+def read_results(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def compare(categories: list[Path], out: Path, before: str, after: str) -> None:
+    """A line a category, then the paired test over all pairs of category and seed."""
+    gains, means = [], []
+    for category in categories:
+        name = category.resolve().name
+        found = {(row["variant"], row["seed"]): row["image_auroc"] for row in read_results(out / f"{name}.jsonl")}
+        seeds = sorted(seed for variant, seed in found if variant == before and (after, seed) in found)
+        if not seeds:
+            continue
+        pairs = np.array([(found[before, seed], found[after, seed]) for seed in seeds])
+        gains += list(pairs[:, 1] - pairs[:, 0])
+        means.append(pairs.mean(axis=0))
+        print(f"{name}: {pairs[:, 0].mean():.4f} -> {pairs[:, 1].mean():.4f}, {len(seeds)} seeds")
+    t, p = stats.ttest_1samp(gains, 0)
+    first, second = np.mean(means, axis=0)
+    print(
+        f"mean {first:.4f} -> {second:.4f}; gain {np.mean(gains):+.4f} over {len(gains)} pairs, "
+        f"t = {t:.2f}, p = {p:.3f}"
+    )
 
 
 def main() -> None:
@@ -173,7 +210,11 @@ def main() -> None:
     add("--seeds", type=int, default=3)
     add("--device", default="cpu")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    add("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two variants' results; nothing is trained")
     args = parser.parse_args()
+    if args.compare:
+        compare(args.categories, args.out, *args.compare)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     for category in args.categories:
         run_category(category, args)
