@@ -6,9 +6,11 @@ import kit  # noqa: F401 (first, before PyTorch is imported)
 import argparse
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kit import data, draw, runs
@@ -22,9 +24,12 @@ from kit.measuring import judge_tests, measure, readable_tests, report
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory
-from kit.verdict import basis
+from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
+
+COMPARED = 100  # good images, to tell what another precision does to scores
+
 
 # ---------------------------------------------------------------- epoch by epoch
 
@@ -96,21 +101,49 @@ def explain(work: Inspection, path: Path) -> None:
 def export(model: Detector, file: Path) -> None:
     """Write the detector, on the CPU: to FILE.onnx for other runtimes, else as a torch.export program, which
     torch.export.load reads. In float32 throughout: its scores are the same on any machine."""
+    limits = float32_limits(model)
     model.full_precision = True
     images = torch.zeros(2, 3, model.size, model.size)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     if file.suffix == ".onnx":
-        contents = as_onnx(program, model)
+        contents = as_onnx(program, model, limits)
     else:
         buffer = io.BytesIO()  # a path would have to end in .pt2
         torch.export.save(program, buffer)
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
+    print(f"its thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
 
 
-def as_onnx(program: torch.export.ExportedProgram, model: Detector) -> bytes:
+def float32_limits(model: Detector) -> Thresholds:
+    """The thresholds of a detector that computes in float32 throughout. It was calibrated with half the bits where its
+    machine gains from that, and all scores are a little higher or lower then: by what good images' are, in the
+    median."""
+    limits = model.thresholds()
+    folder = Path(model.settings.data)
+    if model.dtype == torch.float32 or not folder.is_dir():
+        if model.dtype != torch.float32:
+            print(f"{folder} is not there any more: the thresholds are those of half the bits, some hundredths off")
+        return limits
+    files = data.list_images(data.good_folder(folder))
+    some = files[:: math.ceil(len(files) / COMPARED)]
+    before = scores_and_peaks(model, some)
+    model.full_precision = True
+    score_ratio, heat_ratio = np.median(scores_and_peaks(model, some) / before, axis=1)
+    model.full_precision = False
+    return replace(limits, score=float(limits.score * score_ratio), heat=float(limits.heat * heat_ratio))
+
+
+@torch.no_grad()
+def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
+    """(2, n): scores, and maps' maxima, of these images."""
+    parts = [model.scores(model.energies(images)) for images in data.batches(files, model.size)]
+    return torch.cat(parts, dim=1).cpu().numpy()
+
+
+def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thresholds) -> bytes:
     """The program as an ONNX file; its metadata hold the thresholds, and what is to be done to an image."""
     try:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -118,7 +151,6 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector) -> bytes:
         raise InputError("--export FILE.onnx: needs two more packages, pip install onnx onnxscript") from error
     names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
     graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
-    limits = model.thresholds()
     about = {
         "images": f"RGB in 0..1, (batch, 3, {model.size}, {model.size}), resized bilinear with antialiasing (Pillow)",
         "score_threshold": repr(limits.score),
