@@ -14,6 +14,7 @@ import clflow
 import synth
 from flows import Flow2D
 from kit.backbone import as_rows
+from kit.errors import InputError
 from kit.processes import Processes
 from nearest import origins
 
@@ -382,22 +383,40 @@ def test_without_classification_there_is_one_expert():
     assert len(model.experts(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
 
 
-def test_prototypes_are_no_examples_of_themselves(model):
-    rows = as_rows(features(5))  # 320, of which a tenth of four images' are prototypes
-    kept = torch.cat(list(model.without_prototypes(rows)))
-    assert len(kept) == 320 - 26 and kept.norm(dim=1).min() > 0.05
+def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
+    """As from a bank that never knew the image, by a loop; also where it is the only image there is."""
+    bank, spacing = model.prototypes.bank + model.prototypes.centre, model.prototypes.spacing
+    origin = model.prototypes.origin.clone()
+    rows, images = as_rows(features(5)), origins(as_rows(features(5)), range(5))
+    expected = []
+    for row, image in zip(rows, images, strict=True):
+        others = origin != image
+        nearest = (bank[others] - row).norm(dim=1).argmin()
+        expected.append((row - bank[others][nearest]) / spacing[others][nearest])
+    seen = torch.cat(list(model.as_new(rows, images)))
+    assert torch.allclose(seen, torch.stack(expected), atol=1e-3)
+    with_own = model.relative(rows)
+    assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
+    model.prototypes.origin.fill_(0)
+    alone = torch.cat(list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long))))
+    assert torch.allclose(alone, with_own, atol=1e-3)
+
+
+def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
+    copies = torch.randn(20, CHANNELS).repeat(5, 1)  # fewer positions than prototypes
+    with pytest.raises(InputError, match="copies of one"):
+        model.fit(copies, origins(copies, range(5)))
 
 
 def test_a_single_pixel_touches_its_position():
-    x = torch.arange(64.0).view(1, 1, 8, 8).repeat(2, 1, 1, 1)
     mask = torch.zeros(2, 1, 32, 32)
     mask[0, 0, 9, 17] = 1
     mask[1, 0, 0:5, 31] = 1
-    assert clflow.touched_rows(x, mask)[:, 0].tolist() == [2 * 8 + 4, 7, 15]
+    assert clflow.touches(mask, (8, 8)).flatten().nonzero()[:, 0].tolist() == [2 * 8 + 4, 64 + 7, 64 + 15]
 
 
 class Painted:
-    """Two images in place of files and loaders; the second one has a defect."""
+    """Two images in place of files and loaders; the second one has a defect, and so has, later, the first."""
 
     files = ["a", "b"]
     processes = Processes()
@@ -408,27 +427,48 @@ class Painted:
     def painted(self, count):
         mask = torch.zeros(1, 1, 64, 64)
         mask[0, 0, :8, :20] = 1  # three positions
-        yield torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), mask
+        for number in (1, 0):
+            before, after = torch.full((1, 3, 64, 64), number), torch.full((1, 3, 64, 64), number + 2)
+            yield before, after, mask, torch.tensor([number])
 
 
 @pytest.mark.parametrize("contrast", ["energy", "cosine"])
 def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch, model, contrast):
-    before, after = features(2), features(2) + 9
-    monkeypatch.setattr(model, "features", lambda images: after[1:] if images.max() > 0 else before[-len(images) :])
+    x = torch.cat((features(2), features(2) + 9))  # of images that are 0, 1 all over, and of those with defects, 2, 3
+    monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     model.settings = replace(model.settings, contrast_weight=0.5, contrast=contrast)
-    monkeypatch.setattr(clflow, "ROWS", 100)  # fifty of an image
-    rows, images = clflow.good_rows(model, Painted())
-    assert images.tolist() == 50 * [0] + 50 * [1]
-    feed = clflow.RowFeed(model, rows, clflow.painted_rows(model, Painted()), batch=30)
+    monkeypatch.setattr(clflow, "ROWS", 101)  # fifty of an image, and not one more in all
+    normal = clflow.good_rows(model, Painted())
+    assert normal.images.tolist() == 50 * [0] + 50 * [1]
+    feed = clflow.Feed(model, normal, clflow.painted_rows(model, Painted()))
     assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
-    three = [model.whitening(model.relative(x[1, :, 0, :3].T)) for x in (after, before)]
-    assert torch.allclose(feed.anomalous.float(), three[0], rtol=1e-2, atol=1e-2)
+
+    def three_of_each(offset):
+        """The rows of the defects in the order of their images, each without the prototypes of its own."""
+        rows = torch.cat([x[number + offset, :, 0, :3].T for number in (0, 1)])
+        return clflow.whitened(model, rows, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+
+    assert torch.allclose(feed.anomalous.float(), three_of_each(2), rtol=1e-2, atol=1e-2)
     if contrast == "cosine":
-        assert torch.allclose(feed.untouched.float(), three[1], rtol=1e-2, atol=1e-2)
-    for normal, anomalous, untouched in (feed.draw() for _ in range(5)):
+        assert torch.allclose(feed.untouched.float(), three_of_each(0), rtol=1e-2, atol=1e-2)
+    for normal, anomalous, untouched in (feed.draw(30) for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8
-        if contrast == "cosine":  # the same ones of the three
-            which = [(feed.anomalous.float() == row).all(dim=1).nonzero().item() for row in anomalous]
+        if contrast == "cosine":  # the same ones of the six
+            which = [(feed.anomalous.float() == row).all(dim=1).nonzero()[0].item() for row in anomalous]
             assert torch.equal(untouched, feed.untouched[which].float())
         else:
             assert feed.untouched is None and untouched is None
+
+
+def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
+    x = features(4)
+    monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
+    feed = clflow.Feed(model, clflow.good_rows(model, Painted()), clflow.painted_rows(model, Painted()))
+    first = feed.only(torch.tensor([True, False]))
+    normal, anomalous, _ = first.draw(500)
+    assert (
+        torch.isin(normal, feed.normal[:64].float()).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
+    )
+    assert not torch.isin(feed.draw(500)[0], feed.normal[:64].float()).all()  # the whole feed is as it was
+    nothing_left = feed.only(torch.tensor([False, False])).draw(5)
+    assert len(nothing_left[0]) == 5

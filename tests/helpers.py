@@ -11,6 +11,7 @@ from PIL import Image
 
 import evaluate
 from kit.errors import run_script
+from kit.owned import LIST
 from methods import load
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,11 @@ def script(*arguments: object, **options) -> subprocess.CompletedProcess:
     """A real process."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def visible(folder: Path) -> list[str]:
+    """What is in a folder, but for the list of what is ours."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LIST)
 
 
 def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float) -> None:

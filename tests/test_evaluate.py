@@ -1,5 +1,6 @@
 """evaluate.py as a user runs it: a labelled test set, new images, export."""
 
+import contextlib
 import csv
 import json
 import os
@@ -8,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from helpers import SMALL, call, mask_of, refuse, script
+from helpers import SMALL, call, mask_of, refuse, script, visible
 from PIL import Image
 
 import evaluate
-from kit import data, files
+from kit import data, files, owned
 from kit.measuring import judge_tests
 from kit.processes import ALONE
 from methods import load
@@ -100,7 +101,7 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     assert (tmp_path / "out" / "chip.bmp.png").exists() and (tmp_path / "out" / "tray 2" / "=chip.png.png").exists()
     assert "chip.png: anomalous" in capsys.readouterr().out
     call(evaluate.main, run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", 0.3)
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+    assert visible(tmp_path / "one") == [
         "chip.png.png",
         "regions.csv",
         "report.html",
@@ -162,7 +163,7 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     call(evaluate.main, run, "--images", category / "test" / "crack" / "000.png", "--out", out)  # another call
     assert list(rows_of(out)) == ["000.png"]
     names = ["000.png.png", "regions.csv", "report.html", "report_files", "scores.csv"]
-    assert sorted(p.name for p in out.iterdir()) == names  # no picture without a row
+    assert visible(out) == names  # no picture without a row
     assert len({p.name[:16] for p in (out / "report_files").iterdir()}) == 1
     call(evaluate.main, run, "--images", images, "--out", out)
     assert (out / "scores.csv").read_text() == whole and (out / "regions.csv").read_text() == regions
@@ -278,14 +279,64 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
 
 
 def test_what_no_evaluation_wrote_is_not_removed(run, category, tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    words = ["pictures", "give another --out"]
-    refuse(evaluate.main, capsys, run, "--data", category, "--out", tmp_path, words=words)
-    assert (tmp_path / "pictures").exists()
+    """Neither a folder that is called like ours, nor files in it; what would have to be written over is refused."""
+    mine = tmp_path / "pictures" / "holiday.png"
+    mine.parent.mkdir()
+    mine.touch()
+    for _ in range(2):
+        call(evaluate.main, run, "--data", category, "--out", tmp_path)
+    assert mine.exists() and len(list((tmp_path / "pictures").glob("chip/*.png"))) == SMALL["test/chip"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.json").write_text("mine")
+    words = ["metrics.json", "give another --out"]
+    refuse(evaluate.main, capsys, run, "--data", category, "--out", tmp_path / "other", words=words)
+    assert (tmp_path / "other" / "metrics.json").read_text() == "mine"
     (tmp_path / "scores.csv").write_text("name,marks\nAda,1\n")
     words = ["scores.csv", "give another --out"]
     refuse(evaluate.main, capsys, run, "--images", category / "test" / "good", "--out", tmp_path, words=words)
     assert "Ada" in (tmp_path / "scores.csv").read_text()
+
+
+def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, category, tmp_path):
+    """evaluate.py FOLDER/model.pt writes beside the checkpoint, whoever owns what else is there."""
+    folder = tmp_path / "mine"
+    for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    shutil.copy(run / "model.pt", folder)
+    for _ in range(2):
+        call(evaluate.main, folder / "model.pt", "--data", category, "--out", folder)
+    for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png", "model.pt"):
+        assert (folder / name).exists()
+
+
+def test_no_name_in_a_table_or_list_leads_out_of_the_folder(run, category, tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.touch()
+    out = tmp_path / "out"
+    chip = data.list_images(category / "test" / "chip")[0]
+    call(evaluate.main, run, "--images", chip, "--out", out)
+    with open(out / "scores.csv", "a") as file:
+        file.write(f"../outside,1,0,,,,\n{tmp_path / 'outside'},1,0,,,,\n")
+    with open(out / owned.LIST, "a") as file:
+        file.write(f'["judged", "../outside.png"]\n["judged", "{outside}"]\n')
+    call(evaluate.main, run, "--images", chip, "--out", out)
+    assert outside.exists() and len((out / "scores.csv").read_text().splitlines()) == 2
+
+
+def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, capsys):
+    """Scores of good images that are a tenth higher in float32 raise the exported threshold by a tenth."""
+    model = load(run / "model.pt")
+    scores = evaluate.scores_and_peaks
+
+    def higher(model, files):
+        return scores(model, files) * (1.1 if model.full_precision else 1)
+
+    monkeypatch.setattr(evaluate, "scores_and_peaks", higher)
+    monkeypatch.setattr(type(model), "dtype", property(lambda self: torch.bfloat16))
+    monkeypatch.setattr(type(model), "autocast", lambda self: contextlib.nullcontext())
+    before, after = model.thresholds(), evaluate.float32_limits(model)
+    assert after.score == pytest.approx(1.1 * before.score) and after.heat == pytest.approx(1.1 * before.heat)
 
 
 def test_options_without_effect_are_refused(run, capsys):

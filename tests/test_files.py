@@ -5,10 +5,11 @@ import csv
 import pytest
 import torch
 
-from kit import runs
+from kit import owned, runs
 from kit.detector import FORMAT
 from kit.errors import InputError
 from kit.files import GrowingTable, plain_cell, write_atomically, write_table
+from kit.owned import OwnFiles
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_a_table_killed_within_its_header_begins_again(tmp_path):
 
 def test_no_cell_is_a_formula():
     assert plain_cell("=1+1.png") == "'=1+1.png" and plain_cell("@x") == "'@x" and plain_cell("-1.png") == "'-1.png"
+    assert plain_cell("'a.png") == "''a.png"  # so that its own can be told from ours
     assert plain_cell("a=1.png") == "a=1.png" and "\n" not in plain_cell("a\nb")
 
 
@@ -66,7 +68,7 @@ def test_write_table(tmp_path):
 
 
 def checkpoint(path, data) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    OwnFiles(path.parent, "trained").claim(path.name)
     torch.save({"format": FORMAT, "settings": {"data": str(data.resolve())}}, path)
 
 
@@ -98,9 +100,36 @@ def test_the_state_of_an_unfinished_training_counts(tmp_path):
 
 
 def test_stale_files_are_removed_and_others_stay(tmp_path):
-    for name in ("model.pt", "metrics.json", "epoch_03.pt", "pictures/chip/a.png", "tests/b/metrics.json", "notes.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "state.pt").touch()
+    mine = ("notes.txt", "pictures/chip/mine.png", "tests/plan.txt")
+    trained, measured = OwnFiles(tmp_path, "trained"), OwnFiles(tmp_path, "measured")
+    other = OwnFiles(tmp_path / "tests" / "b", "measured")
+    ours = [trained.claim(name) for name in ("model.pt", "epoch_03.pt", "state.pt")]
+    ours += [measured.claim(name) for name in ("metrics.json", "pictures/chip/a.png", "pictures/crack/b.png")]
+    for path in (*ours, other.claim("metrics.json"), *(tmp_path / name for name in mine)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     runs.remove_stale(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "state.pt"]
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*mine, "state.pt", owned.LIST}
+    assert not (tmp_path / "pictures" / "crack").exists() and not (tmp_path / "tests" / "b").exists()
+
+
+def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
+    (tmp_path / "model.pt").write_text("mine")
+    with pytest.raises(InputError, match="model.pt.*did not write.*another --out"):
+        OwnFiles(tmp_path, "trained").claim("model.pt")
+    OwnFiles(tmp_path, "trained").claim("log.csv").touch()
+    (tmp_path / owned.LIST).open("a").write('["trained", "mod')  # cut off by a kill
+    OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, whatever wrote it
+    OwnFiles(tmp_path, "trained").remove_all()
+    assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
+
+
+def test_a_link_in_the_folder_leads_to_no_removal_elsewhere(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.png").touch()
+    own = OwnFiles(tmp_path / "out", "measured")
+    own.claim("pictures/a.png")
+    (tmp_path / "out" / "pictures").symlink_to(tmp_path / "theirs")
+    own.remove_all()
+    assert (tmp_path / "theirs" / "a.png").exists()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,15 +11,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, QUICK, ROOT, call, refuse, script
+from helpers import LITE, QUICK, ROOT, call, refuse, script, visible
 from PIL import Image
 
 import autoencoder
 import clflow
 import evaluate
+import nearest
 import train
 from kit import data, runs
 from kit.detector import read_checkpoint
+from kit.files import held
 from kit.processes import Processes
 from methods import load
 
@@ -34,7 +37,7 @@ def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
     assert Image.open(finished_run / "loss.png").width == 960
-    assert sorted(p.name for p in finished_run.iterdir()) == ["log.csv", "loss.png", "model.pt"]
+    assert visible(finished_run) == ["log.csv", "loss.png", "model.pt"]
 
 
 # ---------------------------------------------------------------- held-out images
@@ -200,7 +203,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call(train.main, *arguments("parts"))
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["log.csv", "loss.png", "state.pt"]
+    assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "state.pt"]
     stopped = load(tmp_path / "parts" / "state.pt")
     assert torch.isfinite(stopped(torch.rand(1, 3, 64, 64))[1]).all()
     call(evaluate.main, tmp_path / "parts")
@@ -217,7 +220,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     whole, parts = (load(tmp_path / name / "model.pt").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     assert [row["epoch"] for row in log_of(tmp_path / "parts")] == ["1", "2", "3", "4"]
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["log.csv", "loss.png", "model.pt"]
+    assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "model.pt"]
     call(train.main, *arguments("parts", "--resume"))
     assert "finished already" in capsys.readouterr().out
     refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["another epochs (4)"])
@@ -231,7 +234,7 @@ def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_pa
     call(evaluate.main, out)
     assert not (out / "pictures" / "chip" / "gone.png").exists()
     call(train.main, "--data", category, "--out", out, *QUICK)
-    assert sorted(p.name for p in out.iterdir()) == ["log.csv", "loss.png", "model.pt"]
+    assert visible(out) == ["log.csv", "loss.png", "model.pt"]
 
 
 SLOW_WRITES = """
@@ -380,11 +383,64 @@ def test_skip_bad_goes_on_and_counts(category, tmp_path, capsys):
 
 
 def test_what_no_run_wrote_is_not_removed(category, tmp_path, capsys):
-    """A folder without a run in it, but with one that is called like what a run removes: here even the images."""
-    shutil.copytree(category / "train" / "good", tmp_path / "pictures")
-    words = ["pictures", "give another --out"]
-    refuse(train.main, capsys, "--data", tmp_path / "pictures", "--out", tmp_path, *QUICK, words=words)
-    assert len(data.list_images(tmp_path / "pictures")) == 24
+    """What is called like a run's files, and is none, is refused before anything is done; folders stay: here even the
+    images."""
+    mine = tmp_path / "pictures"
+    shutil.copytree(category / "train" / "good", mine)
+    out = tmp_path / "out"
+    shutil.copytree(mine, out / "pictures")
+    call(train.main, "--data", mine, "--out", out, *QUICK)
+    assert len(data.list_images(mine)) == len(data.list_images(out / "pictures")) == 24
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.pt").write_text("mine")
+    words = ["model.pt", "give another --out"]
+    refuse(train.main, capsys, "--data", category, "--out", tmp_path / "other", *QUICK, words=words)
+    assert (tmp_path / "other" / "model.pt").read_text() == "mine"
+
+
+def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, capsys):
+    one = data.list_images(category / "train" / "good")[0]
+    (tmp_path / "copies").mkdir()
+    for number in range(40):
+        shutil.copy(one, tmp_path / "copies" / f"{number}.png")
+    command = ["--data", tmp_path / "copies", "--out", tmp_path / "out", *QUICK]
+    refuse(train.main, capsys, *command, words=["--data", "copies of one"])
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
+    """As many prototypes as candidates: each is its own nearest one, but for other images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nearest, "CANDIDATES", 100)
+        patch.setattr(clflow, "CANDIDATES", 100)
+        call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
+    model = load(tmp_path / "model.pt")
+    assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()
+
+
+def test_two_trainings_into_one_folder_the_second_is_refused(category, tmp_path, capsys):
+    with held(tmp_path / "run"):
+        words = ["--out", "another call is writing"]
+        refuse(train.main, capsys, "--data", category, "--out", tmp_path / "run", *QUICK, words=words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_end_a_training_in_order(category, tmp_path, number):
+    command = ["train.py", "--data", category, "--out", tmp_path / "run", *QUICK, "--epochs", 500]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and & leave it
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and error == "stopped; go on with --resume\n"
+    assert read_checkpoint(tmp_path / "run" / "state.pt")["progress"]["epoch"] >= 1
 
 
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):

@@ -12,18 +12,50 @@ def test_threshold_of_many_images_is_an_order_statistic():
 
 
 def test_threshold_of_few_images_is_exceeded_as_often_as_promised():
-    """Twelve to calibrate on and one to test, many times over."""
+    """Twelve to calibrate on and one to test, many times over; more closely or more widely scattered than usual."""
     rng, rate = np.random.default_rng(0), 0.02
-    trials = np.exp(rng.normal(0.5, 0.2, (4000, 13)))
-    limits = [threshold(row[:12], rate) for row in trials]
-    assert np.mean(trials[:, 12] > limits) == pytest.approx(rate, abs=0.008)
+    for scatter, above in ((0.16, 0.02), (0.1, 0.005), (0.2, 0.035)):
+        trials = np.exp(rng.normal(0.5, scatter, (4000, 13)))
+        limits = [threshold(row[:12], rate) for row in trials]
+        assert np.mean(trials[:, 12] > limits) == pytest.approx(above, abs=0.01)
 
 
 def test_threshold_by_hand():
-    values = np.exp([0.1, 0.2, 0.3, 0.6])
-    expected = 0.3 + stats.t.ppf(0.98, 3) * np.sqrt(1.25) * np.std([0.1, 0.2, 0.3, 0.6], ddof=1)
-    assert np.log(threshold(values, 0.02)) == pytest.approx(expected)
+    """Five values, the last far away: it counts as if it lay 1.5 deviations from the median, 0.3."""
+    values = np.exp([0.1, 0.2, 0.3, 0.4, 0.9])
+    usual = 0.16**2
+    first_guess = np.sqrt((20 * usual + 5 * (0.1 / 0.67449) ** 2) / 25)  # the median distance from the median is 0.1
+    low, high = 0.3 - 1.5 * first_guess, 0.3 + 1.5 * first_guess
+    clipped = [max(v, low) if v < 0.3 else min(v, high) for v in (0.1, 0.2, 0.3, 0.4, 0.9)]
+    normal = np.clip(np.random.default_rng(0).normal(size=1_000_000), -1.5, 1.5)
+    variance = np.var(clipped, ddof=1) / normal.var()
+    deviation = np.sqrt((20 * usual + 5 * variance) / 25)
+    expected = np.mean(clipped) + stats.t.ppf(0.98, 24) * np.sqrt(1 + 1 / 5) * deviation
+    assert np.log(threshold(values, 0.02)) == pytest.approx(expected, abs=1e-3)
     assert threshold(np.array([0.3]), 0.02) == 0.3
+
+
+@pytest.mark.parametrize("images, share", [(10, 0.45), (20, 0.2), (40, 0.12), (60, 0.1), (250, 0.05)])
+def test_no_single_score_decides(images, share):
+    """Any one of them replaced by anything, also by what has no logarithm: in the share of the way from the median to
+    the threshold. With the rule before, one at 0 among 60 moved it from 1.35 to 34.6."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values = np.exp(rng.normal(0, 0.16, images))
+        limit = threshold(values, 0.02)
+        for number in rng.permutation(images)[:10]:
+            for other in (-3, 0, 0.02, 0.5, 0.8, 1, 1.2, 1.5, 2, 9, 1e6):
+                changed = values.copy()
+                changed[number] = other
+                assert abs(threshold(changed, 0.02) - limit) < share * (limit - np.median(values)), (number, other)
+
+
+def test_images_that_show_few_different_ones_support_less():
+    values = np.exp(np.random.default_rng(0).normal(0, 0.16, 90))
+    both = np.stack((values, values))
+    as_they_are, few = thresholds(both, 0.02), thresholds(both, 0.02, different=12)
+    assert (as_they_are.images, few.images) == (90, 12)
+    assert few.score > as_they_are.score and few.at_most > 2 * as_they_are.at_most
 
 
 @pytest.mark.parametrize("images", [20, 60, 300])

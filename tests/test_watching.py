@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 from helpers import ROOT, refuse
 
 import evaluate
-from kit import data, watching
+from kit import data, inspection, watching
 
 
 def rows_of(out, table="scores.csv") -> list[dict]:
@@ -89,12 +90,51 @@ def test_drift_is_said_while_watching(run, category, tmp_path):
         watcher.communicate()
 
 
-def test_a_folder_that_vanishes_ends_nothing(tmp_path, monkeypatch):
-    (tmp_path / "a.png").touch()
-    assert list(watching.unseen(tmp_path, set())) == [tmp_path / "a.png"]
+def test_a_folder_that_vanishes_ends_nothing(tmp_path):
+    folder = tmp_path / "tray"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.png").touch()
+    listing = watching.Listing(folder)
+    assert list(watching.unseen(folder, listing.look(), set())) == [folder / "a.png"]
+    shutil.rmtree(folder)
+    assert watching.unseen(folder, listing.look(), set()) == {}
 
-    def vanished(*_, **__):
-        raise FileNotFoundError
 
-    monkeypatch.setattr(data, "list_images", vanished)
-    assert watching.unseen(tmp_path, set()) == {}
+def test_few_files_are_asked_each_time_and_none_is_forgotten(tmp_path, monkeypatch):
+    """What is new is found at once, also in new subfolders; what is written over in place, in its turn."""
+    monkeypatch.setattr(watching, "IN_TURN", 10)
+    for number in range(45):
+        (tmp_path / f"{number:02}.png").touch()
+    listing = watching.Listing(tmp_path)
+    assert len(listing.look()) == 45
+    looks = [listing.look() for _ in range(8)]
+    assert max(map(len, looks)) == 10
+    assert {path for look in looks for path in look} == set(tmp_path.iterdir())
+    (tmp_path / "tray").mkdir()
+    (tmp_path / "tray" / "new.png").touch()
+    assert tmp_path / "tray" / "new.png" in listing.look()
+
+
+def test_the_last_fifty_are_the_last_judged(tmp_path):
+    """A camera that uses names again: a.png was judged twice, and last."""
+    (tmp_path / "scores.csv").write_text("file,score\na.png,1\nb.png,2\na.png,3\n")
+    assert [(entry.name, entry.score) for entry in inspection.entries_of(tmp_path)] == [("b.png", 2), ("a.png", 3)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_path, number):
+    """As nohup and & start it: with SIGINT ignored."""
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox.mkdir()
+    shutil.copy(data.list_images(category / "test" / "chip")[0], inbox)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        watcher = start(run, "--images", inbox, "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: len(rows_of(out)) == 1)
+    (out / "report.html").unlink(missing_ok=True)
+    watcher.send_signal(number)
+    said, error = watcher.communicate(timeout=30)
+    assert watcher.returncode == 128 + number and "Traceback" not in error
+    assert "wrote report.html" in said and (out / "report.html").exists()
