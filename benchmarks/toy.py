@@ -123,11 +123,11 @@ def figure(plain: Flow2D, contrasted: Flow2D) -> Image.Image:
     return sheet
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("toy.png"))
     parser.add_argument("--steps", type=int, default=1000)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # arrays this small gain nothing from more
     torch.manual_seed(0)
     flows = [train(args.steps, weight) for weight in (0.0, 0.1)]

@@ -1,7 +1,13 @@
+import os
+
+# The same on every machine. With CUDA_VISIBLE_DEVICES=0 they run on a GPU, whose rounding some of them do not expect.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Arrays this small gain nothing from more threads. Beside a busy process these wait for each other: on two cores the
+# suite then took more than twice as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
-import os
 import shutil
 from pathlib import Path
 
@@ -12,9 +18,6 @@ import autoencoder
 import clflow
 import train
 from kit.demo import draw_demo
-
-# The same on every machine. With CUDA_VISIBLE_DEVICES=0 they run on a GPU, whose rounding some of them do not expect.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,7 +77,7 @@ def weights_of(run) -> torch.Tensor:
 
 def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     """They train one model together, and judge its test images; of several runs, each trains one."""
-    options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 2, "--steps", 2]
+    options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 2, "--steps", 2, "--batch", 2048]
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(clflow, "PAINTED", PAINTED)
     call(train.main, *options, "--out", one)

@@ -1,10 +1,8 @@
 """What is drawn for those who look: the sheet of synthetic defects, the explanation, the toy."""
 
-import sys
-
 import numpy as np
 import torch
-from helpers import ROOT, call, refuse, script
+from helpers import ROOT, call, refuse
 from PIL import Image
 
 import evaluate
@@ -49,13 +47,12 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     refuse(evaluate.main, capsys, run, "--explain", chip, "--images", chip, words=["--explain", "--images"])
 
 
-def test_the_toy_learns_two_moons(tmp_path):
-    result = script(ROOT / "benchmarks" / "toy.py", "--out", tmp_path / "toy.png", "--steps", 30)
-    assert result.returncode == 0, result.stderr
-    assert Image.open(tmp_path / "toy.png").width > 900
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+def test_the_toy_learns_two_moons(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import toy
 
+    call(toy.main, "--out", tmp_path / "toy.png", "--steps", 30)
+    assert Image.open(tmp_path / "toy.png").width > 900
     torch.manual_seed(0)
     flow = toy.train(steps=200, contrast_weight=0.0)
     moons = toy.moons(500)

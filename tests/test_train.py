@@ -138,7 +138,7 @@ def test_folders_of_other_kinds(category, tmp_path, layout, capsys):
 
 
 def test_demo_trains_and_evaluates_without_data(tmp_path):
-    call(train.main, "--out", tmp_path / "demo", "--epochs", 2, "--size", 192)
+    call(train.main, "--out", tmp_path / "demo", "--epochs", 2, "--size", 192, "--batch", 2048)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["image_auroc"] >= 0.95 and metrics["backbone"] == "efficientnet_lite0"
     assert len(list((tmp_path / "demo/data/demo/train/good").iterdir())) == 80
@@ -183,7 +183,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 @pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder", *LITE]])
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
-    monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 100)
+    monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 36)
     mine = shutil.copytree(category, tmp_path / "mine")
 
     def arguments(out, *more):
@@ -191,8 +191,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     call(train.main, *arguments("whole"))
     step, steps = torch.optim.Adam.step, []
-    # In the third epoch: one of the autoencoder has 14 steps, 18 images, six times, in batches of 8.
-    interrupted_at = 30 if "autoencoder" in method else 2 * clflow.STEPS_PER_EPOCH + 3
+    # In the third epoch: one of the autoencoder has 5 steps, 18 images, twice, in batches of 8.
+    interrupted_at = 12 if "autoencoder" in method else 2 * clflow.STEPS_PER_EPOCH + 3
 
     def interrupted(self, *args):
         steps.append(1)
@@ -251,7 +251,8 @@ def slow(what, to):
             file.flush()
             time.sleep(0.4)
 torch.save = slow
-import train
+import clflow, train
+clflow.PAINTED = 64
 train.main(sys.argv[1:])
 """
 
