@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call, check_export, refuse
+from helpers import LITE, call, check_export, refuse, visible
 from scipy.spatial import distance
 
 import evaluate
