@@ -133,6 +133,22 @@ def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
     check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 
+def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    command = ["--data", category, "--out", tmp_path, "--method", "nearest", *LITE, "--size", 128, "--bank", 400]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "finish", stop)
+        call(train.main, *command)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    monkeypatch.setattr(nearest.Prototypes, "fit", stop)  # it is not chosen again
+    call(train.main, *command, "--resume")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    whole, parts = (load(run / "model.pt").state_dict() for run in (bank_run, tmp_path))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 def test_options_of_a_training_it_does_not_have_are_refused(category, tmp_path, capsys):
     command = ["--data", category, "--out", tmp_path / "out", "--method", "nearest"]
     for flag, value in (("--epochs", 3), ("--lr", 0.1), ("--batch", 4), ("--contrast", "energy"), ("--textures", "x")):
