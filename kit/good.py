@@ -140,7 +140,7 @@ class Pairs(Dataset):
 def loader(pairs: Pairs, batch: int) -> DataLoader:
     """Batches of `pairs`, shuffled, painted in the background where processes can be forked; elsewhere each of them
     would have to copy the decoded images."""
-    workers = min(4, os.cpu_count() or 1) if sys.platform == "linux" else 0
+    workers = min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
     context = "fork" if workers else None
     return DataLoader(
         pairs, batch, shuffle=True, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
