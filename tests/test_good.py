@@ -46,12 +46,13 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
     indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
-    whole, masks = make_pairs(category).__getitems__(indices)
+    whole, masks, numbers = make_pairs(category).__getitems__(indices)
+    assert numbers.tolist() == indices[: len(masks)]
     assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
     assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
     normal, anomalous = [], []
     for rank in range(world):
-        images, masks = make_pairs(category, Processes(rank, world)).__getitems__(indices)
+        images, masks, _ = make_pairs(category, Processes(rank, world)).__getitems__(indices)
         normal += list(images[: -len(masks)])
         anomalous += list(images[-len(masks) :])
     assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
@@ -62,8 +63,8 @@ def test_processes_divide_a_batch(category, world, size):
 
 def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     pairs = make_pairs(category)
-    images, _ = pairs.__getitems__([3, 4])
-    again, _ = pairs.__getitems__([3, 9])
+    images, _, _ = pairs.__getitems__([3, 4])
+    again, _, _ = pairs.__getitems__([3, 9])
     assert np.array_equal(images[2], again[2])
     pairs.epoch = 1
     assert not np.array_equal(pairs.__getitems__([3, 4])[0][2], images[2])
@@ -77,8 +78,8 @@ def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
     monkeypatch.setattr(kit.good, "CACHE_BYTES", 3 * 6 * 64 * 64)
     pairs = make_pairs(category)
     assert len(pairs.cache) == 3
-    images, _ = pairs.__getitems__(list(range(8)))
-    expected, _ = make_pairs(category, size=64).__getitems__(list(range(8)))
+    images, _, _ = pairs.__getitems__(list(range(8)))
+    expected, _, _ = make_pairs(category, size=64).__getitems__(list(range(8)))
     assert np.allclose(images[:8], expected[:8], atol=1e-3)  # the cache has half the bits
 
 
@@ -94,7 +95,7 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     loader.timeout = 30  # a worker that cannot send says nothing
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
-    images, masks = next(iter(loader))
+    images, masks, _ = next(iter(loader))
     assert images.shape == (12, 64, 64, 3) and masks.shape == (4, 64, 64, 1)
 
 
@@ -108,7 +109,9 @@ def test_good_images_are_shared_between_the_processes(category):
 def test_as_many_are_painted_as_asked_for_and_anew_when_all_have_been(category):
     pairs = make_pairs(category)
     seen = list(pairs.painted(100))  # 96 images, x- of half of them in an epoch
-    assert 100 <= sum(len(mask) for *_, mask in seen) < 108 and pairs.epoch == 3
-    for before, after, mask in seen:
+    assert 100 <= sum(len(mask) for _, _, mask, _ in seen) < 108 and pairs.epoch == 3
+    normal = torch.cat(list(pairs.normal()))
+    for before, after, mask, numbers in seen:
+        assert torch.equal(before, normal[numbers])
         changed = (before != after).any(dim=1, keepdim=True)
         assert changed.any() and not changed[mask == 0].any()
