@@ -84,7 +84,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     result = script(*TORCHRUN, "train.py", *options, "--out", two)
     assert result.returncode == 0 and result.stdout.count("epoch 2/2") == 1, result.stderr
     apart = (weights_of(one) - weights_of(two)).norm() / weights_of(one).norm()
-    assert np.allclose(losses_of(two), losses_of(one), rtol=0.01), (losses_of(two), losses_of(one))
+    assert np.allclose(losses_of(two), losses_of(one), rtol=0.02), (losses_of(two), losses_of(one))
     assert apart < 0.4  # 0.8 without shared gradients
 
     for result in two_nodes(*options, "--out", tmp_path / "nodes"):

@@ -12,6 +12,7 @@ from PIL import Image
 import evaluate
 from kit.draw import LARGE
 from kit.images import photograph
+from kit.owned import OwnFiles
 from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
 
@@ -23,7 +24,9 @@ def data_of(page) -> dict:
 
 def test_no_file_name_becomes_a_part_of_the_page(tmp_path):
     names = ["</script><b>x", "\udcff.png", "ein Bild.png"]
-    write_page(tmp_path, "<i>", {"a<": "b"}, 0.5, [Entry(name, "good", False, 0.25) for name in names])
+    write_page(
+        OwnFiles(tmp_path, "judged"), "<i>", {"a<": "b"}, 0.5, [Entry(name, "good", False, 0.25) for name in names]
+    )
     assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     found = data_of(tmp_path / "report.html")
     assert [image[0] for image in found["images"]] == ["</script><b>x", "\ufffd.png", "ein Bild.png"]
@@ -38,17 +41,18 @@ def test_views_show_where_it_is(tmp_path):
     mask = np.zeros((64, 64), bool)
     mask[51:57, 51:55] = True
     photo = photograph(Image.new("RGB", (1500, 500), "#808080"), LARGE)
-    save_views(tmp_path, "a/b.png", photo, verdict, verdict_limits(), mask)
-    views = {view: Image.open(picture(tmp_path, "a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
+    own = OwnFiles(tmp_path, "judged")
+    save_views(own, "a/b.png", photo, verdict, verdict_limits(), mask)
+    views = {view: Image.open(tmp_path / picture("a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
     assert {view.size for view in views.values()} == {(900, 300)}
-    assert Image.open(picture(tmp_path, "a/b.png", "thumb")).size == (192, 64)
+    assert Image.open(tmp_path / picture("a/b.png", "thumb")).size == (192, 64)
     red = np.asarray(views["outline"]).astype(int)[..., 0] - np.asarray(views["outline"])[..., 1] > 60
     rows, columns = np.nonzero(red)
     assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
     assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
     assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
-    save_views(tmp_path, "a/b.png", Image.new("RGB", (50, 50)), decide(0.5, heat, verdict_limits()), verdict_limits())
-    assert not picture(tmp_path, "a/b.png", "outline").exists() and not picture(tmp_path, "a/b.png", "mask").exists()
+    save_views(own, "a/b.png", Image.new("RGB", (50, 50)), decide(0.5, heat, verdict_limits()), verdict_limits())
+    assert not any((tmp_path / picture("a/b.png", view)).exists() for view in ("outline", "mask"))
 
 
 def verdict_limits() -> Thresholds:
