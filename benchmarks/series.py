@@ -1,0 +1,95 @@
+"""Does the threshold hold for a series? Of each category 50 good images are drawn and copied five times, each copy
+moved by up to 2 pixels (of 256) and 2 % brighter or darker, with names in order: as the frames of a camera. A detector
+learns from these 250; its false alarms are counted on all other good images. Before: each training image judged by the
+trained detector, without its own prototypes.
+
+python benchmarks/series.py mvtec/bottle more/tire --weights FILE --out series"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+from kit import data  # noqa: E402
+from kit.good import split  # noqa: E402
+from kit.images import read_image  # noqa: E402
+from kit.measuring import judge_tests  # noqa: E402
+from kit.metrics import image_metrics  # noqa: E402
+from kit.processes import ALONE, keep_freed_memory  # noqa: E402
+from kit.verdict import threshold  # noqa: E402
+from methods import load  # noqa: E402
+
+DRAWN = 50
+COPIES = 5
+RATE = 0.02
+
+
+def another_frame(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """The image (H, W, 3) a moment later."""
+    down, across = rng.uniform(-2, 2, 2) * len(image) / 256
+    moved = ndimage.shift(image, (down, across, 0), order=1, mode="nearest")
+    return Image.fromarray(np.uint8(255 * (moved * rng.uniform(0.98, 1.02)).clip(0, 1)))
+
+
+def make_series(category: Path, to: Path) -> None:
+    """Draw, copy, and lay the others beside the good test images."""
+    rng = np.random.default_rng(0)
+    files = data.list_images(data.good_folder(category))
+    drawn = sorted(rng.permutation(len(files))[:DRAWN])
+    (to / "train" / "good").mkdir(parents=True)
+    shutil.copytree(category / "test", to / "test", copy_function=shutil.copyfile)
+    for number, path in enumerate(files):
+        if number not in drawn:
+            shutil.copyfile(path, to / "test" / "good" / f"other_{path.name}")
+            continue
+        image = read_image(path)
+        for copy in range(COPIES):
+            another_frame(image, rng).save(to / "train" / "good" / f"{number}_{copy}.png")
+
+
+@torch.no_grad()
+def scores_before(model, files: list[Path]) -> np.ndarray:
+    """Each training image judged by the trained detector, without its own prototypes."""
+    scores = []
+    for number, path in enumerate(files):
+        energies = model.energies(data.read_batch([path], model.size), torch.tensor([number]))
+        scores.append(float(model.scores(energies)[0]))
+    return np.array(scores)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("categories", type=Path, nargs="+")
+    add("--out", type=Path, required=True, help="folder for images and runs")
+    add("--weights", help="file with the backbone's ImageNet weights")
+    args = parser.parse_args()
+    for category in args.categories:
+        folder, run = args.out / category.name, args.out / "runs" / category.name
+        if not folder.exists():
+            make_series(category, folder)
+        weights = ["--weights", args.weights] if args.weights else []
+        train.main(["--data", str(folder), "--out", str(run), *weights])
+        model = load(run / "model.pt")
+        judged = judge_tests(model, data.labelled_images(folder), ALONE)
+        good, bad = judged.scores[~judged.labels], judged.scores[judged.labels]
+        _, trained_on = split(data.list_images(data.good_folder(folder)), seed=0)
+        limits = {"before": threshold(scores_before(model, trained_on), RATE), "now": model.thresholds(RATE).score}
+        auroc = image_metrics(judged.labels, judged.scores)["image_auroc"]
+        print(f"{category.name}: image AUROC {auroc:.3f}, {int(model.different)} different images")
+        for name, limit in limits.items():
+            alarms, recall = (good > limit).mean(), (bad > limit).mean()
+            print(f"{category.name}, {name}: false alarms {alarms:.3f} of {len(good)}, recall {recall:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()
