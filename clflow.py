@@ -336,7 +336,8 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
         seed_epoch(settings.seed, settings.epochs + 1 + fold)
         model.renew_experts()
         for _ in epochs(model, feed.only(as_new.fold != fold), good.processes):
-            model.calibrate(model.experts(code.float()) for code in held_out)
+            pass
+        model.calibrate(model.experts(code.float()) for code in held_out)
         scores |= as_new.scores(model, fold)
     model.flow, model.classifier = trained
     model.calibrate(model.experts(code.float()) for code in held_out)

@@ -31,20 +31,22 @@ class AsNew:
     `numbers` are those that are judged, at most LIMIT, drawn at random. `fold` (n,) divides all n into FOLDS blocks, in
     the order of their names: what is trained is trained without the image's block. The bank leaves out the image's own
     prototypes; but where images that follow each other are alike (`alike` times as alike as others), as the frames of a
-    camera are, those of its whole block. Such images count for fewer: `different` of them."""
+    camera are, those of its whole fifth (a third would leave too poor a bank: scores would be too high). Such images
+    count for fewer: `different` of them."""
 
     def __init__(self, good: GoodImages, seed: int, alike: float):
         self.good = good
         count = len(good.trained_on)
         self.numbers = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
         self.fold = blocks(good.trained_on, FOLDS)
+        self.fifth = blocks(good.trained_on, 5)
         self.is_series = alike >= ALIKE and count >= FEW
         self.different = max(2, round(count / alike)) if self.is_series else count
 
     def left_out(self, number: int) -> Tensor:
         """The numbers of the images whose prototypes do not count when this one is judged."""
         if self.is_series:
-            return torch.nonzero(self.fold == self.fold[number])[:, 0]
+            return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
         return torch.tensor([number])
 
     @torch.no_grad()
@@ -78,8 +80,8 @@ class AsNew:
         if self.is_series:
             print(
                 f"a series: images that follow each other by name are alike, and these {len(self.fold)} show about "
-                f"{different} different ones. Each was judged without its third of them, and the threshold is no "
-                f"surer than {different} images make it; good images from other days would help"
+                f"{different} different ones. Each was judged without its neighbours, and the threshold is no surer "
+                f"than {different} images make it; good images from other days would help"
             )
 
 
