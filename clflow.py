@@ -329,13 +329,14 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
         yield epoch
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
+    print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
     as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
     scores = {}
     trained = model.flow, model.classifier
     for fold in range(FOLDS):
         seed_epoch(settings.seed, settings.epochs + 1 + fold)
         model.renew_experts()
-        for _ in epochs(model, feed.only(as_new.fold != fold), good.processes):
+        for _ in epochs(model, feed.only(as_new.fold != fold), good.processes, what=f"third {fold + 1}, epoch"):
             pass
         model.calibrate(model.experts(code.float()) for code in held_out)
         scores |= as_new.scores(model, fold)
@@ -344,8 +345,11 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     as_new.settle(model, scores)
 
 
-def epochs(model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None) -> Iterator[Epoch]:
-    """Train flow and classifier; yields before the first step, and after each epoch."""
+def epochs(
+    model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, what: str = "epoch"
+) -> Iterator[Epoch]:
+    """Train flow and classifier; yields before the first step, and after each epoch, which is called `what` on the
+    terminal."""
     settings = model.settings
     batch = math.ceil(settings.batch / processes.count)
     losses = shared(Losses(model), processes)
@@ -355,7 +359,7 @@ def epochs(model: CLFlow, feed: "Feed", processes: Processes, progress: dict | N
     for number in range(done + 1, settings.epochs + 1):
         seed_epoch(settings.seed, number, processes.rank)
         steps = []
-        for _ in counted(range(STEPS_PER_EPOCH), f"epoch {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
+        for _ in counted(range(STEPS_PER_EPOCH), f"{what} {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
             steps.append(descent.step(losses(*feed.draw(batch))))
         yield descent.epoch(number, steps, processes)
 

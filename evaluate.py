@@ -17,7 +17,7 @@ from kit import data, draw, runs
 from kit.calibration import recalibrate
 from kit.detector import FALSE_ALARM, Detector
 from kit.errors import InputError, run_script
-from kit.files import write_atomically, write_text
+from kit.files import held, write_atomically, write_text
 from kit.images import read_image
 from kit.inspection import Inspection, judge_new, sentence, usable
 from kit.measuring import judge_tests, measure, readable_tests, report
@@ -72,8 +72,9 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
         print(f"took {len(taken)} of {len(files)} images, drawn at random")
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
-    to = OwnFiles(work.out, "trained").claim(runs.RECALIBRATED)
-    write_atomically(to, model.save)
+    with held(work.out):
+        to = OwnFiles(work.out, "trained").claim(runs.RECALIBRATED)
+        write_atomically(to, model.save)
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
 
@@ -82,6 +83,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
 
 def explain(work: Inspection, path: Path) -> None:
     """A picture of what happens to an image, step by step; `out` of the work is its file."""
+    if work.out.resolve() == path.resolve():
+        raise InputError(f"--out {work.out}: is the image itself; give another file")
     model = work.model
     image = read_image(path, model.size)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -123,9 +126,13 @@ def float32_limits(model: Detector) -> Thresholds:
     median."""
     limits = model.thresholds()
     folder = Path(model.settings.data)
+    if not model.halved:
+        return limits
     if model.dtype == torch.float32 or not folder.is_dir():
-        if model.dtype != torch.float32:
-            print(f"{folder} is not there any more: the thresholds are those of half the bits, some hundredths off")
+        reason = (
+            f"{folder} is not there any more" if model.dtype != torch.float32 else "this machine has no fast bfloat16"
+        )
+        print(f"the thresholds are those of half the bits, some hundredths off: {reason}")
         return limits
     files = data.list_images(data.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]

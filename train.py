@@ -44,10 +44,11 @@ class Run:
 
 
 def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
-    """Train on the run's good images, calibrate on some that are held out; its folder gets model.pt and log.csv.
+    """Train on the run's good images, and calibrate on all of them; its folder gets model.pt and log.csv.
 
     As long as there is a state.pt in it, it counts, and has all that --resume needs: it is written before anything of
-    an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most."""
+    an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most, or the
+    calibration on all good images, which comes last."""
     with held(run.out) if processes.first else contextlib.nullcontext():
         train_held(run, args, textures, processes)
 
@@ -301,9 +302,9 @@ def option_parser() -> Parser:
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
     add("--steps", type=int, help=default_text("steps", "flow steps"))
-    add("--classification-weight", type=float, help=default_text("classification_weight", "weight a of L_cls"))
+    add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
-    add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight b of L_con"))
+    add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
     add("--contrast", choices=("energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
     return parser

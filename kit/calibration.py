@@ -69,13 +69,13 @@ class AsNew:
         these have neighbours among the others, and do not count. Says so if it is one."""
         columns = torch.stack([scores[number] for number in self.numbers], dim=1)
         judged = [(self.good.trained_on[number], self.left_out(number)) for number in self.numbers]
-        different = self.different
+        different = min(self.different, columns.shape[1])
         if not self.is_series:
             columns = torch.cat((model.normal, columns), dim=1)
             judged = [(path, None) for path in self.good.held_out] + judged
             different = columns.shape[1]
         model.normal = columns
-        model.different = torch.tensor(min(different, columns.shape[1]), device=model.device)
+        model.different = torch.tensor(different, device=model.device)
         model.calibrated_on = judged
         if self.is_series:
             print(
@@ -115,7 +115,7 @@ def show_suspects(model: Detector, own: OwnFiles) -> None:
     ones that got among the good."""
     scores = model.normal[0].cpu().numpy()
     suspects = odd_ones(scores)
-    if not len(suspects):
+    if not len(suspects) or not model.calibrated_on:
         return
     limits = model.thresholds()
     names, pictures = [], []

@@ -69,7 +69,7 @@ class Detector(nn.Module):
     """Base of the methods; each adds `energies`, and names the class of its settings.
 
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
-    verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images that training has not
+    verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images, as if training had not
     seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
     maxima of n of them, which show `different` ones."""
 
@@ -85,6 +85,7 @@ class Detector(nn.Module):
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
+        self.register_buffer("halved", torch.tensor(False))  # whether calibrated with half the bits
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
@@ -146,6 +147,7 @@ class Detector(nn.Module):
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
+        self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 
     def scores(self, energies: list[Tensor]) -> Tensor:
         """(2, B): scores, and maps' maxima, of the experts' energies."""
@@ -158,8 +160,8 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
-        """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255 or float
-        in 0..1. Raises InputError for anything else."""
+        """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255,
+        uint16 in 0..65535, or float in 0..1. Raises InputError for anything else."""
         small, shape = read_any(image, self.size)
         maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
         return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))

@@ -6,14 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, check_export, refuse
+from helpers import LITE, SMALL, call, check_export, refuse
 from PIL import Image
 from scipy import ndimage
 
 import autoencoder
 import evaluate
-from kit import data
-from kit.good import GoodImages
+import train
+from kit import calibration, data
+from kit.good import GoodImages, split
 from kit.images import read_image
 from methods import load
 from synth import synthesize
@@ -172,3 +173,14 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
 
 def test_only_runs_of_the_autoencoder_have_a_projection(finished_run, capsys):
     refuse(autoencoder.main, capsys, finished_run, words=[finished_run, "--method autoencoder"])
+
+
+def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, monkeypatch, capsys):
+    """The held-out images alone calibrate the autoencoder: one that is unlike the others is named, and drawn."""
+    monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 30)
+    monkeypatch.setattr(calibration, "odd_ones", lambda scores: np.array([1]))
+    options = ["--method", "autoencoder", *LITE, "--size", 64, "--epochs", 1, "--bank", 100]
+    call(train.main, "--data", category, "--out", tmp_path, *options)
+    held_out, _ = split(data.list_images(category / "train" / "good"), seed=0)
+    assert f"1 of the good images look unlike the others: {held_out[1].name}" in capsys.readouterr().out
+    assert (tmp_path / "suspects.png").exists() and (tmp_path / "model.pt").exists()

@@ -269,6 +269,7 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--images", tmp_path / "junk.pt", "--out", tmp_path / "out"], ["junk.pt"]),
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),
+        ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "the image itself"]),
         ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "at least 2"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
@@ -334,8 +335,11 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
         return scores(model, files) * (1.1 if model.full_precision else 1)
 
     monkeypatch.setattr(evaluate, "scores_and_peaks", higher)
+    model.halved = torch.tensor(False)
     monkeypatch.setattr(type(model), "dtype", property(lambda self: torch.bfloat16))
     monkeypatch.setattr(type(model), "autocast", lambda self: contextlib.nullcontext())
+    assert evaluate.float32_limits(model) == model.thresholds()  # it was calibrated in float32 already
+    model.halved = torch.tensor(True)
     before, after = model.thresholds(), evaluate.float32_limits(model)
     assert after.score == pytest.approx(1.1 * before.score) and after.heat == pytest.approx(1.1 * before.heat)
 

@@ -141,10 +141,10 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
-    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+    assert visible(tmp_path) == ["state.pt"]
     monkeypatch.setattr(nearest.Prototypes, "fit", stop)  # it is not chosen again
     call(train.main, *command, "--resume")
-    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    assert visible(tmp_path) == ["model.pt"]
     whole, parts = (load(run / "model.pt").state_dict() for run in (bank_run, tmp_path))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
