@@ -237,8 +237,8 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
 
     def ready() -> None:
         model.fit(good)
-        model.calibrate(model.energies(images) for images in data.batches(good.held_out, model.size))
-        model.calibrated_on = [(path, None) for path in good.held_out]
+        held_out = data.batches(good.held_out, model.size)
+        model.calibrate((model.energies(images) for images in held_out), good.held_out)
 
     losses = shared(Losses(model), good.processes)
     descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)

@@ -197,7 +197,7 @@ class CLFlow(Detector):
             ("tamed E, the flow's energy", tamed(e)[0]),
         ]
         if self.classifier is not None:
-            steps.append(("log-odds of the classifier", self.experts(code)[1][0]))
+            steps.append(("log-odds of the classifier", self.log_odds(as_rows(code)).view(code.shape[2:])))
         return steps
 
     @torch.no_grad()
@@ -324,8 +324,12 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     held_out = [model.encode(images).half() for images in data.batches(good.held_out, model.size)]
+
+    def calibrate() -> None:
+        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
+
     for epoch in epochs(model, feed, good.processes, progress):
-        model.calibrate(model.experts(code.float()) for code in held_out)
+        calibrate()
         yield epoch
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
@@ -338,10 +342,10 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
         model.renew_experts()
         for _ in epochs(model, feed.only(as_new.fold != fold), good.processes, what=f"third {fold + 1}, epoch"):
             pass
-        model.calibrate(model.experts(code.float()) for code in held_out)
+        calibrate()
         scores |= as_new.scores(model, fold)
     model.flow, model.classifier = trained
-    model.calibrate(model.experts(code.float()) for code in held_out)
+    calibrate()
     as_new.settle(model, scores)
 
 

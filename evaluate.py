@@ -128,10 +128,12 @@ def float32_limits(model: Detector) -> Thresholds:
     folder = Path(model.settings.data)
     if not model.halved:
         return limits
-    if model.dtype == torch.float32 or not folder.is_dir():
-        reason = (
-            f"{folder} is not there any more" if model.dtype != torch.float32 else "this machine has no fast bfloat16"
-        )
+    reason = ""
+    if model.dtype == torch.float32:
+        reason = "this machine has no fast bfloat16"
+    elif not folder.is_dir():
+        reason = f"{folder} is not there any more"
+    if reason:
         print(f"the thresholds are those of half the bits, some hundredths off: {reason}")
         return limits
     files = data.list_images(data.good_folder(folder))

@@ -226,7 +226,8 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
         candidates = torch.cat([spread(model.features(images), per_image, generator) for images in counting])
         numbers = range(len(good.trained_on))
         model.prototypes.fit(candidates, origins(candidates, numbers), generator)
-    model.calibrate(model.energies(images) for images in data.batches(good.held_out, model.size))
+    held_out = data.batches(good.held_out, model.size)
+    model.calibrate((model.energies(images) for images in held_out), good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
     as_new = AsNew(good, model.settings.seed, alike_in_order(model, good))
     scores = {}

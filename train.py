@@ -210,7 +210,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     categories = data.category_folders(args.data)
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
-    if args.weights and all(resumable(run, args) for run in planned):
+    if args.weights and args.resume and all(runs.checkpoint_of(run.out).exists() for run in planned):
         refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
     if several:
         mine = planned[processes.rank :: processes.count]

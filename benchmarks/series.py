@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -19,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from kit import data  # noqa: E402
-from kit.good import split  # noqa: E402
+from kit.calibration import FOLDS, AsNew  # noqa: E402
+from kit.detector import Detector  # noqa: E402
+from kit.good import GoodImages, split  # noqa: E402
 from kit.images import read_image  # noqa: E402
 from kit.measuring import judge_tests  # noqa: E402
 from kit.metrics import image_metrics  # noqa: E402
@@ -55,14 +56,10 @@ def make_series(category: Path, to: Path) -> None:
             another_frame(image, rng).save(to / "train" / "good" / f"{number}_{copy}.png")
 
 
-@torch.no_grad()
-def scores_before(model, files: list[Path]) -> np.ndarray:
+def scores_before(model: Detector, trained_on: list[Path]) -> np.ndarray:
     """Each training image judged by the trained detector, without its own prototypes."""
-    scores = []
-    for number, path in enumerate(files):
-        energies = model.energies(data.read_batch([path], model.size), torch.tensor([number]))
-        scores.append(float(model.scores(energies)[0]))
-    return np.array(scores)
+    as_new = AsNew(GoodImages([], trained_on), model.settings.seed, alike=1.0)
+    return np.array([float(score) for fold in range(FOLDS) for score, _ in as_new.scores(model, fold).values()])
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ class AsNew:
         different = min(self.different, columns.shape[1])
         if not self.is_series:
             columns = torch.cat((model.normal, columns), dim=1)
-            judged = [(path, None) for path in self.good.held_out] + judged
+            judged = model.calibrated_on + judged
             different = columns.shape[1]
         model.normal = columns
         model.different = torch.tensor(different, device=model.device)

@@ -3,7 +3,7 @@
 Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for each expert; maps (B, size, size)."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,9 +136,9 @@ class Detector(nn.Module):
         return anomaly_map(torch.stack(scaled).mean(dim=0), self.size)
 
     @torch.no_grad()
-    def calibrate(self, energies: Iterable[list[Tensor]]) -> None:
+    def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:
         """Learn what normal images look like that training has not seen, from their energies, batch by batch:
-        `levels`, `units` and `normal`."""
+        `levels`, `units` and `normal`. `files` are these images, if the odd ones among them are to be shown."""
         batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
             level = torch.cat(parts).median()
@@ -147,6 +147,7 @@ class Detector(nn.Module):
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
+        self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 
     def scores(self, energies: list[Tensor]) -> Tensor:

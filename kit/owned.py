@@ -8,11 +8,12 @@ from pathlib import Path
 from kit.errors import InputError
 from kit.files import write_text
 
+KINDS = ("trained", "measured", "judged")  # of calls
 LIST = ".clflow"  # a line for each file: the kind of call that wrote it, and its path below the folder
 
 
 class OwnFiles:
-    """The files in `folder` that calls of this `kind` wrote: "trained", "measured", "judged". A folder may have several
+    """The files in `folder` that calls of this `kind`, one of KINDS, wrote. A folder may have several
     kinds in it; a call removes its own kind only."""
 
     def __init__(self, folder: Path, kind: str):
@@ -33,7 +34,7 @@ class OwnFiles:
 
     def refuse_foreign(self, name: str) -> None:
         """Raises InputError if something is there that no call of ours wrote."""
-        is_ours = any(name == other for _, other in self.listed)
+        is_ours = any((kind, name) in self.listed for kind in KINDS)
         if not is_ours and os.path.lexists(self.folder / name):
             raise InputError(
                 f"--out {self.folder}: has {name} in it, which this program did not write; give another --out"

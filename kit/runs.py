@@ -27,8 +27,9 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool) -> None:
     called like a run's files and is none."""
     for folder in inputs:
         refuse_inside(out, folder)
+    own = OwnFiles(out, "trained")
     for name in TRAINED:
-        OwnFiles(out, "trained").refuse_foreign(name)
+        own.refuse_foreign(name)
     checkpoint = checkpoint_of(out)
     if not checkpoint.exists():
         return
