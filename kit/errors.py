@@ -86,4 +86,4 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     except RuntimeError as error:
         if not is_of_another_process(error):
             raise
-        fail("another process of this run has ended; see what it says, on its machine")
+        fail(f"another process of this run has ended; see what it says, on its machine ({one_line(error)})")
