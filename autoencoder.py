@@ -2,7 +2,7 @@
 to project an image onto the manifold of normal ones. An anomaly is what the projection moves in another way than it
 moves normal images, as a frozen backbone sees it.
 
-Shapes: images (B, 3, size, size) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
+Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
 
 import math
 from collections.abc import Iterator
@@ -25,8 +25,10 @@ from kit.images import read_image
 from kit.options import Parser
 from kit.owned import OwnFiles
 from kit.progress import counted
+from kit.shapes import Shape, as_shape, as_text
 from kit.training import Descent, Epoch, seed_epoch, shared
-from nearest import Prototypes, origins, positions, prototype_count, spread
+from kit.windows import PIXELS
+from nearest import Prototypes, origins, prototype_count, spread
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -99,7 +101,7 @@ class AutoencoderSettings(Settings):
     """The options of the autoencoder, and their defaults."""
 
     method: str = "autoencoder"
-    size: int = 256
+    size: int | Shape = 256
     epochs: int = 20
     batch: int = 8  # images
     lr: float = 2e-3
@@ -120,31 +122,33 @@ class Autoencoder(Detector):
     SETTINGS = AutoencoderSettings
 
     def __init__(self, settings: AutoencoderSettings):
-        if settings.size % 8:
-            raise InputError(f"--size {settings.size}: the autoencoder takes multiples of 8")
+        shape = as_shape(settings.size)
+        if shape[0] % 8 or shape[1] % 8:
+            raise InputError(f"--size {as_text(settings.size)}: the autoencoder takes multiples of 8")
+        if math.prod(shape) > PIXELS:  # it sees all of an image at once
+            raise InputError(f"--size {as_text(settings.size)}: the autoencoder takes at most {PIXELS} pixels")
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, experts=1)
         self.projection = projection
-        self.seen = round(SEEN * self.size)
-        count = prototype_count(settings, positions(self.seen, backbone.stride))
-        self.prototypes = Prototypes(count, backbone.channels)
+        self.seen = round(SEEN * shape[0]), round(SEEN * shape[1])
+        self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
-        """f(x), of images (B, 3, size, size)."""
+        """f(x), of images (B, 3, H, W)."""
         with self.autocast():
             return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.no_grad()
     def phi(self, images: Tensor) -> Tensor:
         """The backbone's features (B, C, h, w) of the enlarged images."""
-        large = F.interpolate(images, (self.seen, self.seen), mode="bilinear", antialias=True)
+        large = F.interpolate(images, self.seen, mode="bilinear", antialias=True)
         return self.features(large.clamp(0, 1))
 
     @torch.no_grad()
     def moved(self, images: Tensor) -> Tensor:
-        """d, (B, C, h, w), of images (B, 3, size, size)."""
+        """d, (B, C, h, w), of images (B, 3, H, W)."""
         images = images.to(self.device)
         return self.phi(self.project(images)) - self.phi(images)
 
@@ -154,7 +158,7 @@ class Autoencoder(Detector):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: one image (1, 3, size, size) on its way to the energies, as (what it is, map (h, w))."""
+        """For a figure: one image (1, 3, H, W) on its way to the energies, as (what it is, map (h, w))."""
         images = images.to(self.device)
         projected = self.project(images)
         moved = self.phi(projected) - self.phi(images)
@@ -171,19 +175,24 @@ class Autoencoder(Detector):
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
         per_image = math.ceil(CANDIDATES / len(files))
-        batches = data.batches(files, self.size)
-        rows = torch.cat([spread(self.moved(images), per_image, generator) for images in batches])
-        self.prototypes.fit(rows, origins(rows, range(len(files))), generator)
+        parts = []
+        for images in data.batches(files, self.shape):
+            moved = self.moved(images)
+            is_inside = self.inside(moved.shape[2:])
+            parts.append(spread(moved, is_inside, per_image, generator))
+        rows = torch.cat(parts)
+        count = prototype_count(self.settings, int(is_inside.sum()))
+        self.prototypes.fit(rows, origins(rows, range(len(files))), count, generator)
 
 
 # ---------------------------------------------------------------- corruptions and losses
 
 
-def bend(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def bend(images: Tensor, mask: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
     """Elastic deformation of each image with probability 1/2: in a disc where there is contrast, a shift, turn and
-    stretch that fades towards the rim. Takes and returns images (A, 3, S, S) and masks (A, 1, S, S), which gain the
-    discs."""
-    contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).flatten(1) + 1e-9
+    stretch that fades towards the rim. Takes and returns images (A, 3, H, W) and masks (A, 1, H, W), which gain the
+    discs; nothing outside the region of interest (H, W) is bent."""
+    contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).add(1e-9).mul(roi).flatten(1)
     grid = F.affine_grid(torch.eye(2, 3)[None], images[:1].shape, align_corners=False).to(images)
     centre = grid.flatten(0, 2)[torch.multinomial(contrast, 1)][:, None]
     away = grid - centre
@@ -191,7 +200,7 @@ def bend(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     shift = images.new_empty(len(images), 1, 1, 2).normal_(0, 0.3)
     turn = images.new_empty(len(images), 1, 2, 2).normal_(0, 0.3)
     is_bent = torch.rand_like(radius) < 0.5
-    weight = is_bent * (1 - (away / radius).square().sum(dim=3, keepdim=True)).clamp(min=0) ** 2
+    weight = roi[None, ..., None] * is_bent * (1 - (away / radius).square().sum(dim=3, keepdim=True)).clamp(min=0) ** 2
     moved = grid + weight * (radius * shift + away @ turn)
     bent = F.grid_sample(images, moved, mode="bilinear", padding_mode="reflection", align_corners=False)
     return bent, torch.maximum(mask, (weight > 0.02).permute(0, 3, 1, 2).float())
@@ -201,8 +210,8 @@ class Losses(nn.Module):
     """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, M where x- is painted
     (`synthesize`) or bent. The x+ that have no x-, half of a batch, teach nothing here.
 
-    `forward(images, mask)`: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, size,
-    size). Returns the losses of the batch by name; "loss" is the one to descend."""
+    `forward(images, mask)`: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, H, W).
+    Returns the losses of the batch by name; "loss" is the one to descend."""
 
     def __init__(self, model: Autoencoder):
         super().__init__()
@@ -210,7 +219,7 @@ class Losses(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         clean, painted = images[: len(mask)], images[-len(mask) :]
-        corrupted, mask = bend(painted, mask)
+        corrupted, mask = bend(painted, mask, self.model.roi)
         self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere
         error = (self.model.project(corrupted) - clean).square().mean(dim=1, keepdim=True)
         self.model.eval()
@@ -220,7 +229,7 @@ class Losses(nn.Module):
 
 
 def region_error(error: Tensor, region: Tensor) -> Tensor:
-    """Mean of `error` (A, 1, S, S) within `region`, of the same shape, then over the images: they count equally."""
+    """Mean of `error` (A, 1, H, W) within `region`, of the same shape, then over the images: they count equally."""
     return ((error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3))).mean()
 
 
@@ -232,13 +241,13 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
     yields after each epoch, and once before the first step; bank and calibration are those of the present f then. With
     the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
-    pairs = Pairs(good, synthesize, settings, IMAGES_PER_EPOCH)
+    pairs = Pairs(good, synthesize, model, IMAGES_PER_EPOCH)
     batches = loader(pairs, settings.batch)
 
     def ready() -> None:
         model.fit(good)
-        held_out = data.batches(good.held_out, model.size)
-        model.calibrate((model.energies(images) for images in held_out), good.held_out)
+        held_out = data.batches(good.held_out, model.shape)
+        model.calibrate((model.judge(images) for images in held_out), good.held_out)
 
     losses = shared(Losses(model), good.processes)
     descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
@@ -267,7 +276,7 @@ def draw_projection(model: Autoencoder, files: list[Path], to: Path) -> None:
     """A row for each normal image: the image, corrupted, projected; the anomaly map."""
     rows = []
     for i, path in enumerate(files):
-        image = read_image(path, model.size)
+        image = read_image(path, model.shape)
         corrupted, _, _ = synthesize(image, np.random.default_rng(i))
         x = torch.from_numpy(corrupted).permute(2, 0, 1)[None]
         projected = model.project(x)[0].permute(1, 2, 0).clamp(0, 1).numpy()

@@ -1,7 +1,7 @@
 """CL-Flow (arXiv 2311.06794), from top to bottom as the data flow: frozen features -> the local scale -> a flow, whose
 energy is the exact likelihood of what it sees, and a classifier beside it -> the losses -> one way through training.
 
-Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) of the backbone. One position's feature is a row:
+Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone. One position's feature is a row:
 rows y (N, C); r (N, C), seen from the nearest prototype; w (N, K), whitened; latents z (N, K); log-determinants and
 energies (N,). Training sees rows, drawn from all images at once."""
 
@@ -23,6 +23,7 @@ from kit.errors import InputError
 from kit.good import GoodImages, Pairs
 from kit.processes import Processes
 from kit.progress import counted
+from kit.shapes import Shape
 from kit.training import Descent, Epoch, seed_epoch, shared
 from nearest import (
     CANDIDATES,
@@ -30,7 +31,6 @@ from nearest import (
     Prototypes,
     alike_in_order,
     origins,
-    positions,
     prototype_count,
     search_parts,
     spread,
@@ -39,6 +39,7 @@ from synth import synthesize
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
+POSITIONS = 2**15  # of an image, that flow and classifier see at once
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
 STEPS_PER_EPOCH = 50
@@ -52,7 +53,7 @@ class CLFlowSettings(Settings):
     """The options of CL-Flow, and their defaults."""
 
     method: str = "clflow"
-    size: int = 384
+    size: int | Shape = 384
     epochs: int = 3
     batch: int = 8192  # rows
     lr: float = 2e-3
@@ -122,8 +123,7 @@ class CLFlow(Detector):
         super().__init__(settings, backbone, experts=2 if settings.classification_weight > 0 else 1)
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
-        count = prototype_count(settings, positions(self.size, backbone.stride)) if settings.local else 0
-        self.prototypes = Prototypes(count, channels)
+        self.prototypes = Prototypes(channels)
         self.whitening = Whitening(channels, components)
         self.renew_experts()
         self.to(memory_format=torch.channels_last)
@@ -154,7 +154,7 @@ class CLFlow(Detector):
 
     def whitened_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> (B, K, h, w)."""
-        relative = self.relative(as_rows(x), search_parts(x.shape[2]), without)
+        relative = self.relative(as_rows(x), search_parts(*x.shape[2:]), without)
         return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
 
     def latents(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,12 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def experts(self, code: Tensor) -> list[Tensor]:
-        """Maps w (B, K, h, w) -> energies (B, h, w) of flow and classifier."""
+        """Maps w (B, K, h, w) -> energies (B, h, w) of flow and classifier; of large maps some lines at a time."""
+        parts = [self.opinions(part) for part in code.split(max(1, POSITIONS // code.shape[3]), dim=2)]
+        return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+
+    def opinions(self, code: Tensor) -> list[Tensor]:
+        """The same, all at once."""
         opinions = [tamed(energy(*self.latents(code)))]
         if self.classifier is not None:
             batch, _, height, width = code.shape
@@ -181,10 +186,10 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: one image (1, 3, size, size) on its way to the energies, equation by equation of
+        """For a figure: one image (1, 3, H, W) on its way to the energies, equation by equation of
         docs/method.md, as (what it is, map (h, w))."""
         x = self.features(images)
-        relative = self.relative(as_rows(x), search_parts(x.shape[2])).view(*x.shape[2:], -1)
+        relative = self.relative(as_rows(x), search_parts(*x.shape[2:])).view(*x.shape[2:], -1)
         code = self.whitened_map(x)
         z, log_det = self.latents(code)
         e = energy(z, log_det)
@@ -201,12 +206,12 @@ class CLFlow(Detector):
         return steps
 
     @torch.no_grad()
-    def fit(self, rows: Tensor, images: Tensor) -> None:
+    def fit(self, rows: Tensor, images: Tensor, positions: int) -> None:
         """Fit what is never trained, prototypes and whitening, on rows y (N, C) of the good images with these numbers
-        (N,). Raises InputError if these are copies of one."""
+        (N,), of which each has so many positions. Raises InputError if these are copies of one."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            self.prototypes.fit(rows, images, generator)
+            self.prototypes.fit(rows, images, prototype_count(self.settings, positions), generator)
         order = images.argsort(stable=True)
         relative = torch.cat(list(self.as_new(rows[order.to(rows.device)], images[order])))
         if not relative.norm(dim=1).median() > 0:
@@ -312,18 +317,20 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
-    pairs = Pairs(good, synthesize, settings, IMAGES_PER_EPOCH)
+    pairs = Pairs(good, synthesize, model, IMAGES_PER_EPOCH)
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, pairs)
     if progress is None:
-        model.fit(*candidates(normal, good, settings.seed))
+        model.fit(*candidates(normal, good, settings.seed), normal.positions)
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
     feed = Feed(model, normal, painted_rows(model, pairs))
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
-    held_out = [model.encode(images).half() for images in data.batches(good.held_out, model.size)]
+    held_out = []
+    for images in data.batches(good.held_out, model.shape):
+        held_out += model.in_windows(lambda part: [model.encode(part).half()], images)
 
     def calibrate() -> None:
         model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
@@ -374,22 +381,29 @@ def epochs(
 @dataclass(frozen=True)
 class Rows:
     """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
-    Of painted defects also `untouched` (N, C), rows of the same places without them, if a loss asks for these."""
+    Of good images also how many `positions` each has, of which it may have given but some. Of painted defects also
+    `untouched` (N, C), rows of the same places without them, if a loss asks for these."""
 
     y: Tensor
     images: Tensor
+    positions: int = 0
     untouched: Tensor | None = None
 
 
 def good_rows(model: CLFlow, pairs: Pairs) -> Rows:
     """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
     per_image = max(1, ROWS // len(pairs.files))
-    if per_image < positions(model.size, model.backbone.stride):
-        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
     generator = torch.Generator().manual_seed(model.settings.seed)
-    parts = [spread(model.features(images), per_image, generator).half() for images in pairs.normal()]
+    parts = []
+    for images in pairs.normal():
+        x = model.features(images)
+        is_inside = model.inside(x.shape[2:])
+        parts.append(spread(x, is_inside, per_image, generator).half())
+    positions = int(is_inside.sum())
+    if per_image < positions:
+        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
     rows = torch.cat(parts)
-    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))))
+    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))), positions)
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
@@ -408,7 +422,7 @@ def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
     anomalous, untouched, images = [], [], []
     for before, after, mask, numbers in pairs.painted(PAINTED):
         x = model.features(after)
-        touched = touches(mask.to(model.device), x.shape[2:])
+        touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
         images.append(numbers.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
@@ -417,11 +431,11 @@ def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
     order = images.argsort(stable=True)
     there = order.to(model.device)
     rows = torch.cat(anomalous)[there]
-    return Rows(rows, images[order], torch.cat(untouched)[there] if untouched else None)
+    return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
 
 
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Which positions of maps of this shape (h, w) a mask (A, 1, size, size) touches, be it by a thin scratch's one
+    """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, be it by a thin scratch's one
     pixel: (A, h, w) bool."""
     return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
 

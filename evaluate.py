@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kit import data, draw, runs
 from kit.calibration import recalibrate
@@ -86,16 +87,19 @@ def explain(work: Inspection, path: Path) -> None:
     if work.out.resolve() == path.resolve():
         raise InputError(f"--out {work.out}: is the image itself; give another file")
     model = work.model
-    image = read_image(path, model.size)
+    image = read_image(path, model.shape)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
     stages = [(name, values.cpu().numpy()) for name, values in model.stages(images)]
     with torch.no_grad():
         maps, scores = model(images)
     limits = work.limits
     as_drawn = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
-    draw.save_picture(work.out, draw.explanation(image, path.name, stages, as_drawn, limits))
+    photo = draw.dimmed(Image.fromarray(draw.as_bytes(image)), model.roi)
+    draw.save_picture(work.out, draw.explanation(photo, path.name, stages, as_drawn, limits))
     verdict = model.inspect(path, work.false_alarm)  # the same, but its boxes are in the photograph's own pixels
-    print(f"{path}: {sentence(verdict)}\nwrote {work.out}")
+    height, width = verdict.heat.shape
+    print(f"{path}, {width} x {height}, judged at {model.shape[1]} x {model.shape[0]}: {sentence(verdict)}")
+    print(f"wrote {work.out}")
 
 
 # ---------------------------------------------------------------- to other programs
@@ -106,7 +110,8 @@ def export(model: Detector, file: Path) -> None:
     torch.export.load reads. In float32 throughout: its scores are the same on any machine."""
     limits = float32_limits(model)
     model.full_precision = True
-    images = torch.zeros(2, 3, model.size, model.size)
+    height, width = model.shape
+    images = torch.zeros(2, 3, height, width)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     if file.suffix == ".onnx":
@@ -116,7 +121,7 @@ def export(model: Detector, file: Path) -> None:
         torch.export.save(program, buffer)
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
-    print(f"wrote {file}: images (batch, 3, {model.size}, {model.size}) in [0, 1] -> maps and scores")
+    print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
     print(f"its thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
 
 
@@ -148,7 +153,7 @@ def float32_limits(model: Detector) -> Thresholds:
 @torch.no_grad()
 def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
     """(2, n): scores, and maps' maxima, of these images."""
-    parts = [model.scores(model.energies(images)) for images in data.batches(files, model.size)]
+    parts = [model.scores(model.judge(images)) for images in data.batches(files, model.shape)]
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
@@ -160,8 +165,11 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thre
         raise InputError("--export FILE.onnx: needs two more packages, pip install onnx onnxscript") from error
     names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
     graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    height, width = model.shape
     about = {
-        "images": f"RGB in 0..1, (batch, 3, {model.size}, {model.size}), resized bilinear with antialiasing (Pillow)",
+        "images": f"RGB in 0..1, (batch, 3, {height}, {width}), resized bilinear with antialiasing (Pillow)",
+        "height": str(height),
+        "width": str(width),
         "score_threshold": repr(limits.score),
         "map_threshold": repr(limits.heat),
         "false_alarm": repr(model.settings.false_alarm),

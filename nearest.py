@@ -2,7 +2,7 @@
 image's features are from it, in units of the bank's spacing there. Nothing is trained. What a flow learns has to beat
 this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore (arXiv 2106.08265).
 
-Shapes: images (B, 3, size, size) in [0, 1]; features (B, C, h, w) of the backbone; rows y (N, C): one feature for each
+Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone; rows y (N, C): one feature for each
 position of each image. A bank has P prototypes p."""
 
 import math
@@ -19,7 +19,9 @@ from kit.calibration import FOLDS, AsNew, blocks
 from kit.detector import Detector, Settings
 from kit.good import GoodImages
 from kit.progress import counted
+from kit.shapes import Shape
 from kit.training import Epoch
+from kit.windows import at_once
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions in which the bank is chosen
@@ -37,28 +39,29 @@ class Prototypes(nn.Module):
     what is near, and what is far, has to be asked place by place. The bank (P, C) is kept less its `centre` (C,), with
     its `origin` (P,): the number of the training image that each comes from."""
 
-    def __init__(self, count: int, channels: int):
+    def __init__(self, channels: int):
         super().__init__()
         self.register_buffer("centre", torch.zeros(channels))
-        self.register_buffer("bank", torch.zeros(count, channels))
-        self.register_buffer("spacing", torch.ones(count))
-        self.register_buffer("origin", torch.zeros(count, dtype=torch.long))
+        self.register_buffer("bank", torch.zeros(0, channels))
+        self.register_buffer("spacing", torch.ones(0))
+        self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
 
-    def fit(self, candidates: Tensor, origin: Tensor, generator: torch.Generator) -> None:
-        """Choose the bank from normal rows (N, C), N >= P, of the training images with these numbers (N,)."""
+    def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
+        """Choose a bank of P = `count` from normal rows (N, C), N >= P, of the training images with these numbers
+        (N,)."""
         candidates = candidates.float()
         self.centre.copy_(candidates.mean(dim=0))
         candidates = candidates - self.centre
-        chosen = covering(candidates, len(self.bank), generator)
-        self.bank.copy_(candidates[chosen])
-        self.origin.copy_(origin.to(chosen.device)[chosen])
+        chosen = covering(candidates, count, generator)
+        self.bank = candidates[chosen].to(self.centre)
+        self.origin = origin.to(chosen.device)[chosen].to(self.centre.device)
         neighbours = min(NEIGHBOURS, len(self.bank) - 1)
         parts = []
         for part in self.bank.split(CHUNK):
             distances = torch.cdist(part, self.bank).topk(1 + neighbours, largest=False).values
             parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
         spacing = torch.cat(parts)
-        self.spacing.copy_(spacing.clamp(min=1e-3 * float(spacing.mean())))  # equal vectors: no division by zero
+        self.spacing = spacing.clamp(min=1e-3 * float(spacing.mean()))  # equal vectors: no division by zero
 
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). All distances at once would fill the memory, so they
@@ -104,16 +107,16 @@ class Prototypes(nn.Module):
         spacing is that of the bank there; else the bank's mean. For the others see `nearest`."""
         rows = as_rows(x)
         batch, _, height, width = x.shape
-        index = self.nearest(rows, search_parts(height), dtype, without)
+        index = self.nearest(rows, search_parts(height, width), dtype, without)
         spacing = self.spacing[index] if local else self.spacing.mean()
         return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 
 
-def search_parts(height: int) -> int:
-    """Into how many equal parts `Prototypes.nearest` is to divide the rows of a batch of maps of this height: each as
-    many rows as eight lines of every map have, where that divides the height. With parts of one line, a single image
-    takes 1.7 times as long."""
-    return height // math.gcd(height, 8)
+def search_parts(height: int, width: int) -> int:
+    """Into how many equal parts `Prototypes.nearest` is to divide the rows of a batch of maps (height, width): each as
+    many rows as eight lines of every map have, where that divides the height, less of long ones. With parts of one
+    line, a single square image takes 1.7 times as long."""
+    return height // math.gcd(height, max(1, min(8, CHUNK // width)))
 
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -138,16 +141,12 @@ def prototype_count(settings: Settings, positions: int) -> int:
     return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
 
 
-def positions(size: int, stride: int) -> int:
-    """Of a size x size image, for a backbone of this stride."""
-    return math.ceil(size / stride) ** 2
-
-
-def spread(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Of each map of x (B, C, h, w) `count` rows at random, or all that there are: (<= B count, C)."""
+def spread(x: Tensor, is_inside: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Of each map of x (B, C, h, w), where it is inside (h, w), `count` rows at random, or all that there are:
+    (<= B count, C)."""
     kept = []
     for features in x:
-        rows = as_rows(features[None])
+        rows = as_rows(features[None])[is_inside.flatten()]
         kept.append(rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)])
     return torch.cat(kept)
 
@@ -166,9 +165,10 @@ def alike_in_order(model: Detector, good: GoodImages) -> float:
     origin = model.prototypes.origin.cpu()
     found, expected = 0.0, 0.0
     for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
-        x = model.features(data.read_batch([good.trained_on[number]], model.size))
+        x = model.features(data.read_batch([good.trained_on[number]], model.shape))
         own = torch.tensor([number])
-        index = model.prototypes.nearest(as_rows(x), search_parts(x.shape[2]), model.dtype, own).cpu()
+        index = model.prototypes.nearest(as_rows(x), search_parts(*x.shape[2:]), model.dtype, own)
+        index = index[model.inside(x.shape[2:]).flatten()].cpu()
         is_near = tenth[origin] == tenth[number]
         others = origin != number
         found += float(is_near[index].float().mean())
@@ -184,7 +184,7 @@ class NearestSettings(Settings):
     """The options of the nearest neighbour, and their defaults."""
 
     method: str = "nearest"
-    size: int = 384
+    size: int | Shape = 384
     backbone: str = "resnet18"
     bank: int = 8000
     local: bool = True
@@ -201,8 +201,7 @@ class Nearest(Detector):
     def __init__(self, settings: NearestSettings):
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, experts=1)
-        count = prototype_count(settings, positions(self.size, backbone.stride))
-        self.prototypes = Prototypes(count, backbone.channels)
+        self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -221,13 +220,17 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     if progress is None:
         generator = torch.Generator().manual_seed(model.settings.seed)
         per_image = math.ceil(CANDIDATES / len(good.trained_on))
-        batches = data.batches(good.trained_on, model.size)
-        counting = counted(batches, "features of images", len(good.trained_on), each=8)
-        candidates = torch.cat([spread(model.features(images), per_image, generator) for images in counting])
-        numbers = range(len(good.trained_on))
-        model.prototypes.fit(candidates, origins(candidates, numbers), generator)
-    held_out = data.batches(good.held_out, model.size)
-    model.calibrate((model.energies(images) for images in held_out), good.held_out)
+        batches = data.batches(good.trained_on, model.shape)
+        parts = []
+        for images in counted(batches, "features of images", len(good.trained_on), each=at_once(model.shape)):
+            x = model.features(images)
+            is_inside = model.inside(x.shape[2:])
+            parts.append(spread(x, is_inside, per_image, generator))
+        candidates = torch.cat(parts)
+        count = prototype_count(model.settings, int(is_inside.sum()))
+        model.prototypes.fit(candidates, origins(candidates, range(len(good.trained_on))), count, generator)
+    held_out = data.batches(good.held_out, model.shape)
+    model.calibrate((model.judge(images) for images in held_out), good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
     as_new = AsNew(good, model.settings.seed, alike_in_order(model, good))
     scores = {}

@@ -11,24 +11,31 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from kit import data, draw
+from kit.detector import side_of
 from kit.errors import run_script
 from kit.images import read_image
-from kit.options import Parser, check_range
+from kit.options import Parser
+from kit.shapes import Shape, as_shape, check_size, input_size, parsed_size, told
 
 SHEET_ROWS = 8
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 
 
 def synthesize(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray | None = None
+    image: np.ndarray, rng: np.random.Generator, other: np.ndarray | None = None, roi: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """Paint one synthetic defect: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    image, other (texture or second normal image; default: the image itself): (H, W, 3) of one shape. Returns (anomalous
-    image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing changes."""
+    All lengths are those of a square of as many pixels, up to 384 x 384: a strip has defects as large as a square has,
+    and a larger image has no larger ones. image, other (texture or second normal image; default: the image itself): (H,
+    W, 3) of one shape; roi (H, W) bool, the region of interest, in which the defect lies (default: everywhere). Returns
+    (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing
+    changes."""
     if other is None:
         other = image
     where = foreground(image)
+    if roi is not None:
+        where = where & roi if (where & roi).any() else roi
     while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
@@ -48,13 +55,14 @@ def defect_mask(where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random shape, (H, W) bool: Perlin noise above 0.5 as in DRAEM, or a scratch or spots that begin in `where`."""
     height, width = where.shape
     if rng.random() < 0.4:
-        cells = 2 ** rng.integers(0, 6, 2)  # 1 to 32 along each axis
-        return perlin(height, width, (int(cells[0]), int(cells[1])), rng) > 0.5
+        cells = 2 ** rng.integers(0, 6, 2)  # 1 to 32 along each axis of a square
+        down, across = cells * where.shape / side_of(height * width)
+        return perlin(height, width, (float(down), float(across)), rng) > 0.5
     candidates = np.argwhere(where)
     return thin_mask(height, width, candidates[rng.integers(len(candidates))], rng)
 
 
-def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
     """Perlin noise, (height, width), about -1..1: `cells` (down, across) lattice cells, turned by U(-90, 90) degrees.
 
     Each corner of a cell has a random gradient; the noise there is the gradient times the way from the corner, and in
@@ -62,9 +70,12 @@ def perlin(height: int, width: int, cells: tuple[int, int], rng: np.random.Gener
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
     gradients = np.stack([np.sin(phase), np.cos(phase)], axis=-1)
     angle = rng.uniform(-np.pi / 2, np.pi / 2)
+    # In units of one length, or turning would shear the cells of a strip.
+    tall, wide = height / math.sqrt(height * width), width / math.sqrt(height * width)
     v, u = np.meshgrid(np.arange(height) / height - 0.5, np.arange(width) / width - 0.5, indexing="ij")
-    y = cells[0] * (v * np.cos(angle) - u * np.sin(angle)) + rng.uniform(0, LATTICE)
-    x = cells[1] * (v * np.sin(angle) + u * np.cos(angle)) + rng.uniform(0, LATTICE)
+    v, u = v * tall, u * wide
+    y = cells[0] / tall * (v * np.cos(angle) - u * np.sin(angle)) + rng.uniform(0, LATTICE)
+    x = cells[1] / wide * (v * np.sin(angle) + u * np.cos(angle)) + rng.uniform(0, LATTICE)
     row, column = np.floor(y).astype(int), np.floor(x).astype(int)
     y, x = y - row, x - column  # place inside the cell, 0..1
 
@@ -89,7 +100,7 @@ def blend(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A scratch (a curved chain of dots) or up to three spots from `centre` (y, x) on: what Perlin noise lacks."""
-    if rng.random() < 0.5:  # a scratch; all lengths are for an image of 256 pixels
+    if rng.random() < 0.5:  # a scratch; all lengths are for an image of 256 x 256
         count, step, wobble = rng.integers(10, 40), 2, 0.05
         radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0)
     else:
@@ -99,7 +110,7 @@ def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Genera
     bend = rng.normal(0, 0.03)
     directions = start + np.cumsum(rng.normal(bend, wobble, count))
     points = np.cumsum(step * np.stack([np.cos(directions), np.sin(directions)], axis=1), axis=0)
-    unit = min(height, width) / 256
+    unit = side_of(height * width) / 256
     image = Image.new("1", (width, height))
     pen = ImageDraw.Draw(image)
     for point, radius in zip(points - points[0], radii, strict=True):
@@ -166,17 +177,19 @@ def source(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np
 
 
 def shuffled(image: np.ndarray, rng: np.random.Generator, grid: int = 8) -> np.ndarray:
-    """Structural source: another gain, contrast and tint, then the grid x grid tiles in another order."""
+    """Structural source: another gain, contrast and tint, then the tiles in another order, `grid` x `grid` of them in
+    a square."""
     mean = image.mean(axis=(0, 1))
     gain = rng.uniform(0.6, 1.6)
     image = (mean + (image - mean) * gain + rng.normal(0, 0.12) + rng.normal(0, 0.04, 3)).clip(0, 1)
     height, width = image.shape[:2]
-    tile_height, tile_width = math.ceil(height / grid), math.ceil(width / grid)
+    side = math.ceil(side_of(height * width) / grid)
+    down, across = math.ceil(height / side), math.ceil(width / side)
     y, x = np.mgrid[:height, :width]
-    order = rng.permutation(grid * grid)
-    tile = order[y // tile_height * grid + x // tile_width]  # for each pixel, the tile that it comes from
-    from_y = tile // grid * tile_height + y % tile_height
-    from_x = tile % grid * tile_width + x % tile_width
+    order = rng.permutation(down * across)
+    tile = order[y // side * across + x // side]  # for each pixel, the tile that it comes from
+    from_y = tile // across * side + y % side
+    from_x = tile % across * side + x % side
     return image[np.minimum(from_y, height - 1), np.minimum(from_x, width - 1)]
 
 
@@ -188,38 +201,45 @@ def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image itself, shifted by 2 to 6 % along both axes."""
-    reach = rng.choice([-1, 1], 2) * rng.uniform(0.02, 0.06, 2) * image.shape[:2]
+    """The image itself, shifted by 2 to 6 % of a square's side along both axes."""
+    reach = rng.choice([-1, 1], 2) * rng.uniform(0.02, 0.06, 2) * side_of(math.prod(image.shape[:2]))
     return np.roll(image, np.round(reach).astype(int), axis=(0, 1))
 
 
 # ---------------------------------------------------------------- a sheet of my images, before any training
 
 
-def sheet(files: list[Path], size: int, rng: np.random.Generator) -> Image.Image:
-    """A row for each image: as it is, its foreground, a mask, the synthetic defect."""
-    rows = []
+def sheet(files: list[Path], shape: Shape, rng: np.random.Generator) -> Image.Image:
+    """For each image as it is, its foreground, a mask, the synthetic defect: beside each other, or below, if they are
+    wide."""
+    blocks = []
     for path in files:
-        image = read_image(path, size)
-        other = read_image(files[rng.integers(len(files))], size)
+        image = read_image(path, shape)
+        other = read_image(files[rng.integers(len(files))], shape)
         anomalous, mask, _ = synthesize(image, rng, other)
-        panels = [image, foreground(image), mask, anomalous]
-        rows.append(draw.beside_each_other([draw.as_bytes(panel) for panel in panels]))
-    return draw.below_each_other(rows)
+        panels = [draw.as_bytes(panel) for panel in (image, foreground(image), mask, anomalous)]
+        if shape[1] > 4 * shape[0]:
+            blocks.append(draw.below_each_other([draw.beside_each_other([panel]) for panel in panels]))
+        else:
+            blocks.append(draw.beside_each_other(panels))
+    return draw.below_each_other(blocks)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
     parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
     parser.add_argument("--out", type=Path, default=Path("synthetic.png"), help="(synthetic.png)")
-    parser.add_argument("--size", type=int, default=384, help="(384)")
+    parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args(arguments)
-    check_range("size", args.size, 64, 4096)
+    check_size(args.size)
     rng = np.random.default_rng(args.seed)
     files = data.list_images(data.good_folder(args.folder, "FOLDER"))
     chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
-    draw.save_picture(args.out, sheet(chosen, args.size, rng))
+    shape = as_shape(input_size(args.size, files))
+    draw.save_picture(args.out, sheet(chosen, shape, rng))
+    if line := told(files, shape):
+        print(line)
     print(f"wrote {args.out}: image, foreground, mask, synthetic defect")
 
 

@@ -342,7 +342,7 @@ def model() -> clflow.CLFlow:
     with torch.no_grad():
         for step in model.flow.steps:
             step.scale.mul_(0.1)
-    model.fit(as_rows(features(5)), origins(as_rows(features(5)), range(5)))
+    model.fit(as_rows(features(5)), origins(as_rows(features(5)), range(5)), 64)
     return model
 
 
@@ -405,7 +405,7 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
 def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
     copies = torch.randn(20, CHANNELS).repeat(5, 1)  # fewer positions than prototypes
     with pytest.raises(InputError, match="copies of one"):
-        model.fit(copies, origins(copies, range(5)))
+        model.fit(copies, origins(copies, range(5)), 64)
 
 
 def test_a_single_pixel_touches_its_position():

@@ -10,10 +10,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, runs
+from kit import data, draw, runs, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
 from kit.demo import draw_demo
@@ -21,6 +22,7 @@ from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.files import held, write_atomically, write_table, write_text
 from kit.good import GoodImages, held_out_count, split
+from kit.images import read_region, shape_in_file
 from kit.inspection import Inspection, usable
 from kit.measuring import report, results_table
 from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
@@ -38,6 +40,7 @@ class Run:
     files: list[Path]  # its good images
     settings: Settings
     out: Path
+    roi: np.ndarray | None  # (H, W) bool, if not all of an image is looked at
 
 
 # ---------------------------------------------------------------- one run
@@ -64,6 +67,10 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     if len(good.trained_on) < processes.count:
         raise InputError(f"{processes.count} processes, and {len(good.trained_on)} images to train on: start fewer")
     print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out", flush=True)
+    if line := shapes.told(run.files, model.shape):
+        print(line)
+    if others := shapes.others_among(run.files, model.shape):
+        print(shapes.others_told(others, len(run.files), model.shape))
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):
@@ -87,6 +94,8 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
         torch.manual_seed(run.settings.seed)
         model = detector(run.settings).eval()
         model.backbone.load_imagenet(args.weights)
+        if run.roi is not None:
+            model.look_within(torch.from_numpy(run.roi))
         return model.to(args.device), None
     check_resumable(run, checkpoint)
     progress = checkpoint["progress"]
@@ -189,16 +198,32 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / category.resolve().name / f"seed{seed}" if several else out
             runs.check_out(target, category, read_folders, args.resume)
+            size = shapes.input_size(options["size"], files)
             settings = METHODS[args.method].detector.SETTINGS(
                 seed=seed,
                 data=str(category.resolve()),
                 category=category.resolve().name,
                 images=len(files),
                 held_out=held_out_count(len(files)),
-                **options,
+                **options | {"size": size},
             )
-            planned.append(Run(category, files, settings, target))
+            roi = region_of_interest(args.roi, files, shapes.as_shape(size))
+            planned.append(Run(category, files, settings, target, roi))
     return planned
+
+
+def region_of_interest(mask: Path | None, files: list[Path], judged_in: shapes.Shape) -> np.ndarray | None:
+    """What --roi marks on images like `files`, as large as they are judged in: (H, W) bool. Raises InputError if it has
+    another shape than they have."""
+    if mask is None:
+        return None
+    shape, usual = shape_in_file(mask), shapes.usual_shape(files)
+    if shape and usual and shapes.is_other(shape, usual):
+        raise InputError(
+            f"--roi {mask}: is {shape[1]} x {shape[0]}, and the good images are {usual[1]} x {usual[0]}; mark in "
+            "white, on a black copy of one of them, what is to be looked at"
+        )
+    return read_region(mask, judged_in)
 
 
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:
@@ -281,7 +306,11 @@ def option_parser() -> Parser:
     add("--epochs", type=int, help=default_text("epochs"))
     add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
-    add("--size", type=int, help=default_text("size", "images are resized to SIZE x SIZE pixels"))
+    size_help = "as many pixels as SIZE x SIZE, in the shape of the good images; or HEIGHTxWIDTH, or native"
+    add("--size", type=shapes.parsed_size, help=default_text("size", size_help))
+    add(
+        "--roi", type=Path, metavar="MASK", help="picture, of the shape of the images: what is white in it is looked at"
+    )
     add("--seed", type=int, default=0, help="(0)")
     add("--seeds", type=int, default=1, help="train this many, from SEED on, and write the table of their results (1)")
     add("--resume", action="store_true", default=None, help="go on where a stopped run was after its last whole epoch")
@@ -336,7 +365,6 @@ RANGES = {
     "seed": (0, 2**31),
     "seeds": (1, 99),
     "epochs": (1, 9999),
-    "size": (64, 4096),
     "batch": (1, 1_000_000),
     "lr": (1e-9, 1),
     "bank": (10, 100_000),
@@ -362,6 +390,7 @@ def method_options(args: argparse.Namespace) -> dict:
     for name, (low, high) in RANGES.items():
         if name in options or name in ("seed", "seeds"):
             check_range(name, options.get(name, getattr(args, name)), low, high)
+    shapes.check_size(options["size"])
     classifies = options.get("classification_weight") != 0
     contrasts = options.get("contrast_weight") != 0
     if not classifies:
@@ -372,6 +401,8 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if args.textures:
         options["textures"] = str(args.textures.resolve())
+    if args.roi:
+        options["roi"] = str(args.roi.resolve())
     if not method.is_trained:
         refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
     return options

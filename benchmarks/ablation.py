@@ -31,6 +31,7 @@ from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Pairs, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
+from kit.shapes import input_size  # noqa: E402
 from nearest import origins  # noqa: E402
 from synth import synthesize  # noqa: E402
 
@@ -59,11 +60,11 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    pairs = Pairs(GoodImages([], files), synthesize, model.settings, clflow.IMAGES_PER_EPOCH)
+    pairs = Pairs(GoodImages([], files), synthesize, model, clflow.IMAGES_PER_EPOCH)
     painted = clflow.painted_rows(model, pairs)
 
     def features(files: list[Path]) -> Tensor:
-        return torch.cat([model.features(batch).half() for batch in data.batches(files, model.size)])
+        return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])
 
     return {
         "good": features(files),
@@ -72,7 +73,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
         "painted_on": painted.images,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
-        "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.size)) for test in tests]),
+        "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.shape)) for test in tests]),
     }
 
 
@@ -102,7 +103,7 @@ def joined_maps(model: clflow.CLFlow, energies: list[list[Tensor]]) -> Tensor:
 def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     """The maps of nearest.py on the same prototypes."""
     energies = (model.prototypes.energies(batch.float(), local, model.dtype) for batch in x.split(8))
-    return torch.cat([anomaly_map(e, model.size) for e in energies])
+    return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 
 def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched: bool) -> tuple[Rows, Rows]:
@@ -114,8 +115,8 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched
     order = painted_on.argsort(stable=True)
     order = order[painted_on[order] >= 0]
     untouched = kept["untouched"][order] if with_untouched else None
-    painted = Rows(kept["anomalous"][order], painted_on[order], untouched)
-    return Rows(good, origins(good, range(len(trained_on)))), painted
+    painted = Rows(kept["anomalous"][order], painted_on[order], untouched=untouched)
+    return Rows(good, origins(good, range(len(trained_on))), len(good) // len(trained_on)), painted
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
@@ -126,14 +127,14 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
-    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed))
+    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), normal.positions)
     for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
         pass
     energies = judged(model, kept["good"][held_out], kept["tests"])
     figures = measure(joined_maps(model, energies), kept)
     if is_default:
         for expert, name in enumerate(("flow", "classifier")):
-            alone = torch.cat([anomaly_map(batch[expert], model.size) for batch in energies])
+            alone = torch.cat([anomaly_map(batch[expert], model.shape) for batch in energies])
             figures[name] = measure(alone, kept)
         for name, local in (("nearest, local scale", True), ("nearest", False)):
             figures[name] = measure(nearest_maps(model, kept["tests"], local), kept)
@@ -145,7 +146,8 @@ def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
-        settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone)
+        size = input_size(CLFlowSettings.size, data.list_images(data.good_folder(category)))
+        settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
     for part in ("good", "anomalous", "untouched", "tests"):
@@ -166,7 +168,8 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
         changed = VARIANTS[variant]
         images = len(kept["good"])
         facts = {"images": images, "held_out": held_out_count(images)}
-        settings = CLFlowSettings(seed=seed, backbone=args.backbone, **facts, **changed)
+        size = tuple(kept["masks"].shape[1:])
+        settings = CLFlowSettings(seed=seed, backbone=args.backbone, size=size, **facts, **changed)
         row = {"category": name, "variant": variant, "seed": seed}
         row |= experiment(kept, settings, args.device, is_default=not changed)
         with open(results, "a") as file:

@@ -42,7 +42,7 @@ def train_fastflow(files: list[Path], weights: dict, device: str) -> nn.Module:
     model.feature_extractor.load_state_dict(weights, strict=False)
     loss_of = FastflowLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001, weight_decay=0.00001)
-    images = normalized(torch.cat(list(data.batches(files, SIZE))).to(device))
+    images = normalized(torch.cat(list(data.batches(files, (SIZE, SIZE)))).to(device))
     model.train()
     for epoch in range(EPOCHS):
         for chosen in torch.randperm(len(images)).split(TRAINING_BATCH):
@@ -59,7 +59,7 @@ def train_patchcore(files: list[Path], weights: dict, device: str) -> nn.Module:
     model = PatchcoreModel(("layer2", "layer3"), "resnet18", pre_trained=False).to(device)
     model.feature_extractor.feature_extractor.load_state_dict(weights, strict=False)
     model.train()
-    for images in data.batches(files, SIZE):
+    for images in data.batches(files, (SIZE, SIZE)):
         model(normalized(images.to(device)))
     model.subsample_embedding(BANK / (len(files) * math.ceil(SIZE / 8) ** 2))
     return model
@@ -93,10 +93,10 @@ def main() -> None:
     with torch.no_grad():
         found = {
             "seconds": seconds,
-            "image_auroc": tests_auroc(scores, args.category, SIZE),
+            "image_auroc": tests_auroc(scores, args.category, (SIZE, SIZE)),
             "megabytes": sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 1e6,
         }
-    found |= milliseconds_of(scores, backbone, SIZE, args.batch, args.device)
+    found |= milliseconds_of(scores, backbone, (SIZE, SIZE), args.batch, args.device)
     print(json.dumps(found))
 
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from kit import data, metrics  # noqa: E402
 from kit.processes import keep_freed_memory  # noqa: E402
+from kit.shapes import Shape  # noqa: E402
 from methods import load  # noqa: E402
 
 SIZE = 256  # pixels a side, of what is compared to anomalib's
@@ -44,10 +45,10 @@ COLUMNS = [
 # ---------------------------------------------------------------- what is measured
 
 
-def median_ms(run: Callable[[Tensor], object], size: int, batch: int, device: str) -> float:
-    """Milliseconds an image of `run` on a batch (batch, 3, size, size), the first two calls left out. The batch starts
+def median_ms(run: Callable[[Tensor], object], shape: Shape, batch: int, device: str) -> float:
+    """Milliseconds an image of `run` on a batch (batch, 3, *shape), the first two calls left out. The batch starts
     in the processor's memory, as decoded images do."""
-    images = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(batch, 3, *shape, generator=torch.Generator().manual_seed(0))
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times = []
     for _ in range(REPEATS + 2):
@@ -58,17 +59,17 @@ def median_ms(run: Callable[[Tensor], object], size: int, batch: int, device: st
     return float(np.median(times[2:]))
 
 
-def decoding_ms(category: Path, size: int) -> float:
+def decoding_ms(category: Path, shape: Shape) -> float:
     """Milliseconds to read one of the category's images."""
     files = data.list_images(data.good_folder(category))[:40]
     started = time.perf_counter()
-    data.read_batch(files, size)
+    data.read_batch(files, shape)
     return 1000 * (time.perf_counter() - started) / len(files)
 
 
-def tests_auroc(scores: Callable[[Tensor], Tensor], category: Path, size: int) -> float:
+def tests_auroc(scores: Callable[[Tensor], Tensor], category: Path, shape: Shape) -> float:
     tests = data.labelled_images(category)
-    found = torch.cat([scores(images) for images in data.batches([test.path for test in tests], size)])
+    found = torch.cat([scores(images) for images in data.batches([test.path for test in tests], shape)])
     labels = np.array([test.anomalous for test in tests])
     return metrics.image_metrics(labels, found.cpu().numpy())["image_auroc"]
 
@@ -88,12 +89,12 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def milliseconds_of(whole: Callable, backbone: Callable, size: int, batch: int, device: str) -> dict[str, float]:
+def milliseconds_of(whole: Callable, backbone: Callable, shape: Shape, batch: int, device: str) -> dict[str, float]:
     """Milliseconds an image: the backbone, all, and all of a single image."""
     return {
-        "backbone": median_ms(backbone, size, batch, device),
-        "all": median_ms(whole, size, batch, device),
-        "one": median_ms(whole, size, 1, device),
+        "backbone": median_ms(backbone, shape, batch, device),
+        "all": median_ms(whole, shape, batch, device),
+        "one": median_ms(whole, shape, 1, device),
     }
 
 
@@ -103,11 +104,11 @@ def ours(category: Path, options: list[str], folder: Path, batch: int, device: s
     seconds, memory = run_measured(command, folder / "log.txt")
     model = load(out / "model.pt", device)
     with torch.no_grad():
-        found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.size)}
+        found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.shape)}
     found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
     backbone = getattr(model, "phi", model.features)  # the autoencoder shows it larger images
-    found |= milliseconds_of(model, backbone, model.size, batch, device)
-    return found | {"decoding": decoding_ms(category, model.size)}
+    found |= milliseconds_of(model, backbone, model.shape, batch, device)
+    return found | {"decoding": decoding_ms(category, model.shape)}
 
 
 def rival(name: str, category: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -116,7 +117,7 @@ def rival(name: str, category: Path, folder: Path, args: argparse.Namespace) -> 
     command += ["--batch", str(args.batch), "--device", args.device]
     _, memory = run_measured(command, log)
     found = json.loads(log.read_text().splitlines()[-1])
-    return found | {"memory": memory, "decoding": decoding_ms(category, SIZE)}
+    return found | {"memory": memory, "decoding": decoding_ms(category, (SIZE, SIZE))}
 
 
 def print_row(category: str, name: str, found: dict[str, float]) -> None:

@@ -30,10 +30,12 @@ RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "re
 
 class Backbone(nn.Module):
     """A frozen network, and all that is asked of it: `features`, how many `channels` they have, how many pixels apart
-    two positions of theirs are (`stride`), and `load_imagenet`."""
+    two positions of theirs are (`stride`), and `load_imagenet`. Large images are seen in windows, if it says how many
+    pixels around a position matter to it (`reach`)."""
 
     channels: int
     stride: int
+    reach: int | None = None  # all of the image
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, channels, h, w) float32, about H / stride and W / stride positions."""
@@ -62,6 +64,7 @@ class Convolutional(Backbone):
     stride 8, as in PatchCore."""
 
     stride = 8
+    reach = 192  # what is farther away changes features by less than a thousandth, which a test checks
 
     def __init__(self, name: str, net: nn.Module, taps: list[str]):
         super().__init__()

@@ -58,8 +58,8 @@ class AsNew:
         mine = numbers[processes.rank :: processes.count]
         columns = [torch.empty(2, 0, device=model.device)]
         for number in counted(mine, "judging good images", len(mine)):
-            images = data.read_batch([self.good.trained_on[number]], model.size)
-            columns.append(model.scores(model.energies(images, self.left_out(number))))
+            images = data.read_batch([self.good.trained_on[number]], model.shape)
+            columns.append(model.scores(model.judge(images, self.left_out(number))))
         together = processes.concatenated(torch.cat(columns, dim=1).T)
         in_their_order = [number for rank in range(processes.count) for number in numbers[rank :: processes.count]]
         return dict(zip(in_their_order, together, strict=True))
@@ -105,7 +105,7 @@ def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
     order = np.random.default_rng(0).permutation(len(files))[:LIMIT]
     taken = [files[i] for i in order]
     with torch.no_grad():
-        model.calibrate(model.energies(images) for images in data.batches(taken, model.size))
+        model.calibrate(model.judge(images) for images in data.batches(taken, model.shape))
     return taken
 
 
@@ -121,8 +121,8 @@ def show_suspects(model: Detector, own: OwnFiles) -> None:
     names, pictures = [], []
     for index in suspects[:SHOWN]:
         path, without = model.calibrated_on[index]
-        heat = model.maps(model.energies(data.read_batch([path], model.size), without))[0].cpu().numpy()
-        photo = photograph(load_image(path), draw.LARGE)
+        heat = model.maps(model.judge(data.read_batch([path], model.shape), without))[0].cpu().numpy()
+        photo = draw.dimmed(photograph(load_image(path), draw.LARGE), model.roi)
         verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
         names.append(path.name)
         pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))

@@ -11,6 +11,8 @@ import torch
 
 from kit.errors import InputError
 from kit.images import SUFFIXES, read_image
+from kit.shapes import Shape
+from kit.windows import at_once
 
 Item = TypeVar("Item")
 
@@ -102,16 +104,17 @@ def has_tests(data: Path) -> bool:
     return any(list_images(folder) for folder in data.glob("test/*"))
 
 
-def read_batch(files: list[Path], size: int) -> torch.Tensor:
-    """(len(files), 3, size, size) float32 in [0, 1]."""
-    images = np.stack([read_image(path, size) for path in files])
+def read_batch(files: list[Path], shape: Shape) -> torch.Tensor:
+    """(len(files), 3, *shape) float32 in [0, 1]."""
+    images = np.stack([read_image(path, shape) for path in files])
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def batches(files: list[Path], size: int, batch: int = 8) -> Iterator[torch.Tensor]:
-    """Images of `files` in their order, as (<= batch, 3, size, size) tensors."""
+def batches(files: list[Path], shape: Shape) -> Iterator[torch.Tensor]:
+    """Images of `files` in their order, as (<= 8, 3, *shape) tensors; the larger, the less of them."""
+    batch = at_once(shape)
     starts = range(0, len(files), batch)
-    yield from ahead(read_batch(files[start : start + batch], size) for start in starts)
+    yield from ahead(read_batch(files[start : start + batch], shape) for start in starts)
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -1,9 +1,11 @@
 """What all methods share. A method gives energies; from these come map, score, calibration, verdict, checkpoint.
 
-Shapes: images (B, 3, size, size) in [0, 1]; energies (B, h, w), one array for each expert; maps (B, size, size)."""
+Shapes: images (B, 3, H, W) in [0, 1], H x W being the detector's; energies (B, h, w), one array for each expert; maps
+(B, H, W)."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,29 +18,38 @@ from torchvision.transforms.functional import gaussian_blur
 from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
+from kit.shapes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
+from kit.windows import in_windows
 
-FORMAT = 7  # of the checkpoint
+FORMAT = 8  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
+SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
 
 
-def anomaly_map(e: Tensor, size: int) -> Tensor:
-    """Energies (B, h, w) of single positions -> map (B, size, size), Gaussian-filtered."""
-    large = F.interpolate(e[:, None], (size, size), mode="bilinear", antialias=True)
-    return smoothed(large, size)[:, 0]
+def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
+    """Energies (B, h, w) of single positions -> map (B, *shape), Gaussian-filtered."""
+    large = F.interpolate(e[:, None], shape, mode="bilinear", antialias=True)
+    return smoothed(large, side_of(math.prod(shape)) / 128)[:, 0]
 
 
-def smoothed(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W), Gaussian-filtered with a standard deviation of size / 128: 2 pixels at 256."""
-    sigma = size / 128
+def side_of(pixels: int) -> float:
+    """Of the square with so many pixels, or SIDE if that is less."""
+    return min(math.sqrt(pixels), SIDE)
+
+
+def smoothed(x: Tensor, sigma: float) -> Tensor:
+    """(B, C, H, W), Gaussian-filtered with a standard deviation of so many pixels."""
     kernel = 2 * round(3 * sigma) + 1
     across = gaussian_blur(x, [kernel, 1], [sigma, sigma])  # one axis after the other takes half the time
     return gaussian_blur(across, [1, kernel], [sigma, sigma])
 
 
-def image_score(maps: Tensor) -> Tensor:
-    """(B, H, W) -> (B,): the mean of a map's highest 1 %; a single high pixel is more often noise than a defect."""
-    count = maps[0].numel() // 100
+def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
+    """(B, H, W) -> (B,): the mean of a map's highest 1 %, of so many pixels if not all of them count, but of no more
+    than 1 % of SIDE x SIDE, or a small defect would be lost in a large image. A single high pixel is more often noise
+    than a defect."""
+    count = max(1, int(side_of(pixels or maps[0].numel()) ** 2 / 100 + 1e-6))
     return maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
 
 
@@ -63,6 +74,7 @@ class Settings:
     data: str = ""  # the folder they came from
     category: str = ""  # its name
     false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
+    roi: str | None = None  # the picture that marks the region of interest
 
 
 class Detector(nn.Module):
@@ -71,15 +83,18 @@ class Detector(nn.Module):
     From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images, as if training had not
     seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
-    maxima of n of them, which show `different` ones."""
+    maxima of n of them, which show `different` ones. `roi` (H, W) is the region of interest; what is outside it does
+    not count."""
 
     SETTINGS: type[Settings]
 
     def __init__(self, settings: Settings, backbone: Backbone | None, experts: int):
         super().__init__()
         self.settings = settings
-        self.size: int = settings.size
+        self.shape = as_shape(settings.size)
         self.backbone = backbone
+        self.register_buffer("roi", torch.ones(self.shape, dtype=torch.bool))
+        self.pixels = math.prod(self.shape)  # of the region of interest
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
@@ -89,21 +104,43 @@ class Detector(nn.Module):
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        """Energies (B, h, w) of each of S experts, of images (B, 3, size, size); high is anomalous. What a method is.
-        What holds on to single training images does so without those of these numbers (n,)."""
+        """Energies (B, h, w) of each of S experts, of images (B, 3, ...) of any shape; high is anomalous. What a method
+        is. What holds on to single training images does so without those of these numbers (n,)."""
         raise NotImplementedError
 
     @torch.no_grad()
+    def judge(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+        """`energies`; of large images in overlapping windows, so that memory does not grow with them."""
+        return self.in_windows(lambda part: self.energies(part, without), images)
+
+    def in_windows(self, function: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
+        """`function` of images, which looks no farther around a position than the backbone does."""
+        if self.backbone is None:
+            return function(images)
+        return in_windows(function, images, self.backbone.stride, self.backbone.reach)
+
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The frozen backbone's, (B, C, h, w), of images (B, 3, H, W)."""
+        """The frozen backbone's, (B, C, h, w), of images (B, 3, ...) of any shape."""
+        images = images.to(self.device)
         with self.autocast():
-            return self.backbone.features(images.to(self.device))
+            (found,) = self.in_windows(lambda part: [self.backbone.features(part)], images)
+        return found
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: what happens to one image (1, 3, size, size) on its way to the energies, step by step, as
+        """For a figure: what happens to one image (1, 3, H, W) on its way to the energies, step by step, as
         (what it is, map (h, w))."""
-        return [(f"expert {i}", e[0]) for i, e in enumerate(self.energies(images), start=1)]
+        return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(images), start=1)]
+
+    def look_within(self, roi: Tensor) -> None:
+        """Let only the region of interest (H, W) bool count."""
+        self.roi = roi.to(self.device)
+        self.pixels = int(roi.sum())
+
+    def inside(self, shape: Shape) -> Tensor:
+        """Which positions of maps of this shape (h, w) the region of interest touches: (h, w) bool."""
+        return F.interpolate(self.roi.float()[None, None], shape, mode="area")[0, 0] > 0
 
     @property
     def device(self) -> torch.device:
@@ -122,18 +159,30 @@ class Detector(nn.Module):
         return torch.autocast(self.device.type, self.dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly maps (B, size, size), higher is more anomalous, and scores (B,), each of its image alone."""
-        maps = self.maps(self.energies(images))
-        return maps, image_score(maps)
+        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,), each of its image alone."""
+        maps = self.maps(self.judge(images))
+        return maps, self.score(maps)
 
     def maps(self, energies: list[Tensor]) -> Tensor:
-        """Anomaly maps (B, size, size) of the experts' energies, on the common scale that good images gave them:
+        """Anomaly maps (B, H, W) of the experts' energies, on the common scale that good images gave them:
 
             mean over experts of (E - level) / unit, Gaussian-filtered
 
-        0 is typically normal, and 1 is as conspicuous as the worst place of a good image usually is."""
+        0 is typically normal, as all outside the region of interest is, and 1 is as conspicuous as the worst place of a
+        good image usually is."""
         scaled = [(e - level) / unit for e, level, unit in zip(energies, self.levels, self.units, strict=True)]
-        return anomaly_map(torch.stack(scaled).mean(dim=0), self.size)
+        return self.map_within(torch.stack(scaled).mean(dim=0), outside=0)
+
+    def map_within(self, e: Tensor, outside: float | Tensor) -> Tensor:
+        """`anomaly_map` of energies, of which those outside the region of interest count as `outside`."""
+        if self.pixels == math.prod(self.shape):
+            return anomaly_map(e, self.shape)
+        is_inside = self.inside(e.shape[1:])
+        return torch.where(self.roi, anomaly_map(torch.where(is_inside, e, outside), self.shape), outside)
+
+    def score(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, W) -> (B,), of the region of interest."""
+        return image_score(maps.masked_fill(~self.roi, -torch.inf), self.pixels)
 
     @torch.no_grad()
     def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:
@@ -141,8 +190,8 @@ class Detector(nn.Module):
         `levels`, `units` and `normal`. `files` are these images, if the odd ones among them are to be shown."""
         batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
-            level = torch.cat(parts).median()
-            worst = torch.cat([image_score(anomaly_map(e, self.size)) for e in parts])
+            level = torch.cat(parts)[:, self.inside(parts[0].shape[1:])].median()
+            worst = torch.cat([self.score(self.map_within(e, level)) for e in parts])
             self.levels[expert] = level
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
@@ -153,7 +202,7 @@ class Detector(nn.Module):
     def scores(self, energies: list[Tensor]) -> Tensor:
         """(2, B): scores, and maps' maxima, of the experts' energies."""
         maps = self.maps(energies)
-        return torch.stack((image_score(maps), maps.amax(dim=(1, 2))))
+        return torch.stack((self.score(maps), maps.amax(dim=(1, 2))))
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
         """What a share `false_alarm` of normal images is expected to exceed."""
@@ -163,14 +212,13 @@ class Detector(nn.Module):
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
         """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255,
         uint16 in 0..65535, or float in 0..1. Raises InputError for anything else."""
-        small, shape = read_any(image, self.size)
+        small, shape = read_any(image, self.shape)
         maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
         return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))
 
     def verdict(self, score: float, heat: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:
-        """The verdict on an image of `shape` (H, W), from its score and its map (size, size)."""
-        height, width = shape
-        return decide(score, resized(heat[..., None], width, height)[..., 0], limits)
+        """The verdict on an image of `shape`, from its score and its map."""
+        return decide(score, resized(heat[..., None], *shape)[..., 0], limits)
 
     def save(self, to: Path, progress: dict | None = None) -> None:
         """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
@@ -181,8 +229,11 @@ class Detector(nn.Module):
     def restore(cls, checkpoint: dict, device: str = "cpu") -> "Detector":
         """The detector of a checkpoint that `read_checkpoint` read, ready to judge."""
         model = cls(cls.SETTINGS(**checkpoint["settings"]))
-        model.normal = checkpoint["state"]["normal"].clone()  # its length is that of the calibration
+        for name, buffer in model.named_buffers():
+            if name in checkpoint["state"]:  # the bank and the calibration are as long as training made them
+                buffer.resize_(checkpoint["state"][name].shape)
         model.load_state_dict(checkpoint["state"])
+        model.look_within(model.roi)
         return model.to(device).eval()
 
 

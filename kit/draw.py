@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy import ndimage
 
@@ -38,6 +39,14 @@ def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, 
     return heat, outline(found)
 
 
+def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:
+    """A photograph, darker outside the region of interest (H, W) bool."""
+    if roi.all():
+        return photo
+    inside = np.asarray(Image.fromarray(roi.cpu().numpy()).resize(photo.size))[..., None]
+    return Image.fromarray(np.where(inside, photo, np.uint8(np.asarray(photo) // 3)))
+
+
 def verdict_picture(
     photo: Image.Image, name: str, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> Image.Image:
@@ -70,13 +79,13 @@ def verdict_picture(
 
 
 def explanation(
-    image: np.ndarray, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
+    photo: Image.Image, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
 ) -> Image.Image:
-    """From an image (size, size, 3) to its verdict: the image, each of the `stages` (what it is, map) with its lowest
+    """From an image, as it is judged, to its verdict: the image, each of the `stages` (what it is, map) with its lowest
     and highest value, the joined map, and the sentence; three panels a row. Black is the lowest value, yellow the
-    highest; the joined map's colours are those of all verdicts."""
-    side = WIDTH // 3
-    panels = [(f"{name}", Image.fromarray(as_bytes(image)))]
+    highest; the joined map's colours are those of all verdicts. Wide images stand below each other."""
+    columns = 1 if photo.width > 3 * photo.height else 3
+    panels = [(f"{name}", photo)]
     for title, values in stages:
         low, high = float(values.min()), float(values.max())
         shade = heat_colours(values - low, max(high - low, 1e-9) / 2)
@@ -87,13 +96,15 @@ def explanation(
     panels.append(
         (f"joined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
     )
-    rows = math.ceil(len(panels) / 3)
-    sheet = Image.new("RGB", (3 * side, rows * (side + 42)), "white")
+    width = WIDTH // columns
+    height = max(1, round((width - GAP) * photo.height / photo.width)) + GAP
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * (height + 42)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (title, panel) in enumerate(panels):
-        left, top = i % 3 * side, i // 3 * (side + 42)
+        left, top = i % columns * width, i // columns * (height + 42)
         pen.multiline_text((left + 4, top + 2), title, "black", ImageFont.load_default(14))
-        sheet.paste(panel.resize((side - GAP, side - GAP)), (left, top + 40))
+        sheet.paste(panel.resize((width - GAP, height - GAP)), (left, top + 40))
     return sheet
 
 

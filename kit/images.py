@@ -71,15 +71,15 @@ def array_and_white(image: np.ndarray | torch.Tensor) -> tuple[np.ndarray, float
     return checked(image.astype(np.float32), white, "values"), white
 
 
-def resized(values: np.ndarray, width: int, height: int) -> np.ndarray:
+def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, C) -> (height, width, C) float32, bilinear; band by band in float, so that the low bits of 16-bit files
     survive. The filter widens as the image shrinks."""
     bands = [Image.fromarray(np.ascontiguousarray(band)).convert("F") for band in values.transpose(2, 0, 1)]
     return np.stack([np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands], axis=-1)
 
 
-def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, size: int | None = None) -> np.ndarray:
-    """(H, W, 3) float32 RGB in [0, 1]; a PIL image is turned by its EXIF tag; resized to size x size if given.
+def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
+    """(H, W, 3) float32 RGB in [0, 1]; a PIL image is turned by its EXIF tag; resized to `shape` (H, W) if given.
 
     Raises InputError below 32 pixels, and where the values leave their range."""
     if isinstance(image, Image.Image):
@@ -89,8 +89,8 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, size: int | None = No
     height, width, channels = values.shape
     if min(height, width) < LEAST:
         raise InputError(f"an image of {width}x{height} pixels is too small, {LEAST}x{LEAST} is the least")
-    if size:
-        values = resized(values, size, size)
+    if shape:
+        values = resized(values, *shape)
     values = values.astype(np.float32, copy=False) / white
     return np.repeat(values, 3, axis=-1) if channels == 1 else values
 
@@ -117,28 +117,28 @@ def load_image(path: Path | str) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
+def read_image(path: Path | str, shape: tuple[int, int] | None = None) -> np.ndarray:
     """`to_rgb` of an image file. Raises InputError, naming the file, if it cannot be decoded or is refused."""
-    return named(path, load_image(path), size)
+    return named(path, load_image(path), shape)
 
 
-def named(path: Path | str, image: Image.Image, size: int | None) -> np.ndarray:
+def named(path: Path | str, image: Image.Image, shape: tuple[int, int] | None) -> np.ndarray:
     """`to_rgb` of the decoded image of a file, which a refusal names."""
     try:
-        return to_rgb(image, size)
+        return to_rgb(image, shape)
     except (InputError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from error
 
 
-def read_any(image: AnyImage, size: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """`to_rgb` at size x size, and the shape (H, W) before, of whatever a user has: a path, a PIL image, an array, a
+def read_any(image: AnyImage, shape: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """`to_rgb` in this `shape` (H, W), and the shape before, of whatever a user has: a path, a PIL image, an array, a
     tensor. Raises InputError for anything else, naming the file if it is one."""
     if not isinstance(image, str | Path | Image.Image | np.ndarray | torch.Tensor):
         raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
     if isinstance(image, str | Path):
         decoded = load_image(image)  # once: it is what takes long
-        return named(image, decoded, size), shape_of(decoded)
-    return to_rgb(image, size), shape_of(image)
+        return named(image, decoded, shape), shape_of(decoded)
+    return to_rgb(image, shape), shape_of(image)
 
 
 def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
@@ -148,6 +148,20 @@ def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
         return height, width
     shape = image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2]
     return int(shape[0]), int(shape[1])
+
+
+def shape_in_file(path: Path) -> tuple[int, int] | None:
+    """(H, W) of an image file after its EXIF rotation, without decoding it; None if it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            try:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
+            except Exception:  # see `turned`
+                is_turned = False
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return (width, height) if is_turned else (height, width)
 
 
 def marked(mask: Image.Image) -> np.ndarray:
@@ -161,13 +175,23 @@ def marked(mask: Image.Image) -> np.ndarray:
     return (bands[..., :3].max(axis=2) > black) & (bands[..., 3] > 0)
 
 
-def read_mask(path: Path | None, size: int) -> np.ndarray:
-    """True mask, (size, size) bool, by nearest neighbour; all False for None. A mask too thin for that keeps every
-    pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
+def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
+    """True mask, of this `shape` (H, W), bool, by nearest neighbour; all False for None. A mask too thin for that keeps
+    every pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
     if path is None:
-        return np.zeros((size, size), dtype=bool)
+        return np.zeros(shape, dtype=bool)
     mask = Image.fromarray(np.float32(marked(load_image(path))))
-    nearest = np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+    nearest = np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 0
     if nearest.any():
         return nearest
-    return np.asarray(mask.resize((size, size), Image.Resampling.BOX)) > 0
+    return np.asarray(mask.resize(shape[::-1], Image.Resampling.BOX)) > 0
+
+
+def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
+    """The region of interest that a picture marks in white, as large as images are judged in: (H, W) bool. Raises
+    InputError, naming the file, if it cannot be decoded or marks nothing."""
+    picture = turned(load_image(path)).convert("L").point(lambda value: 255 * (value > 127))
+    region = np.asarray(picture.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
+    if not region.any():
+        raise InputError(f"--roi {path}: nothing in it is white; what is to be looked at has to be")
+    return region

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw
+from kit import data, draw, shapes
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, write_text
@@ -20,8 +20,8 @@ from kit.processes import ALONE, Processes
 from kit.progress import clear, counted
 from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
+from kit.windows import at_once
 
-BATCH = 8
 SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
 REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
 UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
@@ -118,6 +118,8 @@ def judge_new(work: Inspection, images: Path) -> None:
     files = new_images(images, out)
     root = images if images.is_dir() else images.parent
     print(basis(work.limits))
+    if others := shapes.others_among(files, work.model.shape):
+        print(shapes.others_told(others, len(files), work.model.shape))
     complaints = []
     with held(out):
         judgements = Judgements(work, work.call(images))
@@ -186,7 +188,7 @@ def names_in(table: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file as the detector sees it, `pixels` (size, size, 3); as a person does; and its shape (H, W)."""
+    """An image file as the detector sees it, `pixels` (h, w, 3); as a person does; and its shape (H, W)."""
 
     path: Path
     pixels: np.ndarray
@@ -194,20 +196,21 @@ class Decoded:
     shape: tuple[int, int]
 
 
-def decode(path: Path, size: int) -> Decoded:
+def decode(path: Path, model: Detector) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
     image = turned(load_image(path))  # once, for all three
-    pixels = named(path, image, size)
-    return Decoded(path, pixels, photograph(image, draw.LARGE), shape_of(image))
+    pixels = named(path, image, model.shape)
+    return Decoded(path, pixels, draw.dimmed(photograph(image, draw.LARGE), model.roi), shape_of(image))
 
 
-def decoded_batches(files: list[Path], size: int, complaints: list[str]) -> Iterator[list[Decoded]]:
-    """The files, BATCH at a time, less the unreadable ones, on each of which a line is added to `complaints`."""
-    for start in range(0, len(files), BATCH):
+def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -> Iterator[list[Decoded]]:
+    """The files, up to eight at a time, less the unreadable ones, on each of which a line is added to `complaints`."""
+    count = at_once(model.shape)
+    for start in range(0, len(files), count):
         batch = []
-        for path in files[start : start + BATCH]:
+        for path in files[start : start + count]:
             try:
-                batch.append(decode(path, size))
+                batch.append(decode(path, model))
             except InputError as error:
                 complaints.append(str(error))
         if batch:
@@ -219,7 +222,7 @@ def judge_files(
 ) -> Iterator[tuple[Path, Image.Image, Verdict]]:
     """Each file with its `photograph` and the verdict on it. A line on each unreadable one is added to `complaints`,
     which is complete when the last file is through."""
-    for batch in data.ahead(decoded_batches(files, model.size, complaints)):
+    for batch in data.ahead(decoded_batches(files, model, complaints)):
         images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
         with torch.no_grad():
             maps, scores = model(images)

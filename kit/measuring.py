@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics
-from kit.detector import Detector
+from kit import data, draw, metrics, shapes
+from kit.detector import Detector, Settings
 from kit.errors import InputError
 from kit.files import held, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
@@ -21,8 +21,9 @@ from kit.processes import Processes
 from kit.progress import counted
 from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis
+from kit.windows import at_once
 
-BATCH = 8
+KEPT = 250_000_000  # pixels of maps, of all test images together: 1 GB
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
@@ -30,8 +31,8 @@ COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recal
 
 @dataclass(frozen=True)
 class Judged:
-    """What a detector said of N test images: labels, scores (N,), maps and true masks (N, size, size), and the median
-    of milliseconds an image, without decoding."""
+    """What a detector said of N test images: labels, scores (N,), maps and true masks (N, H, W), and the median of
+    milliseconds an image, without decoding."""
 
     tests: list[data.LabelledImage]
     labels: np.ndarray
@@ -43,23 +44,27 @@ class Judged:
 
 def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
     """Judge test images; each process judges a part, and all get the whole."""
-    maps = torch.zeros(len(tests), model.size, model.size)
+    step = math.ceil(math.sqrt(len(tests) * math.prod(model.shape) / KEPT))
+    maps = torch.zeros(len(tests), *(math.ceil(side / step) for side in model.shape))
     scores = torch.zeros(len(tests))
     times = []
     mine = list(range(processes.rank, len(tests), processes.count))
-    for start in counted(range(0, len(mine), BATCH), "judging test images", len(mine), BATCH):
-        rows = mine[start : start + BATCH]
-        images = data.read_batch([tests[i].path for i in rows], model.size)
+    batch = at_once(model.shape)
+    for start in counted(range(0, len(mine), batch), "judging test images", len(mine), batch):
+        rows = mine[start : start + batch]
+        images = data.read_batch([tests[i].path for i in rows], model.shape)
         started = time.perf_counter()
         with torch.no_grad():
             found_maps, found_scores = model(images)
-        maps[rows], scores[rows] = found_maps.cpu(), found_scores.cpu()
+        maps[rows], scores[rows] = found_maps[:, ::step, ::step].cpu(), found_scores.cpu()
         times.append(1000 * (time.perf_counter() - started) / len(images))
     if processes.count > 1:  # each has filled rows of its own: their sum is the whole
         dist.all_reduce(maps)
         dist.all_reduce(scores)
     labels = np.array([test.anomalous for test in tests])
-    masks = np.stack([read_mask(test.mask, model.size) for test in tests])
+    if step > 1 and processes.first:
+        print(f"maps are kept, and compared with the masks, at 1/{step} of the size: there are many pixels")
+    masks = np.stack([read_mask(test.mask, maps.shape[1:]) for test in tests])
     return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
 
 
@@ -93,6 +98,8 @@ def report(work: Inspection, category: Path) -> None:
         return  # its part is done
     limits = work.limits
     print(basis(limits))
+    if others := shapes.others_among([test.path for test in judged.tests], model.shape):
+        print(shapes.others_told(others, len(judged.tests), model.shape))
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
     settings = model.settings
@@ -102,7 +109,7 @@ def report(work: Inspection, category: Path) -> None:
         "data": str(category.resolve()),
         "method": settings.method,
         "backbone": settings.backbone,
-        "size": settings.size,
+        "size": size_of(settings),
         "seed": settings.seed,
         "epochs": getattr(settings, "epochs", None),
         **measure(judged),
@@ -124,6 +131,11 @@ def report(work: Inspection, category: Path) -> None:
         draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
         write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
     print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
+
+
+def size_of(settings: Settings) -> int | str:
+    """What --size would take."""
+    return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
 
 
 def as_text(value: object) -> str:
@@ -152,7 +164,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         name = f"{test.kind}/{test.path.name}"
         image = turned(load_image(test.path))
         verdict = model.verdict(float(score), heat, shape_of(image), limits)
-        photo = photograph(image, draw.LARGE)
+        photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
         picture = draw.verdict_picture(photo, title, verdict, limits, mask)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit import data
+from kit import data, shapes
 from kit.errors import InputError
 from kit.files import column, held, plain_cell
 from kit.inspection import Inspection, Judgements, judge_files, name_below, print_drift
@@ -59,7 +59,7 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
     listing = Listing(folder)
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
-    is_page_old = False
+    is_page_old = is_told = False
     while True:
         looked = time.monotonic()
         now = unseen(folder, [*last_look, *listing.look()], seen)
@@ -70,6 +70,9 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
             if stamp_of(path) == now[path]:  # else it was written while it was read: next time
                 judgements.add(name_below(folder, path), photo, verdict, now[path])
                 is_page_old = True
+                if not is_told and shapes.is_other(verdict.heat.shape, judgements.model.shape):
+                    print(shapes.others_told({path.name: verdict.heat.shape}, 1, judgements.model.shape), flush=True)
+                    is_told = True  # of the first one: a camera makes many
         for complaint in complaints:
             print(f"not judged: {complaint}", flush=True)
         # What cannot be read is seen, too, until it changes.

@@ -19,9 +19,13 @@ from kit.images import read_image
 from methods import load
 from synth import synthesize
 
+EVERYWHERE = torch.ones(64, 64, dtype=torch.bool)
+
 
 class Stub(torch.nn.Module):
     """A projection that moves every pixel of its input by 0.3, and wants its norms to take the batch's statistics."""
+
+    roi = None  # `bend` alone looks at it
 
     def project(self, images: torch.Tensor) -> torch.Tensor:
         assert self.training
@@ -33,7 +37,7 @@ def test_loss_of_the_two_regions_by_hand(monkeypatch):
     mask[0, :, :2], mask[1, :, 0, 0] = 1, 1
     painted, bent, disc = mask * torch.tensor([0.1, 0.7]).view(2, 1, 1, 1), torch.zeros(2, 1, 4, 4), mask.clone()
     bent[0, :, 3], disc[0, :, 3] = 0.2, 1  # of the first image, another row is bent
-    monkeypatch.setattr(autoencoder, "bend", lambda images, mask: (images - bent, torch.maximum(mask, disc)))
+    monkeypatch.setattr(autoencoder, "bend", lambda images, mask, roi: (images - bent, torch.maximum(mask, disc)))
     stub = Stub().eval()
     found = autoencoder.Losses(stub)(torch.cat((clean, clean[:2] - painted)), mask)
     first = (8 * (0.3 - 0.1) ** 2 + 4 * (0.3 - 0.2) ** 2) / 12
@@ -48,7 +52,7 @@ def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     images, painted = torch.stack((1e-3 * y, 1e-3 * x, torch.zeros(64, 64))).repeat(40, 1, 1, 1), torch.zeros(64, 64)
     images[:, 2, 24:40, 24:40], painted[0, 0] = torch.rand(40, 16, 16), 1
-    bent, masks = autoencoder.bend(images, painted.expand(40, 1, 64, 64))
+    bent, masks = autoencoder.bend(images, painted.expand(40, 1, 64, 64), EVERYWHERE)
     assert bent.shape == images.shape and masks.unique().tolist() == [0, 1] and masks[:, 0, 0, 0].min() == 1
     discs, moves = masks - painted, (1e3 * (bent - images)[:, :2]).norm(dim=1, keepdim=True)
     assert moves[discs == 0].max() < 1 < 3 < moves.max() < 16
@@ -60,7 +64,7 @@ def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():
         expected = ndimage.map_coordinates(before[2], 1e3 * after[:2], order=1, mode="nearest")
         assert np.abs(expected - after[2]).max() < 0.01
     flat = torch.ones(4, 3, 64, 64)
-    assert torch.allclose(autoencoder.bend(flat, painted)[0], flat)  # no contrast anywhere
+    assert torch.allclose(autoencoder.bend(flat, painted, EVERYWHERE)[0], flat)  # no contrast anywhere
 
 
 def test_skips_take_the_encoder_or_the_decoder_as_their_gates_say():
@@ -90,7 +94,7 @@ def test_skips_are_convex_combinations_of_encoder_and_decoder():
 
 def test_projection_repairs_and_is_idempotent(projecting_run, category):
     model, moves, distances = load(projecting_run / "model.pt"), [], []
-    for i, image in enumerate(read_image(p, 128) for p in data.list_images(category / "test" / "good")):
+    for i, image in enumerate(read_image(p, (128, 128)) for p in data.list_images(category / "test" / "good")):
         rng = np.random.default_rng(i)
         corrupted, mask, _ = synthesize(image, rng)
         clean, x = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, corrupted))
@@ -107,7 +111,7 @@ def test_projection_repairs_and_is_idempotent(projecting_run, category):
 def test_dilated_layers_take_part_in_the_repair(projecting_run, category):
     """They once died in training, unnoticed, since a skip led past them: f was the same without them."""
     model, outputs = load(projecting_run / "model.pt"), []
-    images = [read_image(p, 128) for p in data.list_images(category / "test" / "good")]
+    images = [read_image(p, (128, 128)) for p in data.list_images(category / "test" / "good")]
     corrupted = [synthesize(image, np.random.default_rng(i))[0] for i, image in enumerate(images)]
     x = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
     for _ in range(2):
@@ -129,7 +133,7 @@ def test_projection_puts_the_mean_colour_back():
 def test_energy_is_the_distance_to_the_nearest_movement_of_a_normal_image(projecting_run, category):
     model = load(projecting_run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "crack"), 128)
+    images = data.read_batch(data.list_images(category / "test" / "crack"), (128, 128))
     large = torch.nn.functional.interpolate(torch.cat((model.project(images), images)), (192, 192), mode="bilinear",
                                             antialias=True).clamp(0, 1)  # fmt: skip
     after, before = model.backbone.features(large).chunk(2)
@@ -144,7 +148,7 @@ def test_the_bank_is_of_the_present_projection(projecting_run, category):
     """Fitted anew to other images, or after another training step, it is another one; the seed alone decides else."""
     model = load(projecting_run / "model.pt")
     files = data.list_images(category / "train" / "good")
-    images = data.read_batch(files, 128)
+    images = data.read_batch(files, (128, 128))
     banks = []
     for shift in (0.0, 0.0, 0.1):
         model.projection.out.bias.data += shift
@@ -165,7 +169,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
-    images = data.read_batch(data.list_images(category / "test" / "good")[:3], 128)
+    images = data.read_batch(data.list_images(category / "test" / "good")[:3], (128, 128))
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(autoencoder.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960

@@ -136,7 +136,7 @@ def test_a_vision_transformer_goes_through_training_and_judging(category, tmp_pa
     assert metrics["backbone"] == "vit_b_16"
     assert all(math.isfinite(metrics[name]) for name in ("image_auroc", "pixel_auroc", "aupro", "threshold"))
     model = load(out / "model.pt")
-    images = data.read_batch(data.list_images(category / "test" / "chip"), 96)
+    images = data.read_batch(data.list_images(category / "test" / "chip"), (96, 96))
     assert model.features(images).shape == (4, 768, 6, 6)
     maps, scores = model(images)
     assert maps.shape == (4, 96, 96) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (4,)

@@ -20,17 +20,17 @@ from methods import load
 def test_map_of_one_position_is_a_bell_of_its_energy():
     e = torch.zeros(1, 8, 8)
     e[0, 3, 5] = 2
-    found = anomaly_map(e, 64)
+    found = anomaly_map(e, (64, 64))
     assert found.shape == (1, 64, 64)
     peak = divmod(int(found.argmax()), 64)
     assert peak[0] in (27, 28) and peak[1] in (43, 44)  # the position's middle, at 8 pixels each
     assert found.sum().item() == pytest.approx(2 * 8 * 8, rel=0.01)
-    assert torch.allclose(anomaly_map(torch.full((1, 8, 8), 3.0), 64), torch.full((1, 64, 64), 3.0), atol=1e-5)
+    assert torch.allclose(anomaly_map(torch.full((1, 8, 8), 3.0), (64, 64)), torch.full((1, 64, 64), 3.0), atol=1e-5)
 
 
 def test_smoothing_one_axis_after_the_other_is_smoothing_both():
     x = torch.rand(2, 1, 40, 50)
-    assert torch.allclose(smoothed(x, 256), gaussian_blur(x, [13, 13], [2.0, 2.0]), atol=1e-5)
+    assert torch.allclose(smoothed(x, 2.0), gaussian_blur(x, [13, 13], [2.0, 2.0]), atol=1e-5)
 
 
 def test_image_score_is_the_mean_of_the_top_percent():
@@ -98,7 +98,7 @@ def chip(category):
 
 def test_score_is_a_pure_function_of_one_image(model, category):
     files = data.list_images(category / "test" / "good")
-    images = data.read_batch(files, model.size)
+    images = data.read_batch(files, model.shape)
     with torch.no_grad():
         together = model(images)[1]
         singles = torch.cat([model(image[None])[1] for image in images])

@@ -205,7 +205,7 @@ def test_exported_program_gives_the_same_scores_for_any_batch(run, category, tmp
     program = exported.module()
     model = load(run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "chip"), model.size)
+    images = data.read_batch(data.list_images(category / "test" / "chip"), model.shape)
     for some in (images[:1], images[:3], images):
         with torch.no_grad():
             for ours, theirs in zip(model(some), program(some), strict=True):
@@ -228,7 +228,7 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path):
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     model = load(run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "chip"), model.size)
+    images = data.read_batch(data.list_images(category / "test" / "chip"), model.shape)
     for some in (images[:1], images[:3]):
         maps, scores = session.run(None, {"images": some.numpy()})
         with torch.no_grad():

@@ -1,5 +1,5 @@
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,20 +7,16 @@ import torch
 
 import kit.good
 from kit.data import list_images
-from kit.detector import Settings
 from kit.good import GoodImages, Pairs, held_out_count, split
 from kit.processes import Processes
 from synth import synthesize
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sized(Settings):
-    size: int
-
-
 def make_pairs(category, processes: Processes = Processes(), size: int = 64) -> Pairs:  # noqa: B008 (it is frozen)
     good = GoodImages([], list_images(category / "train/good"), [], processes)
-    return Pairs(good, synthesize, Sized(method="none", images=24, held_out=0, size=size), 100)
+    shape = (size, size)
+    model = SimpleNamespace(shape=shape, roi=torch.ones(shape, dtype=torch.bool), settings=SimpleNamespace(seed=0))
+    return Pairs(good, synthesize, model, 100)
 
 
 # ---------------------------------------------------------------- held-out images

@@ -40,7 +40,7 @@ def test_malformed_exif_data_hold_no_rotation_and_do_no_harm(tmp_path):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK", "I;16"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     Image.new(mode, (40, 33)).save(tmp_path / "mode.tif")
-    assert read_image(tmp_path / "mode.tif", 32).shape == (32, 32, 3)
+    assert read_image(tmp_path / "mode.tif", (32, 32)).shape == (32, 32, 3)
 
 
 def test_float_tiff_within_0_to_1_is_taken_as_it_is(tmp_path):
@@ -91,12 +91,12 @@ def test_other_formats_reach_no_decoder_whatever_they_are_called(tmp_path):
 
 def test_arrays_and_tensors_of_all_kinds_agree():
     bytes_ = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    expected = to_rgb(Image.fromarray(bytes_), 32)
+    expected = to_rgb(Image.fromarray(bytes_), (32, 32))
     floats = bytes_.astype(np.float32) / 255
     deep = bytes_.astype(np.uint16) * 257
     for image in (bytes_, floats, floats.astype(np.float64), deep, *map(to_chw, (bytes_, floats))):
-        assert np.allclose(to_rgb(image, 32), expected, atol=1e-6)
-    assert np.allclose(to_rgb(to_chw(floats).bfloat16(), 32), expected, atol=0.01)
+        assert np.allclose(to_rgb(image, (32, 32)), expected, atol=1e-6)
+    assert np.allclose(to_rgb(to_chw(floats).bfloat16(), (32, 32)), expected, atol=0.01)
     grey = bytes_[..., 0]
     expected = to_rgb(Image.fromarray(grey))
     for image in (grey, grey[..., None], torch.from_numpy(grey)[None]):
@@ -157,19 +157,19 @@ def test_masks_of_all_kinds_mark_the_same(tmp_path, mask):
     mask.save(tmp_path / "mask.png")
     expected = np.zeros((32, 32), bool)
     expected[:, :16] = True
-    assert np.array_equal(read_mask(tmp_path / "mask.png", 32), expected)
+    assert np.array_equal(read_mask(tmp_path / "mask.png", (32, 32)), expected)
 
 
 def test_all_labels_of_one_mask_count(tmp_path):
     labels = np.zeros((40, 40), np.uint8)
     labels[:20], labels[20:, :20] = 1, 200
     Image.fromarray(labels).save(tmp_path / "labels.png")
-    assert read_mask(tmp_path / "labels.png", 40).sum() == 1200
+    assert read_mask(tmp_path / "labels.png", (40, 40)).sum() == 1200
 
 
 def test_noise_of_a_jpeg_mask_marks_nothing(tmp_path):
     half_marked(255, "L").save(tmp_path / "mask.jpg", quality=30)
-    found = read_mask(tmp_path / "mask.jpg", 40)
+    found = read_mask(tmp_path / "mask.jpg", (40, 40))
     assert found[:, :20].all() and not found[:, 20:].any()
 
 
@@ -177,7 +177,7 @@ def test_a_mask_too_thin_for_the_size_is_not_lost(tmp_path):
     thin = np.zeros((400, 400), np.uint8)
     thin[:, 201] = 255
     Image.fromarray(thin).save(tmp_path / "thin.png")
-    assert read_mask(tmp_path / "thin.png", 64).any()
+    assert read_mask(tmp_path / "thin.png", (64, 64)).any()
 
 
 def test_a_photograph_is_the_image_as_it_is_judged_but_smaller(tmp_path):

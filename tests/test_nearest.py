@@ -23,9 +23,11 @@ RNG = np.random.default_rng(0)
 def prototypes(bank) -> nearest.Prototypes:
     """With a given bank (P, C), its centre taken off."""
     bank = torch.as_tensor(bank, dtype=torch.float32)
-    found = nearest.Prototypes(*bank.shape)
+    found = nearest.Prototypes(bank.shape[1])
     found.centre.copy_(bank.mean(dim=0))
-    found.bank.copy_(bank - found.centre)
+    found.bank = bank - found.centre
+    found.spacing = torch.ones(len(bank))
+    found.origin = torch.zeros(len(bank), dtype=torch.long)
     return found
 
 
@@ -109,7 +111,7 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     held_out, trained_on = split(data.list_images(category / "train/good"), seed=0)
     assert model.normal.shape == (2, 24)
     number = 5
-    x = model.features(data.read_batch([trained_on[number]], 128))
+    x = model.features(data.read_batch([trained_on[number]], (128, 128)))
     own = model.prototypes.origin == number
     assert 0 < own.sum() < 100 and set(model.prototypes.origin.tolist()) <= set(range(len(trained_on)))
     bank = (model.prototypes.bank + model.prototypes.centre)[~own]
@@ -129,7 +131,7 @@ def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
     call(evaluate.main, bank_run)
     metrics = json.loads((bank_run / "metrics.json").read_text())
     assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
-    images = data.read_batch(data.list_images(category / "test" / "chip")[:3], 128)
+    images = data.read_batch(data.list_images(category / "test" / "chip")[:3], (128, 128))
     check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 

@@ -30,8 +30,8 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     assert Image.open(tmp_path / "why.png").width > 900
     model = load(run / "model.pt")
     region = model.inspect(chip).regions[0]
-    assert Image.open(chip).width != model.size and f"box {region.box}" in capsys.readouterr().out
-    images = data.read_batch([chip], model.size)
+    assert Image.open(chip).width != model.shape[1] and f"box {region.box}" in capsys.readouterr().out
+    images = data.read_batch([chip], model.shape)
     stages = dict(model.stages(images))
     with torch.no_grad():
         flow, odds = model.experts(model.encode(images))

@@ -1,0 +1,131 @@
+"""The shape in which images are judged: as many pixels as asked for, in the shape that the good images have.
+
+A shape is (height, width), in pixels. What --size takes is called a size: 384, as many pixels as 384 x 384; "native",
+as many as the images have; or a shape, outright."""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+
+from kit.errors import InputError
+from kit.images import shape_in_file
+
+Shape = tuple[int, int]
+Size = int | str | Shape
+
+NATIVE = "native"
+UNIT = 32  # pixels: sides are multiples of it, so that every layer of a backbone halves them evenly
+ASKED = 100  # images at most, what shape they have
+SIDES = (64, 4096)  # of a square size
+LONGEST = 32768  # side of a shape
+OTHER = 1.1  # times as long for its height as others, from which on an image has another shape
+SPOT = 20  # pixels, in the sentence on what is done to an image
+
+
+def parsed_size(text: str) -> Size:
+    """What stands behind --size: "384", "native", or "256x1024", height first. Raises argparse's error for anything
+    else."""
+    try:
+        if text == NATIVE:
+            return NATIVE
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) == 1:
+        return sides[0]
+    if len(sides) == 2:
+        return sides[0], sides[1]
+    raise argparse.ArgumentTypeError(f"{text}: give a number, HEIGHTxWIDTH in pixels, or {NATIVE}")
+
+
+def check_size(size: Size) -> None:
+    """Raises InputError if a size is out of range."""
+    if isinstance(size, int):
+        if not SIDES[0] <= size <= SIDES[1]:
+            raise InputError(f"--size {size}: out of range, give {SIDES[0]} to {SIDES[1]}, or HEIGHTxWIDTH")
+    elif size != NATIVE:
+        for side in size:
+            if side % UNIT or not UNIT <= side <= LONGEST:
+                raise InputError(f"--size {as_text(size)}: {side} is not a multiple of {UNIT} in {UNIT}..{LONGEST}")
+        if math.prod(size) < SIDES[0] ** 2:
+            raise InputError(f"--size {as_text(size)}: has less pixels than {SIDES[0]}x{SIDES[0]}; give more")
+
+
+def as_shape(size: int | Shape) -> Shape:
+    """A number stands for a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def as_text(size: Size) -> str:
+    """As --size takes it."""
+    return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)
+
+
+def usual_shape(files: list[Path]) -> Shape | None:
+    """The median shape of images, some of them are asked; None if none can be read."""
+    asked = files[:: math.ceil(len(files) / ASKED)]
+    shapes = [shape for path in asked if (shape := shape_in_file(path))]
+    if not shapes:
+        return None
+    height, width = np.median(shapes, axis=0).round().astype(int).tolist()
+    return height, width
+
+
+def input_size(size: Size, files: list[Path]) -> int | Shape:
+    """In which size images like `files` are judged: `size` itself if it is a shape, or if they are square; else the
+    shape that they have, with as many pixels as the square, or as they have, in multiples of 32."""
+    if isinstance(size, tuple):
+        return size
+    height, width = usual_shape(files) or (1, 1)
+    side = math.sqrt(height * width) if size == NATIVE else size
+    stretch = math.sqrt(height / width)
+    shape = (rounded(side * stretch), rounded(side / stretch))
+    if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
+        raise InputError(f"--size {as_text(size)}: makes {as_text(shape)} of these images; give HEIGHTxWIDTH")
+    if shape[0] != shape[1]:
+        return shape
+    return shape[0] if size == NATIVE else size
+
+
+def rounded(side: float) -> int:
+    return max(UNIT, round(side / UNIT) * UNIT)
+
+
+def told(files: list[Path], shape: Shape) -> str:
+    """A line on what it does to images like `files` to be judged in this shape, and how they would be seen as they
+    are; nothing if they are."""
+    usual = usual_shape(files)
+    if usual is None or usual == shape:
+        return ""
+    shrinks = math.sqrt(math.prod(shape) / math.prod(usual))
+    native = input_size(NATIVE, files)
+    line = (
+        f"images of {usual[1]} x {usual[0]} pixels are judged at {shape[1]} x {shape[0]}: "
+        f"a spot of {SPOT} pixels becomes {SPOT * shrinks:.0f}"
+    )
+    if shrinks < 1:
+        line += f"; --size {as_text(native)} sees it as it is"
+    return line
+
+
+def is_other(shape: Shape, judged_in: Shape) -> bool:
+    """Whether an image of this shape is stretched by more than a tenth to the shape in which it is judged."""
+    stretch = (shape[0] / shape[1]) / (judged_in[0] / judged_in[1])
+    return max(stretch, 1 / stretch) > OTHER
+
+
+def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
+    """A line on the images, by name, that have another shape than the one in which they are judged."""
+    name, (height, width) = next(iter(others.items()))
+    return (
+        f"{len(others)} of {images} images have another shape than {judged_in[1]} x {judged_in[0]}, {name} for one "
+        f"({width} x {height}): all the same they are stretched to it, and judged"
+    )
+
+
+def others_among(files: list[Path], judged_in: Shape) -> dict[str, Shape]:
+    """Those of some files that have another shape, by name."""
+    shapes = {path.name: shape_in_file(path) for path in files}
+    return {name: shape for name, shape in shapes.items() if shape and is_other(shape, judged_in)}

@@ -1,0 +1,46 @@
+"""Large images in overlapping windows, so that what a network needs at once does not grow with the image."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kit.shapes import UNIT
+
+PIXELS = 2**21  # at once, of all images of a batch together: two million
+CORE = 1024  # pixels a side of a window, at most, without what is seen around it
+
+
+def at_once(shape: tuple[int, int], batch: int = 8) -> int:
+    """How many images of this shape are looked at together, at most `batch`."""
+    return max(1, min(batch, PIXELS // math.prod(shape)))
+
+
+def cuts(length: int) -> list[int]:
+    """Where an axis is cut into equal parts of at most CORE pixels: all ends, at multiples of UNIT but for the last."""
+    count = math.ceil(length / CORE)
+    return [round(i * length / count / UNIT) * UNIT for i in range(count)] + [length]
+
+
+def in_windows(
+    function: Callable[[Tensor], list[Tensor]], images: Tensor, stride: int, reach: int | None
+) -> list[Tensor]:
+    """`function` of images (B, 3, H, W): maps (B, ..., h, w) whose positions are `stride` pixels apart, and see what is
+    up to `reach` pixels around them. Of large images it is asked window by window, each with that much around it, and
+    what it says of the windows' cores is put together. All at once, if a position sees the whole image (None)."""
+    height, width = images.shape[2:]
+    if height * width <= PIXELS or reach is None:
+        return function(images)
+    down, across = cuts(height), cuts(width)
+    lines = []
+    for top, bottom in zip(down, down[1:], strict=False):
+        line = []
+        for left, right in zip(across, across[1:], strict=False):
+            y, x = max(0, top - reach), max(0, left - reach)
+            found = function(images[:, :, y : bottom + reach, x : right + reach])
+            rows = slice((top - y) // stride, math.ceil((bottom - y) / stride))
+            columns = slice((left - x) // stride, math.ceil((right - x) / stride))
+            line.append([part[..., rows, columns] for part in found])
+        lines.append([torch.cat(parts, dim=-1) for parts in zip(*line, strict=True)])
+    return [torch.cat(parts, dim=-2) for parts in zip(*lines, strict=True)]

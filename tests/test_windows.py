@@ -1,0 +1,83 @@
+"""Large images in windows: the same as the whole, in bounded memory."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import LITE, call
+
+import kit.good
+import kit.windows
+import train
+from kit.backbone import BACKBONES
+from kit.windows import at_once, cuts, in_windows
+from methods import load
+
+
+def test_cuts_are_equal_parts():
+    assert cuts(500) == [0, 500] and cuts(1024) == [0, 1024]
+    assert cuts(2600) == [0, 864, 1728, 2600] and cuts(4096) == [0, 1024, 2048, 3072, 4096]
+    assert at_once((384, 384)) == 8 and at_once((1024, 1024)) == 2 and at_once((4096, 4096)) == 1
+
+
+def test_windows_are_put_together(monkeypatch):
+    """Of a function that looks 8 pixels around each position of a stride of 4."""
+    monkeypatch.setattr(kit.windows, "PIXELS", 100)
+    monkeypatch.setattr(kit.windows, "CORE", 64)
+    images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def mean_around(part):
+        asked.append(part.shape)
+        mean = torch.nn.functional.avg_pool2d(part, 17, stride=4, padding=8, count_include_pad=False)
+        return [mean, mean[:, 0].square()]
+
+    found = in_windows(mean_around, images, 4, 8)
+    assert len(asked) == 3 * 4 and max(max(shape[2:]) for shape in asked) <= 64 + 16
+    for part, whole in zip(found, mean_around(images), strict=True):
+        assert torch.allclose(part, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", LITE[1], "wide_resnet50_2"])
+def test_features_of_windows_are_those_of_the_whole(monkeypatch, name):
+    torch.manual_seed(0)
+    backbone = BACKBONES[name]()
+    if name == LITE[1]:
+        backbone.load_imagenet()
+    images = torch.nn.functional.interpolate(torch.rand(1, 3, 80, 104), scale_factor=8, mode="bilinear")
+    whole = backbone.features(images)
+    monkeypatch.setattr(kit.windows, "PIXELS", 100)
+    monkeypatch.setattr(kit.windows, "CORE", 320)
+    (found,) = in_windows(lambda part: [backbone.features(part)], images, backbone.stride, backbone.reach)
+    assert found.shape == whole.shape
+    assert (found - whole).abs().max() < 1e-3 * whole.abs().max() and whole.std() > 0
+
+
+def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, monkeypatch):
+    """As if 128 x 128 were large: the scores are those of the whole image, and what is painted on is a patch."""
+    options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--out", tmp_path / "run"]
+    monkeypatch.setattr(kit.good, "PATCH", 96)
+    painted_on = set()
+    synthesize = train.METHODS["clflow"].train.__globals__["synthesize"]
+
+    def watched(image, rng, other, roi):
+        painted_on.add((image.shape, other.shape, roi.shape))
+        return synthesize(image, rng, other, roi)
+
+    monkeypatch.setattr("clflow.synthesize", watched)
+    monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
+    call(train.main, *options)
+    assert painted_on == {((96, 96, 3), (96, 96, 3), (96, 96))}
+    model = load(tmp_path / "run" / "model.pt")
+    model.full_precision = True
+    images = torch.from_numpy(np.random.default_rng(0).random((2, 3, 256, 256), dtype=np.float32))
+    whole = model(images)
+    monkeypatch.setattr(kit.windows, "PIXELS", 1000)
+    monkeypatch.setattr(kit.windows, "CORE", 128)
+    parts = []
+    energies = model.energies
+    monkeypatch.setattr(model, "energies", lambda *args: parts.append(args[0].shape) or energies(*args))
+    monkeypatch.setattr("clflow.POSITIONS", 100)
+    in_parts = model(images)
+    assert len(parts) == 4
+    for one, other in zip(whole, in_parts, strict=True):
+        assert (one - other).abs().max() < 1e-3 * one.abs().max()
