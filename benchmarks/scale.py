@@ -22,7 +22,7 @@ from kit.images import load_image, photograph  # noqa: E402
 
 SMALL = 64
 COUNTS = (100, 1000, 10_000, 100_000)  # of images of SMALL x SMALL
-SIZES = (256, 512, 1024)  # of 100 images
+SIZES = (512, 1024, 2048)  # of 100 images
 LABELS = {"seconds": "training, seconds", "memory": "peak memory, MB"}
 LEFT, TOP, WIDTH, HEIGHT = 90, 60, 400, 240  # of a plot, in pixels
 INSET = 30  # of its first point
@@ -117,7 +117,7 @@ def main() -> None:
         rows.append(measured(folder, SMALL, weights, args.out))
         print(rows[-1], flush=True)
     for size in args.sizes:
-        folder = repeated(files, 100, args.out / "large", 1024)
+        folder = repeated(files, 100, args.out / "large", max(SIZES))
         rows.append(measured(folder, size, weights, args.out))
         print(rows[-1], flush=True)
     write_text(args.out / "scale.json", json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,118 @@
+"""Small defects in photographs of 13 megapixels, made from real images: are they found, in what time and memory?
+
+python benchmarks/large.py mvtec/screw --weights resnet18.pth --out large      # some ten minutes on two cores
+
+A photograph is 13 x 10 tiles, good images of the category, drawn at random, at 320 x 320. 20 such are learnt from; of
+20 others half have one tile of a defective image, one of those with the smallest defects."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.speed import run_measured  # noqa: E402
+from kit import data, metrics  # noqa: E402
+from kit.images import load_image, marked  # noqa: E402
+
+TILE = 320  # pixels
+DOWN, ACROSS = 10, 13
+LEARNT_FROM = 20
+TESTS = 10  # of each kind
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1
+
+
+def tile(path: Path) -> Image.Image:
+    return load_image(path).convert("RGB").resize((TILE, TILE), Image.Resampling.BILINEAR)
+
+
+def photograph_of(tiles: list[Image.Image], rng: np.random.Generator) -> Image.Image:
+    """All places filled with tiles, drawn at random."""
+    whole = Image.new("RGB", (ACROSS * TILE, DOWN * TILE))
+    for place in range(DOWN * ACROSS):
+        whole.paste(tiles[rng.integers(len(tiles))], corner(place))
+    return whole
+
+
+def corner(place: int) -> tuple[int, int]:
+    """(x, y) of a tile's upper left corner."""
+    return place % ACROSS * TILE, place // ACROSS * TILE
+
+
+def smallest_defects(category: Path) -> list[tuple[Path, np.ndarray]]:
+    """Of the defective images those with the smallest defects, smallest first; with their masks as large as a tile."""
+    found = []
+    for test in data.labelled_images(category):
+        if test.mask:
+            mask = Image.fromarray(marked(load_image(test.mask))).resize((TILE, TILE), Image.Resampling.NEAREST)
+            found.append((test.path, np.asarray(mask)))
+    found = [entry for entry in found if entry[1].any()]
+    return sorted(found, key=lambda entry: int(entry[1].sum()))[:TESTS]
+
+
+def draw_all(category: Path, to: Path) -> dict[str, Box]:
+    """Draw the photographs; the box of the defect of each defective one, by name."""
+    rng = np.random.default_rng(0)
+    good = [tile(path) for path in data.list_images(data.good_folder(category))]
+    other = [tile(test.path) for test in data.labelled_images(category) if not test.anomalous]
+    for folder, tiles, count in (("train", good, LEARNT_FROM), ("new/good", other, TESTS)):
+        (to / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            photograph_of(tiles, rng).save(to / folder / f"{i:02}.png", compress_level=1)
+    (to / "new" / "bad").mkdir(exist_ok=True)
+    boxes = {}
+    for i, (path, mask) in enumerate(smallest_defects(category)):
+        whole = photograph_of(other, rng)
+        x, y = corner(int(rng.integers(DOWN * ACROSS)))
+        whole.paste(tile(path), (x, y))
+        whole.save(to / "new" / "bad" / f"{i:02}.png", compress_level=1)
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        boxes[f"bad/{i:02}.png"] = (x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1)
+    return boxes
+
+
+def overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("category", type=Path)
+    parser.add_argument("--weights", required=True, help="file with ResNet18's ImageNet weights")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--method", default="clflow")
+    parser.add_argument("--size", default="native")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    boxes = draw_all(args.category, out)
+    run, found = out / f"run_{args.method}_{args.size}", out / f"found_{args.method}_{args.size}"
+    options = ["--data", out / "train", "--size", args.size, "--method", args.method, "--out", run]
+    command = [sys.executable, "train.py", *options, "--weights", Path(args.weights).resolve()]
+    seconds, memory = run_measured([str(part) for part in command], out / "train.txt")
+    print(f"training on {LEARNT_FROM} photographs of {ACROSS * TILE} x {DOWN * TILE}: {seconds:.0f} s, {memory:.0f} MB")
+    command = [sys.executable, "evaluate.py", run, "--images", out / "new", "--out", found]
+    seconds, memory = run_measured([str(part) for part in command], out / "judge.txt")
+    print(f"judging {2 * TESTS}: {seconds / 2 / TESTS:.1f} s an image, pictures and all, {memory:.0f} MB")
+    with open(found / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    labels = np.array([row["file"] in boxes for row in rows])
+    print("image AUROC", metrics.image_metrics(labels, np.array([float(row["score"]) for row in rows]))["image_auroc"])
+    for row in rows:
+        if row["file"] in boxes:
+            x0, y0, x1, y1 = box = boxes[row["file"]]
+            said = "normal"
+            if row["anomalous"] == "1":
+                hit = overlap(box, tuple(int(row[name]) for name in ("x0", "y0", "x1", "y1")))
+                said = "found" if hit else "anomalous, but elsewhere"
+            print(f"{row['file']}: a defect of {x1 - x0} x {y1 - y0} pixels: {said}")
+    flagged = sum(row["anomalous"] == "1" for row in rows if row["file"] not in boxes)
+    print(f"{flagged} of {TESTS} good ones flagged")
+
+
+if __name__ == "__main__":
+    main()
