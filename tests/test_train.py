@@ -363,7 +363,7 @@ def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_
     shutil.copytree(category / "train", tmp_path / "data" / "train")
     monkeypatch.setattr("kit.good.CACHE_BYTES", 0)  # so that the workers decode
 
-    def spoil(model, rows, images):
+    def spoil(model, rows, images, positions):
         for path in (tmp_path / "data" / "train" / "good").iterdir():
             path.write_bytes(b"broken")
 
