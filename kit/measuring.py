@@ -185,7 +185,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         picture = draw.verdict_picture(photo, title, verdict, limits, mask)
         draw.save_picture(own.claim(f"pictures/{name}.png"), picture)
         save_views(own, name, photo, verdict, limits, mask)
-        entries.append(Entry(name, test.kind, test.anomalous, float(score)))
+        entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
 
