@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from flows import Flow2D
 from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew
+from kit.defects import COPIES, Defect, copies
 from kit.detector import Detector, Settings
 from kit.errors import InputError
-from kit.good import GoodImages, Pairs
+from kit.good import GoodImages, Pairs, to_tensor
+from kit.images import read_image, read_mask
 from kit.processes import Processes
 from kit.progress import counted
 from kit.shapes import Shape
 from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.verdict import standing_out
 from nearest import (
     CANDIDATES,
     CHUNK,
@@ -57,6 +61,9 @@ class CLFlowSettings(Settings):
     batch: int = 8192  # rows
     lr: float = 2e-3
     textures: str | None = None
+    defects: str | None = None  # folder of real ones
+    defect_masks: str | None = None
+    corrections: str | None = None  # file
     backbone: str = "resnet18"
     bank: int = 8000
     local: bool = True
@@ -349,6 +356,23 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     def calibrate() -> None:
         model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
 
+    def learn_anew(feed: Feed, number: int, what: str) -> None:
+        """Another training, which has this number, in place of the present one."""
+        seed_epoch(settings.seed, settings.epochs + 1 + number)
+        model.renew_experts()
+        for _ in epochs(model, feed, good.processes, what=what):
+            pass
+        calibrate()
+
+    # Rows of real defects, if any are given: where their masks are, or where they stand out after a first training.
+    trained = model.flow, model.classifier
+    if good.defects:
+        if not all(defect.mask for defect in good.defects):
+            print("a first training, to find where the defects without masks are", flush=True)
+            learn_anew(feed, FOLDS, "first training, epoch")
+        feed = feed.beside(defect_rows(model, good.defects))
+        model.flow, model.classifier = trained
+
     for epoch in epochs(model, feed, good.processes, progress):
         calibrate()
         yield epoch
@@ -357,13 +381,8 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
     as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
     scores = {}
-    trained = model.flow, model.classifier
     for fold in range(FOLDS):
-        seed_epoch(settings.seed, settings.epochs + 1 + fold)
-        model.renew_experts()
-        for _ in epochs(model, feed.only(as_new.fold != fold), good.processes, what=f"third {fold + 1}, epoch"):
-            pass
-        calibrate()
+        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
         scores |= as_new.scores(model, fold)
     model.flow, model.classifier = trained
     calibrate()
@@ -448,6 +467,41 @@ def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
     return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
 
 
+@torch.no_grad()
+def defect_rows(model: CLFlow, defects: list[Defect]) -> Tensor:
+    """Rows w (A, K) of real defects and of some copies of each, less of many; with half the bits. They are of no good
+    image: so they are seen from all prototypes. Raises InputError if nothing is marked on any of the defects."""
+    count = max(1, min(COPIES, PAINTED // len(defects)))
+    rng = np.random.default_rng(model.settings.seed)
+    rows, outside = [], []
+    for defect in counted(defects, "features of real defects", len(defects)):
+        image = read_image(defect.path, model.shape)
+        mask = whereabouts(model, defect, image)
+        if not mask.any():
+            outside.append(defect.path.name)
+            continue
+        for copied, where_it_is in copies(image, mask, count, rng):
+            w = model.encode(to_tensor(copied[None]))
+            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
+            rows.append(w.permute(0, 2, 3, 1)[touched].half())
+    if outside:
+        print(f"nothing is marked, in the region of interest, on {len(outside)} defects: {', '.join(outside)}")
+    if not rows:
+        raise InputError("--defects: not one of them has anything marked in the region of interest")
+    return torch.cat(rows)
+
+
+def whereabouts(model: CLFlow, defect: Defect, image: np.ndarray) -> np.ndarray:
+    """Where a defect is in its image (H, W, 3), in the region of interest: by its mask; or, if it has none, where the
+    model's map stands out most. (H, W) bool."""
+    if defect.mask:
+        mask = read_mask(defect.mask, model.shape)
+    else:
+        maps, _ = model(to_tensor(image[None]))
+        mask = standing_out(maps[0].cpu().numpy(), model.thresholds())
+    return mask & model.roi.cpu().numpy()
+
+
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:
     """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, be it by a thin scratch's one
     pixel: (A, h, w) bool."""
@@ -457,7 +511,8 @@ def touches(mask: Tensor, shape: torch.Size) -> Tensor:
 class Feed:
     """What training draws from: rows w of good images (N, K), and of painted defects (A, K), seen from the bank without
     the prototypes of their own image, and whitened; with half the bits. A batch has as many normal rows as it is large,
-    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do."""
+    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do. With rows of real defects
+    beside them, half of the anomalous ones are real."""
 
     def __init__(self, model: CLFlow, normal: Rows, painted: Rows):
         self.device = model.device
@@ -466,10 +521,17 @@ class Feed:
         self.untouched = None
         if painted.untouched is not None:
             self.untouched = whitened(model, painted.untouched, painted.images)
+        self.real = None
         self.images = normal.images, painted.images
         # The rows that are drawn from: all.
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
+
+    def beside(self, real: Tensor) -> "Feed":
+        """The same, with these rows w (A', K) of real defects, which are of no good image: `only` keeps all of them."""
+        more = copy(self)
+        more.real = real
+        return more
 
     def only(self, allowed: Tensor) -> "Feed":
         """The same, but of those images that are `allowed` (n,) bool, by number."""
@@ -482,13 +544,14 @@ class Feed:
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
-        anomalous = drawn(self.anomalous_index, math.ceil(batch / 4))
-        untouched = None if self.untouched is None else self.untouched[anomalous].float().to(self.device)
-        return (
-            self.normal[normal].float().to(self.device),
-            self.anomalous[anomalous].float().to(self.device),
-            untouched,
-        )
+        count = math.ceil(batch / 4)
+        real = count // 2 if self.real is not None else 0
+        painted = drawn(self.anomalous_index, count - real)
+        anomalous = self.anomalous[painted]
+        if real:
+            anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
+        untouched = None if self.untouched is None else self.untouched[painted].float().to(self.device)
+        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device), untouched
 
 
 def where(is_allowed: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from kit.errors import InputError, run_script
 from kit.files import held, write_atomically, write_text
 from kit.images import read_image
 from kit.inspection import Inspection, judge_new, sentence, usable
-from kit.measuring import judge_tests, measure, readable_tests, report
+from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
 from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
 from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory
@@ -40,7 +40,8 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in runs.kept_epochs(run, subfolders=True):
         model = load(file, device)
-        judged = judge_tests(model, readable_tests(Path(model.settings.data), skip_bad), processes)
+        tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
+        judged = judge_tests(model, tests, processes)
         figures = measure(judged)
         label = "/".join(file.resolve().parent.parts[-2:])
         epoch = runs.epoch_of(file)

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from kit import data, draw, runs, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
+from kit.corrections import Corrections, read_corrections
+from kit.defects import Defect, fingerprints, list_defects
 from kit.demo import draw_demo
 from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
 from kit.errors import InputError, run_script
@@ -41,6 +43,7 @@ class Run:
     settings: Settings
     out: Path
     roi: np.ndarray | None  # (H, W) bool, if not all of an image is looked at
+    defects: list[Defect]  # real ones
 
 
 # ---------------------------------------------------------------- one run
@@ -63,10 +66,11 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     if model is None:
         print(f"{run.out} is finished already")
         return
-    good = GoodImages(*split(run.files, run.settings.seed), textures, processes)
+    good = GoodImages(*split(run.files, run.settings.seed), textures, processes, run.defects)
     if len(good.trained_on) < processes.count:
         raise InputError(f"{processes.count} processes, and {len(good.trained_on)} images to train on: start fewer")
-    print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out", flush=True)
+    beside = f", and {len(run.defects)} real defects" if run.defects else ""
+    print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out{beside}", flush=True)
     if line := shapes.told(run.files, model.shape):
         print(line)
     if others := shapes.others_among(run.files, model.shape):
@@ -154,17 +158,21 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
 
 
 def names(run: Run) -> list[str]:
-    """The run's good images, as they lie below its category."""
-    return [path.relative_to(run.category).as_posix() for path in run.files]
+    """The run's good images, as they lie below its category; false alarms by their whole path."""
+    below = run.category.resolve()
+    paths = [path.resolve() for path in run.files]
+    return [(path.relative_to(below) if path.is_relative_to(below) else path).as_posix() for path in paths]
 
 
 def check_resumable(run: Run, checkpoint: dict) -> None:
     """Raises InputError if the run had other settings or, as far as the checkpoint still tells, other images."""
     then = checkpoint["settings"]
     for name, value in asdict(run.settings).items():
-        if name not in ("images", "held_out") and then.get(name) != value:
+        if name not in ("images", "held_out", "taught") and then.get(name) != value:
             was = then.get(name)
             raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
+    if then.get("taught", ()) != run.settings.taught:
+        raise InputError(f"--resume: {run.out} was started with other defects or corrections; give the same, or --out")
     if checkpoint["progress"] is None:  # it is finished
         return
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
@@ -186,13 +194,18 @@ def complain_of_files(files: set[str], what: str) -> None:
 
 def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], out: Path, several: bool) -> list[Run]:
     """A run for each category and seed. Raises InputError, before anything is trained, if one cannot be."""
+    corrections = read_corrections(args.corrections) if args.corrections else Corrections()
+    defects = given_defects(args, corrections)
+    taught = fingerprints([defect.path for defect in defects] + corrections.false_alarms)
     planned = []
     for category in categories:
         folder = data.good_folder(category)
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
             read_folders.append(args.textures)
-        files = usable(data.list_images(folder), args.skip_bad)
+        read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
+        files = corrections.of_good(data.list_images(folder), [defect.path for defect in defects])
+        files = usable(files, args.skip_bad)
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
@@ -205,11 +218,21 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
                 category=category.resolve().name,
                 images=len(files),
                 held_out=held_out_count(len(files)),
+                taught=taught,
                 **options | {"size": size},
             )
             roi = region_of_interest(args.roi, files, shapes.as_shape(size))
-            planned.append(Run(category, files, settings, target, roi))
+            planned.append(Run(category, files, settings, target, roi, defects))
     return planned
+
+
+def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:
+    """Those in --defects, and those that --corrections calls missed, each once."""
+    found = list_defects(args.defects, args.defect_masks) if args.defects else []
+    there = {defect.path.resolve() for defect in found}
+    found += [Defect(path, None) for path in corrections.missed if path.resolve() not in there]
+    good = set(usable([defect.path for defect in found], args.skip_bad))
+    return [defect for defect in found if defect.path in good]
 
 
 def region_of_interest(mask: Path | None, files: list[Path], judged_in: shapes.Shape) -> np.ndarray | None:
@@ -233,6 +256,9 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     each has a folder of its own below `out`."""
     textures = texture_files(args)
     categories = data.category_folders(args.data)
+    if categories != [args.data] and (args.defects or args.corrections):
+        flag = "--defects" if args.defects else "--corrections"
+        raise InputError(f"{flag}: is of one category, and --data {args.data} has several; train that one by itself")
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
     if args.weights and args.resume and all(runs.checkpoint_of(run.out).exists() for run in planned):
@@ -303,6 +329,9 @@ def option_parser() -> Parser:
     )
     add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
     add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
+    add("--defects", type=Path, help="folder of images with real defects, to learn from beside the painted ones")
+    add("--defect-masks", type=Path, metavar="FOLDER", help="of their masks; ../ground_truth/<name> if not given")
+    add("--corrections", type=Path, metavar="FILE", help="corrections.json, which a page of evaluate.py wrote")
     add("--epochs", type=int, help=default_text("epochs"))
     add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
@@ -399,13 +428,28 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
     if args.method == "clflow" and not options["local"]:
         refuse_without_effect(args, ["bank"], "with --no-local")
+    if not args.defects:
+        refuse_without_effect(args, ["defect_masks"], "without --defects")
+    if args.defects or args.corrections:
+        check_learns_from_defects(options)
     if args.textures:
         options["textures"] = str(args.textures.resolve())
+    for name in ("defects", "defect_masks", "corrections"):
+        if getattr(args, name):
+            options[name] = str(getattr(args, name).resolve())
     if args.roi:
         options["roi"] = str(args.roi.resolve())
     if not method.is_trained:
         refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
     return options
+
+
+def check_learns_from_defects(options: dict) -> None:
+    """Raises InputError if no loss would take rows of real defects."""
+    if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
+        raise InputError("--classification-weight 0: then nothing learns from real defects; leave it out")
+    if options["contrast_weight"] != 0 and options["contrast"] == "cosine":
+        raise InputError("--contrast cosine: asks for the same places without the defect, which real ones do not have")
 
 
 def texture_files(args: argparse.Namespace) -> list[Path]:

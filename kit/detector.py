@@ -75,6 +75,7 @@ class Settings:
     category: str = ""  # its name
     false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
     roi: str | None = None  # the picture that marks the region of interest
+    taught: tuple[tuple[str, str], ...] = ()  # images beside those of `data`: path and hash of each
 
 
 class Detector(nn.Module):

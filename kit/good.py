@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kit.defects import Defect
 from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import ALONE, Processes
@@ -30,12 +31,13 @@ Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tupl
 @dataclass(frozen=True)
 class GoodImages:
     """Files of good images: those that calibrate a detector after each epoch, and those that it is trained on; textures
-    to paint defects from, beside these; and the processes that share the training."""
+    to paint defects from, beside these; the processes that share the training; and real defects, if any are given."""
 
     held_out: list[Path]
     trained_on: list[Path]
     textures: list[Path] = field(default_factory=list)
     processes: Processes = ALONE
+    defects: list[Defect] = field(default_factory=list)
 
 
 def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:

@@ -97,7 +97,7 @@ class Judgements:
 
     def write_page(self) -> list[Entry]:
         """report.html of all that is in scores.csv, and what is on it."""
-        entries = entries_of(self.own.folder)
+        entries = entries_of(self.own.folder, Path(self.call["images"]), Path(self.model.settings.data))
         facts = {name: str(self.call[name]) for name in ("checkpoint", "images")}
         facts["calibration"] = basis(self.limits)
         title = f"{self.model.settings.category}: {len(entries)} images"
@@ -170,15 +170,21 @@ def open_scores(own: OwnFiles, call: dict, columns: list[str]) -> GrowingTable:
     return table
 
 
-def entries_of(out: Path) -> list[Entry]:
-    """For report.html: the images in scores.csv, of one that was judged several times the last row; their kind is their
-    subfolder."""
+def entries_of(out: Path, images: Path, trained_on: Path) -> list[Entry]:
+    """For report.html: what is in scores.csv of these `images`, a file or a folder, of one that was judged several
+    times the last row; their kind is their subfolder. `trained_on` is the category of the detector."""
+    root = images if images.is_dir() else images.parent
+    good_folders = [trained_on, *(trained_on / "train" / name for name in data.GOOD_NAMES)]
     table = out / "scores.csv"
     scores: dict[str, float] = {}
     for name, score in zip(names_in(table), column(table, "score"), strict=True):
         scores.pop(name, None)  # in the order in which they were judged last
         scores[name] = float(score)
-    return [Entry(name, str(Path(name).parent), None, score) for name, score in scores.items()]
+    entries = []
+    for name, score in scores.items():
+        path = root / name
+        entries.append(Entry(name, str(Path(name).parent), None, score, path, path.parent in good_folders))
+    return entries
 
 
 def names_in(table: Path) -> list[str]:

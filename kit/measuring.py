@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from kit import data, draw, metrics, shapes
+from kit.defects import is_among
 from kit.detector import Detector, Settings
 from kit.errors import InputError
 from kit.files import held, write_text
@@ -90,10 +91,24 @@ def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     return [test for test in tests if test.path in good]
 
 
+def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[data.LabelledImage]:
+    """Test images, less those that the detector was taught with, or copies of them, on which there is a line. Raises
+    InputError if none is left."""
+    seen = [test for test in tests if is_among(test.path, model.settings.taught)]
+    if seen:
+        names = ", ".join(f"{test.kind}/{test.path.name}" for test in seen)
+        print(f"left out of the figures, since the detector was trained with them, {len(seen)} test images: {names}")
+    left = [test for test in tests if test not in seen]
+    if not left:
+        raise InputError("--data: the detector was trained with every one of its test images; give others")
+    return left
+
+
 def report(work: Inspection, category: Path) -> None:
     """Measure a detector on a category's test images; its folder gets metrics.json, report.html and pictures/."""
     model, out = work.model, work.out
-    judged = judge_tests(model, readable_tests(category, work.skip_bad), work.processes)
+    tests = left_to_measure(model, readable_tests(category, work.skip_bad))
+    judged = judge_tests(model, tests, work.processes)
     if not work.processes.first:
         return  # its part is done
     limits = work.limits
@@ -170,7 +185,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         picture = draw.verdict_picture(photo, title, verdict, limits, mask)
         draw.save_picture(own.claim(f"pictures/{name}.png"), picture)
         save_views(own, name, photo, verdict, limits, mask)
-        entries.append(Entry(name, test.kind, test.anomalous, float(score)))
+        entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
 

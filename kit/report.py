@@ -21,12 +21,14 @@ VIEWS = ("outline", "photo", "heat", "mask")
 
 @dataclass(frozen=True)
 class Entry:
-    """An image on the page; `anomalous` is the truth, None if nobody knows it."""
+    """An image on the page; `anomalous` is the truth, None if nobody knows it; `is_trained_on`, as a good one."""
 
     name: str
     kind: str
     anomalous: bool | None
     score: float
+    path: Path
+    is_trained_on: bool = False
 
 
 def picture(name: str, view: str) -> str:
@@ -70,8 +72,8 @@ def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: floa
     images = []
     for entry in entries:
         views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
-        name = readable(entry.name)
-        images.append([name, readable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name), views])
+        shown = [readable(entry.name), readable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name)]
+        images.append([*shown, views, str(entry.path.resolve()), entry.is_trained_on])
     found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script
     write_text(own.claim("report.html"), PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))

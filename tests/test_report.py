@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
+from kit.corrections import read_corrections
 from kit.draw import LARGE
 from kit.images import photograph
 from kit.owned import OwnFiles
 from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
+from methods import load
 
 
 def data_of(page) -> dict:
@@ -24,9 +28,8 @@ def data_of(page) -> dict:
 
 def test_no_file_name_becomes_a_part_of_the_page(tmp_path):
     names = ["</script><b>x", "\udcff.png", "ein Bild.png"]
-    write_page(
-        OwnFiles(tmp_path, "judged"), "<i>", {"a<": "b"}, 0.5, [Entry(name, "good", False, 0.25) for name in names]
-    )
+    entries = [Entry(name, "good", False, 0.25, tmp_path / name) for name in names]
+    write_page(OwnFiles(tmp_path, "judged"), "<i>", {"a<": "b"}, 0.5, entries)
     assert "<b>" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     found = data_of(tmp_path / "report.html")
     assert [image[0] for image in found["images"]] == ["</script><b>x", "\ufffd.png", "ein Bild.png"]
@@ -68,13 +71,21 @@ def test_pages_of_test_images_and_of_new_ones(run, category, tmp_path):
     )
     flagged = [image[3] > found["threshold"] for image in found["images"] if image[2]]
     assert np.mean(flagged) == metrics["recall"]
-    for _, _, anomalous, score, key, views in found["images"]:
+    for _, _, anomalous, score, key, views, _, _ in found["images"]:
         assert ("outline" in views) == (score > found["threshold"]) and ("mask" in views) == anomalous
         assert all((run / "report_files" / f"{key}.{view}.jpg").exists() for view in (*views, "thumb"))
     call(evaluate.main, run, "--images", category / "test", "--out", tmp_path / "out")
     new = data_of(tmp_path / "out" / "report.html")
     assert {image[1] for image in new["images"]} == {"good", "crack", "chip", "stain"}
     assert all(image[2] is None for image in new["images"])
+    assert all(category / "test" / image[0] == Path(image[6]) and not image[7] for image in new["images"])
+
+
+def test_the_page_knows_the_images_that_were_trained_on(run, category, tmp_path):
+    mine = Path(load(run / "model.pt").settings.data)
+    call(evaluate.main, run, "--images", mine / "train", "--out", tmp_path / "out")
+    found = data_of(tmp_path / "out" / "report.html")["images"]
+    assert len(found) == 24 and all(trained and Path(path).is_file() for *_, path, trained in found)
 
 
 # ---------------------------------------------------------------- in a browser
@@ -139,3 +150,45 @@ def test_slider_order_filter_and_viewer(run, browser):
         browser.set_window_size(width, 900)
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_ticks_become_corrections(run, category, tmp_path, browser):
+    """A flagged and a normal image of a folder of new ones, one of them ticked in the viewer; a third, ticked by
+    mistake."""
+    call(evaluate.main, run, "--images", category / "test", "--out", tmp_path / "out")
+    found = data_of(tmp_path / "out" / "report.html")
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    screen = {"height": 900, "deviceScaleFactor": 1, "mobile": False}  # a window has a least width
+    for width in (1280, 390):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen | {"width": width})
+        browser.get((tmp_path / "out" / "report.html").as_uri())
+        cards = browser.find_elements("css selector", "figure")  # highest score first
+        save = browser.find_element("css selector", "#save")
+        assert not save.is_enabled()
+        boxes = [card.find_element("css selector", ".tick input") for card in cards]
+        assert all(min(box.size.values()) >= 18 for box in boxes[:2])  # those below the fold are not laid out yet
+        boxes[0].click()
+        boxes[1].click()
+        assert not browser.find_element("css selector", "#viewer").is_displayed()
+        boxes[1].click()
+        cards[-1].find_element("css selector", "img").click()
+        browser.find_element("css selector", "#correction input").click()
+        browser.find_element("css selector", "#close").click()
+        told = [card.get_attribute("textContent") for card in cards]
+        assert "wrong: missed" in told[-1] and "wrong: false alarm" in told[0] and "this is wrong" in told[1]
+        # What was ticked stays what it was, wherever the threshold goes.
+        browser.execute_script("moveTo(100)")
+        assert save.text == "Save corrections.json: 1 missed, 1 false alarm"
+        assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        save.click()
+        file = tmp_path / "corrections.json"
+        for _ in range(100):
+            if file.exists():
+                break
+            time.sleep(0.1)
+        ranked = sorted(found["images"], key=lambda image: -image[3])
+        assert ranked[-1][3] <= found["threshold"] < ranked[0][3]
+        expected = {"missed": [ranked[-1][6]], "false_alarms": [ranked[0][6]], "not_good": []}
+        assert json.loads(file.read_text()) == expected
+        assert read_corrections(file).missed == [Path(ranked[-1][6])]
+        file.unlink()

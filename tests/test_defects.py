@@ -1,0 +1,247 @@
+"""Real defects beside the good images: which rows they give, how often these are drawn, what is measured after; and
+corrections.json."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import QUICK, call, mask_of, refuse
+from PIL import Image
+
+import clflow
+import evaluate
+import train
+from clflow import Feed, Rows
+from kit import data
+from kit.defects import Defect, copies, list_defects
+from kit.detector import read_checkpoint
+from kit.images import read_image, read_mask
+from methods import load
+
+
+@pytest.fixture
+def model(finished_run) -> clflow.CLFlow:
+    return load(finished_run / "model.pt")
+
+
+def pixel_box(position: int, pixels: int, positions: int) -> slice:
+    """The pixels along an axis that one of so many positions stands for."""
+    side = pixels // positions
+    return slice(position * side, (position + 1) * side)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, category, monkeypatch):
+    """Position by position, from the pixels of the mask."""
+    monkeypatch.setattr(clflow, "COPIES", 1)
+    (test,) = [t for t in data.labelled_images(category) if t.kind == "crack"][:1]
+    roi = torch.zeros(192, 192, dtype=torch.bool)
+    mask = read_mask(test.mask, (192, 192))
+    rows, columns = np.nonzero(mask)
+    roi[:, : int(np.median(columns))] = True  # cuts the crack in two
+    model.look_within(roi)
+    found = clflow.defect_rows(model, [Defect(test.path, test.mask)])
+    w = model.encode(data.read_batch([test.path], model.shape))[0]
+    _, height, width = w.shape
+    expected = []
+    for i in range(height):
+        for j in range(width):
+            box = pixel_box(i, 192, height), pixel_box(j, 192, width)
+            if (mask & roi.numpy())[box].any():
+                expected.append(w[:, i, j])
+    assert 2 < len(expected) < height * width / 4
+    assert torch.equal(found, torch.stack(expected).half())
+
+
+def test_copies_move_image_and_mask_together(category):
+    """The image shows its own mask: so must every copy."""
+    mask = np.zeros((64, 96), dtype=bool)
+    mask[10:14, 20:50] = mask[30:50, 60:63] = True
+    image = np.repeat(np.where(mask, 0.8, 0.3)[..., None], 3, axis=-1).astype(np.float32)
+    pairs = list(copies(image, mask, 8, np.random.default_rng(0)))
+    assert np.array_equal(pairs[0][0], image) and np.array_equal(pairs[0][1], mask)
+    for copied, where in pairs:
+        assert copied.shape == image.shape and copied.dtype == np.float32 and where.any()
+        assert np.array_equal(copied[..., 0] > 0.5, where)
+    assert len({where.tobytes() for _, where in pairs}) > 6 and len({copied.max() for copied, _ in pairs}) > 6
+
+
+def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
+    for test in data.labelled_images(category):
+        if not test.anomalous:
+            continue
+        image = read_image(test.path, model.shape)
+        found = clflow.whereabouts(model, Defect(test.path, None), image)
+        true = np.asarray(Image.fromarray(mask_of(test.path)).resize((192, 192))) > 0
+        near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
+        distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
+        assert 0 < found.mean() < 0.2 and np.median(distances) < 16
+    low = np.random.default_rng(0).permutation(192 * 192) / 1e6  # all of it is lower than what good images reach
+    found = clflow.standing_out(low, model.thresholds())
+    assert found.sum() == 37 and low[found].min() > low[~found].max()
+
+
+def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(model):
+    channels = model.backbone.channels
+    generator = torch.Generator().manual_seed(0)
+    normal = Rows(torch.rand(60, channels, generator=generator).half(), torch.arange(3).repeat_interleave(20), 20)
+    painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
+    real = torch.full((2, model.whitening.out_features), 99.0).half()
+    plain = Feed(model, normal, painted)
+    feed = plain.beside(real)
+    for some in (feed, feed.only(torch.tensor([True, False, True]))):
+        good, anomalous, _ = some.draw(64)
+        is_real = (anomalous == 99).all(dim=1)
+        assert len(good) == 64 and len(anomalous) == 16 and is_real.sum() == 8
+    assert not (plain.draw(64)[1] == 99).any()
+    with_contrast = Feed(model, normal, Rows(painted.y, painted.images, untouched=painted.y))
+    assert len(with_contrast.draw(64)[2]) == 16
+
+
+def test_masks_are_found_in_both_layouts(category, tmp_path):
+    found = list_defects(category / "test" / "crack", None)
+    assert [defect.mask for defect in found] == [category / "ground_truth/crack" / d.path.name for d in found]
+    shutil.copytree(category / "test" / "crack", tmp_path / "bad")
+    assert [defect.mask for defect in list_defects(tmp_path / "bad", None)] == [None] * 4
+    shutil.copytree(category / "ground_truth" / "crack", tmp_path / "ground_truth" / "bad")
+    assert all(defect.mask for defect in list_defects(tmp_path / "bad", None))
+    (tmp_path / "drawn").mkdir()
+    shutil.copy(found[1].mask, tmp_path / "drawn" / f"{found[1].path.stem}_mask.png")
+    named = list_defects(tmp_path / "bad", tmp_path / "drawn")
+    assert [bool(defect.mask) for defect in named] == [False, True, False, False]
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_path, capsys):
+    """Given from elsewhere, a copy of a test image is known by its bytes. Of 16 defects and good ones 13 are left."""
+    mine = shutil.copytree(category, tmp_path / "mine")
+    shutil.copytree(mine / "test" / "chip", tmp_path / "bad")
+    (tmp_path / "bad" / "003.png").unlink()
+    command = ["--data", mine, "--out", tmp_path / "run", *QUICK]
+    masks = ["--defects", tmp_path / "bad", "--defect-masks", mine / "ground_truth" / "chip"]
+    call(train.main, *command, *masks)
+    assert "a first training" not in capsys.readouterr().out
+    call(evaluate.main, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "trained with them, 3 test images: chip/000.png, chip/001.png, chip/002.png\n" in said
+    pictures = {path.name for path in (tmp_path / "run" / "pictures" / "chip").iterdir()}
+    assert pictures == {"003.png.png"} and len(list((tmp_path / "run" / "pictures").glob("*/*"))) == 17
+    # By its path, whatever became of it since.
+    Image.new("RGB", (256, 256)).save(tmp_path / "bad" / "000.png")
+    call(evaluate.main, tmp_path / "run", "--data", mine)
+    assert "3 test images" in capsys.readouterr().out
+    refuse(train.main, capsys, *command, *masks, "--resume", words=["other defects or corrections"])
+    refuse(train.main, capsys, *command, "--resume", words=["another defects"])
+
+
+def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
+    """Without masks, on what was not given; the same random numbers otherwise."""
+    monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 30)
+    mine = shutil.copytree(category, tmp_path / "mine")
+    shutil.rmtree(mine / "ground_truth")
+    (tmp_path / "bad").mkdir()
+    given, others = data.list_images(mine / "test" / "chip")[:2], data.list_images(mine / "test" / "chip")[2:]
+    for path in given:
+        shutil.copy(path, tmp_path / "bad")
+    surely = []
+    for name, more in (("without", []), ("with", ["--defects", tmp_path / "bad"])):
+        call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--batch", 1024, *more)
+        model = load(tmp_path / name / "model.pt")
+        surely.append(np.mean([model.inspect(path).score / model.thresholds().score for path in others]))
+    assert surely[1] > 1.1 * surely[0], surely
+
+
+def test_interrupted_training_with_defects_resumes_to_the_same_weights(category, tmp_path, monkeypatch):
+    """The first training, which finds where the defects are, is done again."""
+    monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 4)
+    shutil.copytree(category / "test" / "crack", tmp_path / "bad")
+    command = ["--data", category, "--defects", tmp_path / "bad", *QUICK, "--epochs", 2]
+    call(train.main, *command, "--out", tmp_path / "whole")
+    step, steps = torch.optim.Adam.step, []
+
+    def interrupted(self, *args):
+        steps.append(1)
+        if len(steps) == 2 * 4 + 4 + 2:  # the first training, an epoch, two steps
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(train.main, *command, "--out", tmp_path / "parts")
+    call(train.main, *command, "--out", tmp_path / "parts", "--resume")
+    whole, parts = (load(tmp_path / name / "model.pt").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatch):
+    seen = {}
+    good_rows, defect_rows = clflow.good_rows, clflow.defect_rows
+
+    def watching_good(model, pairs):
+        seen["trained_on"] = set(pairs.files)
+        return good_rows(model, pairs)
+
+    def watching_defects(model, defects):
+        seen["defects"] = [(defect.path, defect.mask) for defect in defects]
+        return defect_rows(model, defects)
+
+    monkeypatch.setattr(clflow, "good_rows", watching_good)
+    monkeypatch.setattr(clflow, "defect_rows", watching_defects)
+    good = data.list_images(category / "train" / "good")
+    missed = [category / "test/stain/001.png", good[4]]  # one that lay among the good ones
+    alarm = category / "test" / "good" / "002.png"
+    told = {"missed": missed, "false_alarms": [alarm], "not_good": [good[7]]}
+    file = tmp_path / "corrections.json"
+    file.write_text(json.dumps({name: [str(path) for path in paths] for name, paths in told.items()}))
+    call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, "--corrections", file)
+    assert seen["defects"] == [(path, None) for path in missed]
+    model = load(tmp_path / "run" / "model.pt")
+    settings = read_checkpoint(tmp_path / "run" / "model.pt")["settings"]
+    assert settings["images"] == model.normal.shape[1] == 24 - 2 + 1
+    assert not seen["trained_on"] & {good[4], good[7]}
+    assert {path for path, _ in settings["taught"]} == {str(path.resolve()) for path in [*missed, alarm]}
+    call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, "--corrections", file, "--resume")
+
+
+def test_bad_defects_and_corrections(category, tmp_path, capsys):
+    def attempt(*arguments, words):
+        refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *QUICK, *arguments, words=words)
+
+    def attempt_corrections(text, words):
+        (tmp_path / "c.json").write_text(text)
+        attempt("--corrections", tmp_path / "c.json", words=["--corrections", *words])
+
+    here = str(category / "test/crack/000.png")
+    attempt_corrections('{"missed": [', ["c.json", "JSON"])
+    attempt_corrections("[]", ["no corrections", "missed"])
+    attempt_corrections('{"mised": []}', ["no corrections", "missed"])
+    attempt_corrections('{"missed": [1]}', ["no corrections"])
+    attempt_corrections('{"missed": []}', ["no image in it"])
+    attempt_corrections(json.dumps({"missed": ["/gone.png"]}), ["/gone.png", "not there"])
+    attempt_corrections(json.dumps({"missed": [here], "false_alarms": [here]}), ["two of its lists"])
+    attempt_corrections(json.dumps({"not_good": [here]}), ["none of the good images"])
+    attempt("--corrections", tmp_path / "gone.json", words=["gone.json"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "black").mkdir()
+    attempt("--defects", tmp_path / "empty", words=["--defects", "no images"])
+    crack = ["--defects", category / "test" / "crack"]
+    attempt(*crack, "--defect-masks", tmp_path / "empty", words=["--defect-masks", "no masks"])
+    for path in data.list_images(category / "test" / "crack"):
+        Image.new("L", (256, 256)).save(tmp_path / "black" / path.name)
+    attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "marked"])
+    attempt("--defect-masks", tmp_path / "empty", words=["--defect-masks has no effect without --defects"])
+    attempt(*crack, "--classification-weight", 0, words=["--classification-weight 0", "real defects"])
+    attempt(*crack, "--contrast-weight", 1, "--contrast", "cosine", words=["--contrast cosine"])
+    for method in ("nearest", "autoencoder"):
+        command = ["--data", category, "--out", tmp_path / "out", "--method", method]
+        refuse(train.main, capsys, *command, *crack, words=[f"--defects has no effect with --method {method}"])
+    for name in ("a", "b"):
+        shutil.copytree(category / "train", tmp_path / "all" / name / "train")
+    several = ["--data", tmp_path / "all", "--out", tmp_path / "out", *QUICK]
+    refuse(train.main, capsys, *several, *crack, words=["--defects", "one category"])
