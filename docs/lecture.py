@@ -21,6 +21,7 @@ sys.path.extend((".", ".."))  # the project's folder, whether this runs there or
 import kit  # isort: skip  # first, before PyTorch is imported
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -94,7 +95,7 @@ show({kind: read_image(test.path, (256, 256)) for kind, test in one_of_each.item
 
 # %%
 x_plus = read_image(files[0], (256, 256))
-rng = np.random.default_rng(3)
+rng = np.random.default_rng(1)
 x_minus, mask, box = synth.synthesize(x_plus, rng)
 print(f"the mask covers {mask.mean():.1%} of the image, its box (y0, x0, y1, x1) is {box}")
 print("largest change outside the mask:", np.abs(x_minus - x_plus)[~mask].max())
@@ -325,7 +326,7 @@ with torch.no_grad():
             place = places[step // 3]
             place.scatter(*there[0, :, 0], c=points[:, 0], s=2, cmap="turbo")
             place.set_title("x" if step == 0 else f"after {step} couplings" + (" = z" if step == 12 else ""), fontsize=10)
-            place.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+            place.set(xlim=(-6, 6), ylim=(-6, 6), aspect="equal")
         if step < 12:
             there, _ = plain.steps[step](there)
     back = plain.inverse(there)[0, :, 0].T
@@ -440,10 +441,10 @@ contrasted = two_moons(contrast_weight=0.1)
 
 @torch.no_grad()
 def leak(flow):
-    """The share of samples that are farther than 0.2 from every normal point."""
+    """The share of samples that are farther than 0.4 from every normal point, where the synthetic anomalies begin."""
     torch.manual_seed(2)
     samples = flow.inverse(torch.randn(1, 2, 1, 4000))[0, :, 0].T
-    return float((torch.cdist(samples, toy.moons(4000)).min(dim=1).values > 0.2).float().mean())
+    return float((torch.cdist(samples, toy.moons(4000)).min(dim=1).values > 0.4).float().mean())
 
 
 for name, flow in {"likelihood alone": plain, "and contrast": contrasted}.items():
@@ -511,7 +512,8 @@ stages = [(name, values.numpy()) for name, values in model.stages(data.read_batc
 verdict = model.inspect(crack.path)
 number = tests.index(crack)
 as_drawn = model.verdict(float(judged.scores[number]), judged.maps[number], model.shape, limits)
-display(draw.explanation(Image.fromarray(draw.as_bytes(image)), "crack", stages, as_drawn, limits))
+picture = draw.explanation(Image.fromarray(draw.as_bytes(image)), "crack", stages, as_drawn, limits)
+display(picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)))
 print(f"anomalous: {verdict.anomalous}, in the boxes {[region.box for region in verdict.regions]}")
 
 # %%
@@ -540,7 +542,7 @@ print(f"promised: about {model.settings.false_alarm:.0%}, and with 90 % confiden
 # Take the parts away one by one. On the demo, at this small size:
 
 # %%
-one_scale = Nearest(NearestSettings(**{**vars(settings), "local": False})).eval()
+one_scale = Nearest(replace(settings, local=False)).eval()
 one_scale.backbone.load_imagenet()
 for _ in nearest.train(one_scale, good):
     pass
