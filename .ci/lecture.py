@@ -1,5 +1,5 @@
-"""Run the lecture: docs/lecture.py as a notebook, and after it the solutions of its exercises. Fails where a cell fails,
-or where docs/lecture.ipynb has other cells, no outputs, or too many bytes. With --write makes that file anew.
+"""Run the lecture: docs/lecture.py as a notebook, and after it the solutions of its exercises. Fails where a cell
+fails, or where docs/lecture.ipynb has other cells, no outputs, or too many bytes. With --write makes that file anew.
 
     pip install jupytext nbformat nbclient ipykernel matplotlib; python .ci/lecture.py [--write]"""
 
