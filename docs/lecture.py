@@ -11,8 +11,8 @@
 #
 # image x → features y → seen from a prototype, r → whitened, w → latents z → energy E → map → score → verdict
 #
-# This notebook is `docs/lecture.py` with its outputs; either file opens as a notebook in VS Code and Jupyter. Packages
-# beside the project's: `pip install jupytext matplotlib ipykernel`.
+# This notebook is `docs/lecture.py` with its outputs; either file opens as a notebook in VS Code and Jupyter.
+# Packages beside the project's: `pip install jupytext matplotlib ipykernel`.
 
 # %%
 import sys
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import display
+from matplotlib.colors import SymLogNorm
 from PIL import Image
 
 import clflow
@@ -274,8 +275,9 @@ plt.show()
 #
 # and so log|det| = Σ s. The matrix is triangular: the block ∂b′/∂a, in which all of the subnet's derivatives are,
 # does not count. To go back, keep a, compute the same s and t, and b = (b′ − t) · exp(−s). The subnet itself is never
-# inverted, and may be any network. Then all channels are scaled and moved, which adds Σ scale, and permuted, which
-# adds log 1 = 0, so that another half is changed next time. Steps in a row: their log-determinants add up.
+# inverted, and may be any network. Then all channels are scaled and moved, which adds Σ scale (a logarithm, too), and
+# permuted, which adds log 1 = 0, so that another half is changed next time. Steps in a row: their log-determinants
+# add up.
 #
 # We need not believe it. Autograd gives the whole Jacobian of one coupling, whose log-determinant PyTorch can
 # compute:
@@ -296,7 +298,7 @@ print(f"         by autograd     {torch.linalg.slogdet(jacobian).logabsdet.item(
 print(f"inverse undoes it up to  {(coupling.inverse(z) - w).abs().max().item():.0e}")
 
 figure, places = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-drawn = places[0].imshow(jacobian, cmap="RdBu", norm=plt.matplotlib.colors.SymLogNorm(0.1, vmin=-10, vmax=10))
+drawn = places[0].imshow(jacobian, cmap="RdBu", norm=SymLogNorm(0.1, vmin=-10, vmax=10))
 places[0].set_title("dz/dw of one coupling: triangular", fontsize=10)
 places[0].set_xlabel("a: 0–3, b: 4–7")
 figure.colorbar(drawn, ax=places[0])
@@ -619,8 +621,9 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # %% [markdown]
 # ## Exercises
 #
-# Each says what to change, a number to expect (measured on two CPU cores, with the seeds above), and a test. Add
-# cells below, and use the names from above. Solutions are in [solutions.md](solutions.md).
+# Each says what to change, a number to expect (measured on one CPU core, with the seeds above; elsewhere the last
+# digits may differ), and a test. Add cells below, and use the names from above. Solutions are in
+# [solutions.md](solutions.md).
 #
 # **1 Is it a density?** (part 4) Add up q(x) = e^(−2E) / 2π of the flow `plain` over a grid from −6 to 6, times the
 # area of a cell. Why −2E? *Expect* 1.000. *Test:* it is within 0.03 of 1; with the log-determinant left out of the
