@@ -68,7 +68,7 @@ class CLFlowSettings(Settings):
     bank: int = 8000
     local: bool = True
     steps: int = 2  # of the flow
-    classification_weight: float = 0.5
+    classification_weight: float = 1.0
     smoothing: float = 0.1
     contrast_weight: float = 1.0
     contrast: str = "odds"  # or "energy", or "cosine"
