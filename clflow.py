@@ -48,7 +48,6 @@ IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
 STEPS_PER_EPOCH = 50
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
-UPPER = 0.05  # the share of normal rows that the classifier takes for the most anomalous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +67,16 @@ class CLFlowSettings(Settings):
     bank: int = 8000
     local: bool = True
     steps: int = 2  # of the flow
-    classification_weight: float = 1.0
+    classification_weight: float = 0.5
     smoothing: float = 0.1
-    contrast_weight: float = 0.0
-    contrast: str = "energy"  # or "cosine"
+    contrast_weight: float = 1.0
+    contrast: str = "odds"  # or "energy", or "cosine"
     temperature: float = 1.0
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether there is a loss that trains one."""
+        return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
 
     @property
     def needs_untouched(self) -> bool:
@@ -126,7 +130,7 @@ class CLFlow(Detector):
 
     def __init__(self, settings: CLFlowSettings):
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=2 if settings.classification_weight > 0 else 1)
+        super().__init__(settings, backbone, experts=2 if settings.has_classifier else 1)
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
         self.prototypes = Prototypes(channels)
@@ -140,7 +144,7 @@ class CLFlow(Detector):
         flow = Flow2D(components, self.settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
         self.flow = flow.to(self.device, memory_format=torch.channels_last)
         self.classifier = None
-        if self.settings.classification_weight > 0:
+        if self.settings.has_classifier:
             self.classifier = classifier(components).to(self.device)
 
     @torch.no_grad()
@@ -238,25 +242,28 @@ class CLFlow(Detector):
 
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
-    """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels. Half of what normal
-    rows count comes from the worst 5 % of them; anomalous ones count twice. A smoothed label is met at finite odds:
-    what is certain pulls no more."""
-    wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2), reduction="none")
+    """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels, both kinds alike. A
+    smoothed label is met at finite odds: what is certain pulls no more."""
+    wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2))
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
-    worst = wrong.topk(math.ceil(UPPER * len(wrong))).values
-    return (wrong.mean() + worst.mean()) / 2 + 2 * missed
+    return wrong + missed
 
 
-def info_nce(anchors: Tensor, others: Tensor, temperature: float) -> Tensor:
+def info_nce(anchors: Tensor, others: Tensor, temperature: float, times: float = 1.0) -> Tensor:
     """InfoNCE (arXiv 1807.03748), the cross-entropy of picking an anchor out of the others by its similarity:
 
         mean over anchors of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
-    f (A,) of the anchors, f_k (A, n) of the others, or (n,) for all."""
-    others = others.expand(len(anchors), others.shape[-1])
-    similarities = torch.cat((anchors[:, None], others), dim=1) / temperature
-    which = torch.zeros(len(anchors), dtype=torch.long, device=anchors.device)  # the first one
-    return F.cross_entropy(similarities, which)
+    f (A,) of the anchors, f_k (A, n) of the others, or (n,) for all, each of which stands for so many `times` itself.
+    The logarithm of the sum is nearly the highest f_k: what looks most like an anchor is what counts."""
+    rest = (others / temperature).logsumexp(dim=-1) + math.log(times)
+    return F.softplus(rest - anchors / temperature).mean()
+
+
+def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: int) -> Tensor:
+    """L_con on the classifier's log-odds: each anomalous row's (A,) are to stand out from those of all normal rows of
+    the `batch` (N,), of which this process may have but a part."""
+    return info_nce(anomalous, normal, temperature, times=batch / len(normal))
 
 
 def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
@@ -272,8 +279,9 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
 
 
 class Losses(nn.Module):
-    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows. A module, since that
-    is what DistributedDataParallel wraps.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows. Both proxy tasks
+    take normal rows with noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is
+    what DistributedDataParallel wraps.
 
     `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K), of synthetic defects (A, K), and, if
     the contrast asks for them, of x+ at the same places as those, (A, K). Returns the losses of the batch by name;
@@ -289,21 +297,27 @@ class Losses(nn.Module):
         e = energy(z, log_det)
         losses = {"nll": e.mean()}
         loss = losses["nll"]
+        if settings.has_classifier:
+            odds = self.odds(normal, anomalous)
         if settings.classification_weight:
-            losses["classification"] = self.classification(normal, anomalous)
+            losses["classification"] = classification_loss(*odds, settings.smoothing)
             loss = loss + settings.classification_weight * losses["classification"]
         if settings.contrast_weight:
-            losses["contrast"] = self.contrast(z, e, anomalous, untouched)
+            if settings.contrast == "odds":
+                losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
+            else:
+                losses["contrast"] = self.contrast_of_latents(z, e, anomalous, untouched)
             loss = loss + settings.contrast_weight * losses["contrast"]
         return {"loss": loss, **losses}
 
-    def classification(self, normal: Tensor, anomalous: Tensor) -> Tensor:
-        """L_cls of normal rows (N, K) against rows of defects (A, K), and against as many normal ones with noise."""
+    def odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier's log-odds of normal rows (N, K): (N,), and of rows of defects (A, K) and as many normal ones
+        with noise: (2 A,)."""
         noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
         odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
-        return classification_loss(odds[: len(normal)], odds[len(normal) :], self.model.settings.smoothing)
+        return odds[: len(normal)], odds[len(normal) :]
 
-    def contrast(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor | None) -> Tensor:
+    def contrast_of_latents(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor | None) -> Tensor:
         """L_con of normal latents (N, K) and energies (N,) against rows of defects (A, K)."""
         settings = self.model.settings
         negative_box, log_det = self.model.latents(anomalous)

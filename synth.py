@@ -18,6 +18,7 @@ from kit.options import Parser
 from kit.shapes import Shape, as_shape, check_size, input_size, parsed_size, told
 
 SHEET_ROWS = 8
+BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 
 
@@ -139,12 +140,14 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def foreground(image: np.ndarray) -> np.ndarray:
     """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
-    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
+    distances from the border's median colour; the background is plain if nearly the whole border is near it, and half
+    of each of its sides: what fills a side is no object, but the selvedge of a fabric or the end of a strip."""
     border = np.ones(image.shape[:2], dtype=bool)
     border[8:-8, 8:-8] = False
     distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3)
     far = distance > otsu(distance)
-    if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
+    fullest = max(side.mean() for side in (far[:8], far[-8:], far[:, :8], far[:, -8:]))
+    if far[border].mean() > 0.1 or fullest > 0.5 or not 0.02 < far.mean() < 0.9:
         return np.ones_like(far)
     return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
 
@@ -218,8 +221,8 @@ def sheet(files: list[Path], shape: Shape, rng: np.random.Generator) -> Image.Im
         other = read_image(files[rng.integers(len(files))], shape)
         anomalous, mask, _ = synthesize(image, rng, other)
         panels = [draw.as_bytes(panel) for panel in (image, foreground(image), mask, anomalous)]
-        if shape[1] > 4 * shape[0]:
-            blocks.append(draw.below_each_other([draw.beside_each_other([panel]) for panel in panels]))
+        if draw.is_wide(Image.fromarray(panels[0])):
+            blocks.append(Image.fromarray(np.vstack([np.pad(panel, BELOW, constant_values=255) for panel in panels])))
         else:
             blocks.append(draw.beside_each_other(panels))
     return draw.below_each_other(blocks)

@@ -363,7 +363,7 @@ def option_parser() -> Parser:
     add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
-    add("--contrast", choices=("energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
+    add("--contrast", choices=("odds", "energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
     return parser
 

@@ -35,15 +35,15 @@ from kit.shapes import input_size  # noqa: E402
 from nearest import origins  # noqa: E402
 from synth import synthesize  # noqa: E402
 
-GLOBAL = {"local": False, "classification_weight": 0.0}
-LIKELIHOOD = {"classification_weight": 0.0}
+LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
     "the default": {},
-    "likelihood, one scale for all": GLOBAL,
+    "likelihood, one scale for all": LIKELIHOOD | {"local": False},
     "likelihood, local scale": LIKELIHOOD,
-    "+ contrast of energies 0.1": {"contrast_weight": 0.1},
-    "+ contrast by the cosine 0.1": {"contrast_weight": 0.1, "contrast": "cosine"},
-    "likelihood and contrast of energies 0.1, without classification": LIKELIHOOD | {"contrast_weight": 0.1},
+    "without the contrast": {"contrast_weight": 0.0},
+    "without the classification": {"classification_weight": 0.0},
+    "contrast of energies 0.1 instead": {"contrast_weight": 0.1, "contrast": "energy"},
+    "contrast by the cosine 0.1 instead": {"contrast_weight": 0.1, "contrast": "cosine"},
     "8 epochs": {"epochs": 8},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},

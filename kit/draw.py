@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from kit.files import write_atomically
@@ -53,7 +53,6 @@ def verdict_picture(
     """A `photograph` beside its anomaly map, both outlined where a defect is found; the true mask, if known; a colour
     bar; a line of text."""
     width, height = photo.size
-    bar_width = max(16, width // 16)
     heat, line = heat_and_line(verdict, photo.size)
     panels = {
         "input": np.where(line, np.uint8(RED), np.asarray(photo)),
@@ -61,21 +60,33 @@ def verdict_picture(
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
-    top = 2 * limits.heat  # of the colour bar
-    falling = np.linspace(top, 0, height)[:, None].repeat(bar_width, axis=1)
-    panels[""] = heat_colours(falling, limits.heat)
-    sheet = ImageOps.expand(beside_each_other(list(panels.values())), (0, bar_width, 4 * bar_width, bar_width), "white")
+    unit = max(16, width // (40 if is_wide(photo) else 16))  # of text, and of the colour bar
+    if is_wide(photo):  # below each other
+        places = [(0, unit + i * (height + unit)) for i in range(len(panels))]
+        right, bottom = width, len(panels) * (height + unit)
+    else:
+        places = [(i * (width + GAP), unit) for i in range(len(panels))]
+        right, bottom = len(panels) * (width + GAP) - GAP, unit + height
+    sheet = Image.new("RGB", (right + GAP + 5 * unit, bottom + unit), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(0.65 * bar_width)
+    font = ImageFont.load_default(0.65 * unit)
     said = "anomalous" if verdict.anomalous else "normal"
     title = f"{name}: {said}, score {verdict.score:.3f} (threshold {verdict.threshold:.3f})"
-    draw.text((3, 0.1 * bar_width), title, "black", font)
-    for i, label in enumerate(panels):
-        draw.text((i * (width + GAP) + 3, height + 1.1 * bar_width), label, "black", font)
-    right_of_bar = (len(panels) - 1) * (width + GAP) + 1.2 * bar_width
-    for share, label in ((0, f"{top:.2f}"), (0.5, f"{limits.heat:.2f} limit"), (1, "0")):
-        draw.text((right_of_bar, bar_width + share * (height - bar_width)), label, "black", font)
+    draw.text((3, 0.1 * unit), title, "black", font)
+    for (left, top), (label, panel) in zip(places, panels.items(), strict=True):
+        sheet.paste(Image.fromarray(panel), (left, top))
+        draw.text((left + 3, top + height + 0.1 * unit), label, "black", font)
+    highest = 2 * limits.heat  # of the colour bar
+    falling = np.linspace(highest, 0, bottom - unit)[:, None].repeat(unit, axis=1)
+    sheet.paste(Image.fromarray(heat_colours(falling, limits.heat)), (right + GAP, unit))
+    for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.heat:.2f} limit"), (1, "0")):
+        draw.text((right + GAP + 1.2 * unit, unit + share * (bottom - 2 * unit)), label, "black", font)
     return sheet
+
+
+def is_wide(photo: Image.Image) -> bool:
+    """Whether its panels are to stand below each other."""
+    return photo.width > 2 * photo.height
 
 
 def explanation(
@@ -84,7 +95,7 @@ def explanation(
     """From an image, as it is judged, to its verdict: the image, each of the `stages` (what it is, map) with its lowest
     and highest value, the joined map, and the sentence; three panels a row. Black is the lowest value, yellow the
     highest; the joined map's colours are those of all verdicts. Wide images stand below each other."""
-    columns = 1 if photo.width > 3 * photo.height else 3
+    columns = 1 if is_wide(photo) else 3
     panels = [(f"{name}", photo)]
     for title, values in stages:
         low, high = float(values.min()), float(values.max())

@@ -65,7 +65,7 @@ def test_an_error_on_one_machine_ends_all(category, tmp_path):
 
 
 def losses_of(run) -> list[list[float]]:
-    names = ("loss", "nll", "classification")
+    names = ("loss", "nll", "classification", "contrast")
     with open(run / "log.csv") as file:
         return [[float(row[name]) for name in names] for row in csv.DictReader(file)]
 

@@ -34,7 +34,7 @@ def log_of(run) -> list[dict]:
 
 def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
     rows = log_of(finished_run)
-    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "seconds"]
+    assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "contrast", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["nll"]) < float(rows[0]["nll"])
     assert Image.open(finished_run / "loss.png").width == 960
@@ -325,8 +325,8 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     for flag, value in (("--steps", 2), ("--classification-weight", 1), ("--contrast-weight", 1),
                         ("--contrast", "cosine"), ("--temperature", 2), ("--smoothing", 0)):  # fmt: skip
         attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
-    for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):  # by default there is no contrast
-        attempt(flag, value, words=[flag, "no effect", "--contrast-weight 0"])
+    for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):
+        attempt("--contrast-weight", 0, flag, value, words=[flag, "no effect", "--contrast-weight 0"])
     attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
     attempt("--no-local", "--bank", 99, words=["--bank", "no effect", "--no-local"])
     attempt("--method", "autoencoder", "--size", 100, words=["--size 100", "8"])
@@ -363,7 +363,7 @@ def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_
     shutil.copytree(category / "train", tmp_path / "data" / "train")
     monkeypatch.setattr("kit.good.CACHE_BYTES", 0)  # so that the workers decode
 
-    def spoil(model, rows, images):
+    def spoil(model, rows, images, positions):
         for path in (tmp_path / "data" / "train" / "good").iterdir():
             path.write_bytes(b"broken")
 
