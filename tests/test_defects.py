@@ -239,7 +239,8 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
         Image.new("L", (256, 256)).save(tmp_path / "black" / path.name)
     attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "marked"])
     attempt("--defect-masks", tmp_path / "empty", words=["--defect-masks has no effect without --defects"])
-    attempt(*crack, "--classification-weight", 0, words=["--classification-weight 0", "real defects"])
+    none = ["--classification-weight", 0, "--contrast-weight", 0]
+    attempt(*crack, *none, words=["--classification-weight 0", "real defects"])
     attempt(*crack, "--contrast-weight", 1, "--contrast", "cosine", words=["--contrast cosine"])
     for method in ("nearest", "autoencoder"):
         command = ["--data", category, "--out", tmp_path / "out", "--method", method]
