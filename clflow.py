@@ -20,7 +20,7 @@ from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew
 from kit.defects import COPIES, Defect, copies
-from kit.detector import Detector, Settings
+from kit.detector import Detector, Settings, side_of
 from kit.errors import InputError
 from kit.good import GoodImages, Pairs, to_tensor
 from kit.images import read_image, read_mask
@@ -28,7 +28,6 @@ from kit.processes import Processes
 from kit.progress import counted
 from kit.shapes import Shape
 from kit.training import Descent, Epoch, seed_epoch, shared
-from kit.verdict import standing_out
 from nearest import (
     CANDIDATES,
     CHUNK,
@@ -493,13 +492,15 @@ def defect_rows(model: CLFlow, defects: list[Defect]) -> Tensor:
 
 def whereabouts(model: CLFlow, defect: Defect, image: np.ndarray) -> np.ndarray:
     """Where a defect is in its image (H, W, 3), in the region of interest: by its mask; or, if it has none, where the
-    model's map stands out most. (H, W) bool."""
+    model's map stands out most. (H, W) bool. That is its highest thousandth, of 384 x 384 pixels at most: what else is
+    above the level of good images is half of it beside the defect (on screws; of the highest thousandth a sixth)."""
+    roi = model.roi.cpu().numpy()
     if defect.mask:
-        mask = read_mask(defect.mask, model.shape)
-    else:
-        maps, _ = model(to_tensor(image[None]))
-        mask = standing_out(maps[0].cpu().numpy(), model.thresholds())
-    return mask & model.roi.cpu().numpy()
+        return read_mask(defect.mask, model.shape) & roi
+    maps, _ = model(to_tensor(image[None]))
+    heat = np.where(roi, maps[0].cpu().numpy(), -np.inf)
+    count = max(1, round(side_of(model.pixels) ** 2 / 1000))
+    return (heat >= np.sort(heat, axis=None)[-count]) & roi
 
 
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:

@@ -447,7 +447,7 @@ def method_options(args: argparse.Namespace) -> dict:
 def check_learns_from_defects(options: dict) -> None:
     """Raises InputError if no loss would take rows of real defects."""
     if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
-        raise InputError("--classification-weight 0: then nothing learns from real defects; leave it out")
+        raise InputError("--classification-weight 0 --contrast-weight 0: then nothing learns from real defects")
     if options["contrast_weight"] != 0 and options["contrast"] == "cosine":
         raise InputError("--contrast cosine: asks for the same places without the defect, which real ones do not have")
 

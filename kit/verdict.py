@@ -134,14 +134,10 @@ def drift(scores: np.ndarray, normal: np.ndarray) -> str:
 def decide(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:
     """The verdict on an image with this score and map (H, W)."""
     anomalous = bool(score > limits.score)
-    found = standing_out(heat, limits) if anomalous else np.zeros(heat.shape, dtype=bool)
+    found = np.zeros(heat.shape, dtype=bool)
+    if anomalous:
+        found = heat >= (limits.heat if heat.max() >= limits.heat else np.quantile(heat, 0.999))
     return Verdict(float(score), limits.score, anomalous, regions_of(heat, found), heat, found)
-
-
-def standing_out(heat: np.ndarray, limits: Thresholds) -> np.ndarray:
-    """Where a defective image's map (H, W) is above what good images' maps reach, (H, W) bool; its highest thousandth
-    if it is so nowhere."""
-    return heat >= (limits.heat if heat.max() >= limits.heat else np.quantile(heat, 0.999))
 
 
 def regions_of(heat: np.ndarray, found: np.ndarray) -> list[Region]:

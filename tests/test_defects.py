@@ -79,10 +79,13 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         true = np.asarray(Image.fromarray(mask_of(test.path)).resize((192, 192))) > 0
         near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
         distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
-        assert 0 < found.mean() < 0.2 and np.median(distances) < 16
-    low = np.random.default_rng(0).permutation(192 * 192) / 1e6  # all of it is lower than what good images reach
-    found = clflow.standing_out(low, model.thresholds())
-    assert found.sum() == 37 and low[found].min() > low[~found].max()
+        maps, _ = model(torch.from_numpy(image).permute(2, 0, 1)[None])
+        heat = maps[0].numpy()
+        assert found.sum() == 37 and heat[found].min() > heat[~found].max()  # a thousandth of 192 x 192
+        assert np.median(distances) < 8
+    model.look_within(torch.arange(192).repeat(192, 1) < 10)  # nothing is there
+    found = clflow.whereabouts(model, Defect(test.path, None), image)
+    assert found.any() and not found[:, 10:].any()
 
 
 def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(model):
@@ -236,7 +239,8 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
         Image.new("L", (256, 256)).save(tmp_path / "black" / path.name)
     attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "marked"])
     attempt("--defect-masks", tmp_path / "empty", words=["--defect-masks has no effect without --defects"])
-    attempt(*crack, "--classification-weight", 0, words=["--classification-weight 0", "real defects"])
+    none = ["--classification-weight", 0, "--contrast-weight", 0]
+    attempt(*crack, *none, words=["--classification-weight 0", "real defects"])
     attempt(*crack, "--contrast-weight", 1, "--contrast", "cosine", words=["--contrast cosine"])
     for method in ("nearest", "autoencoder"):
         command = ["--data", category, "--out", tmp_path / "out", "--method", method]

@@ -118,7 +118,8 @@ def test_few_files_are_asked_each_time_and_none_is_forgotten(tmp_path, monkeypat
 def test_the_last_fifty_are_the_last_judged(tmp_path):
     """A camera that uses names again: a.png was judged twice, and last."""
     (tmp_path / "scores.csv").write_text("file,score\na.png,1\nb.png,2\na.png,3\n")
-    assert [(entry.name, entry.score) for entry in inspection.entries_of(tmp_path)] == [("b.png", 2), ("a.png", 3)]
+    entries = inspection.entries_of(tmp_path, tmp_path, tmp_path)
+    assert [(entry.name, entry.score) for entry in entries] == [("b.png", 2), ("a.png", 3)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
