@@ -346,6 +346,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
     feed = Feed(model, normal, painted_rows(model, pairs))
+    del normal  # the feed has what it needs of it: up to a gigabyte
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     held_out = []

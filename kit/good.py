@@ -21,7 +21,7 @@ from kit.progress import counted
 from kit.shapes import Shape
 from kit.windows import at_once
 
-CACHE_BYTES = 1e9  # of decoded images, on each machine: 1100 of 384x384
+CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
 PATCH = 512  # pixels a side of the part of a large image that is painted on
 
 # (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, box)

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,11 +61,21 @@ def join_processes() -> Processes:
 
 def keep_freed_memory() -> None:
     """Let glibc keep the big blocks that tensors free: to get them anew from the system takes a fifth longer."""
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
+    mallopt = glibc("mallopt")
+    if mallopt is None:
         return
     trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was kept, after something large: the next large thing would not fit into the holes."""
+    malloc_trim = glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def glibc(name: str) -> Callable | None:
+    """One of its functions, where it is the C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kit.processes import return_freed_memory
 from kit.shapes import UNIT
 
 PIXELS = 2**21  # at once, of all images of a batch together: two million
@@ -43,4 +44,5 @@ def in_windows(
             columns = slice((left - x) // stride, math.ceil((right - x) / stride))
             line.append([part[..., rows, columns] for part in found])
         lines.append([torch.cat(parts, dim=-1) for parts in zip(*line, strict=True)])
+    return_freed_memory()
     return [torch.cat(parts, dim=-2) for parts in zip(*lines, strict=True)]
