@@ -644,8 +644,8 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # energy it is not.
 #
 # **2 Additive couplings.** (part 4) Train a flow like that of `benchmarks/toy.py` with s = 0 and no scale:
-# `step.clamp = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about 0.16, instead of −0.21. Why
-# can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
+# `step.clamp = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about 0.16, instead of −0.21.
+# Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
 #
 # **3 The temperature.** (part 6) With f = 1 and eleven f_k from −1 to 1, which share of the gradient of
 # `clflow.info_nce` does the highest f_k get at τ = 0.1, 1 and 10? *Expect* 0.865, 0.204, 0.100. *Test:* the shares
