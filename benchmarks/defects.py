@@ -80,7 +80,8 @@ def shared(category: Path, args: argparse.Namespace) -> Shared:
         model.save(model_file)
         torch.save(rows, rows_file)
     model = CLFlow.restore(read_checkpoint(model_file), args.device)
-    return Shared(model, *torch.load(rows_file, weights_only=False), tests)  # written above
+    torch.serialization.add_safe_globals([Feed])
+    return Shared(model, *torch.load(rows_file, weights_only=True), tests)
 
 
 @torch.no_grad()
