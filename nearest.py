@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from kit import data
@@ -25,9 +26,12 @@ from kit.windows import at_once
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions in which the bank is chosen
+FARTHEST = 1024  # rows, among which the next ones for the bank are sought
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
 GROUP = 32  # prototypes, of which the best is sought first
+CELL = 64  # prototypes of a cell, in the mean
+LOOKED_INTO = 4  # cells: with them 99.6 % of rows find the prototype that they find among all
 TENTHS = 10
 ASKED = 40  # images, whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
@@ -37,7 +41,10 @@ class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each to its own 5
     nearest (after REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together:
     what is near, and what is far, has to be asked place by place. The bank (P, C) is kept less its `centre` (C,), with
-    its `origin` (P,): the number of the training image that each comes from."""
+    its `origin` (P,): the number of the training image that each comes from.
+
+    It is divided into cells, to be searched faster: of `cells` (K, C) each prototype belongs to the one whose mean it
+    is nearest to. The bank is in their order; the first `sizes[0]` prototypes are of the first cell."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -45,6 +52,8 @@ class Prototypes(nn.Module):
         self.register_buffer("bank", torch.zeros(0, channels))
         self.register_buffer("spacing", torch.ones(0))
         self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("cells", torch.zeros(0, channels))
+        self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` from normal rows (N, C), N >= P, of the training images with these numbers
@@ -62,41 +71,51 @@ class Prototypes(nn.Module):
             parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
         spacing = torch.cat(parts)
         self.spacing = spacing.clamp(min=1e-3 * float(spacing.mean()))  # equal vectors: no division by zero
+        self.divide()
+
+    def divide(self) -> None:
+        """Divide the bank into cells of some CELL prototypes, by k-means, and put it into their order."""
+        count = math.ceil(len(self.bank) / CELL)
+        means = KMeans(count, init="random", n_init=1, max_iter=10, random_state=0).fit(self.bank.cpu().numpy())
+        cell = torch.from_numpy(means.labels_).long().to(self.bank.device)
+        order = cell.argsort(stable=True)
+        self.bank, self.spacing, self.origin = self.bank[order], self.spacing[order], self.origin[order]
+        self.cells = torch.from_numpy(means.cluster_centers_).to(self.bank)
+        self.sizes = cell.bincount(minlength=count)
 
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
-        """Which prototype is nearest to each of rows (N, C): (N,). All distances at once would fill the memory, so they
-        are found in this many equal parts. Half the bits will do, since nearly equal distances may be mistaken for each
-        other. Prototypes that came from the training images with the numbers `without` (n,) do not count: so an image
-        is judged as if it, or what is like it, were new."""
-        keys = self.keys(dtype, without)
-        count = rows.shape[0] // parts  # not len(rows), which would fix the batch in an export
-        room = keys.new_empty(len(keys), count)  # used by all parts: to get new memory each time takes longer
-        found = []
-        for part in rows.view(parts, count, rows.shape[1]).unbind():
-            queries = F.pad((part - self.centre).to(dtype), (0, 2), value=1.0)
-            similarity = torch.mm(keys, queries.T, out=room).view(len(keys) // GROUP, GROUP, count)
-            # First the best group, by its best member, then the member: one search through all takes twice as long.
-            group = similarity.amax(dim=1).max(dim=0).indices
-            members = similarity[group, :, torch.arange(count, device=group.device)]
-            found.append(group * GROUP + members.max(dim=1).indices)
-        return torch.cat(found)
-
-    def keys(self, dtype: torch.dtype, without: Tensor | None) -> Tensor:
-        """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
-        (p, -|p|^2 / 2), for rows (y, 1). The second part is split into its coarse and its fine bits, in two columns; as
-        many keys as fill whole groups, (P', C + 2)."""
+        """Which prototype is nearest to each of rows (N, C): (N,). Half the bits will do, since nearly equal distances
+        may be mistaken for each other. Prototypes that came from the training images with the numbers `without` (n,) do
+        not count: so an image is judged as if it, or what is like it, were new. For `parts` see `among_all`."""
+        queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
         bias = self.bank.square().sum(dim=1) / -2
         if without is not None:
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
                 bias[is_out] = FAR
-        coarse = bias.to(dtype)
-        fine = (bias - coarse.float()).to(dtype)
-        keys = torch.cat((self.bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
-        missing = -len(keys) % GROUP
-        padding = keys.new_zeros(missing, keys.shape[1])
-        padding[:, -2] = FAR
-        return torch.cat((keys, padding))
+        keys = keys_of(self.bank, bias, dtype)
+        # An export can have no loop whose length depends on values, and on a GPU to start its steps takes longer.
+        if torch.compiler.is_compiling() or rows.device.type != "cpu":
+            return among_all(queries, keys, parts)
+        return self.among_cells(queries, keys)
+
+    def among_cells(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """`among_all`, but each query looks only into the LOOKED_INTO cells whose means are nearest to it."""
+        means = keys_of(self.cells, self.cells.square().sum(dim=1) / -2, queries.dtype)
+        looks = min(LOOKED_INTO, len(means))
+        cell = (queries @ means.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
+        order = cell.argsort(stable=True)
+        similarity = queries.new_empty(len(cell))
+        found = torch.empty_like(cell)
+        first = 0
+        counts = cell.bincount(minlength=len(means)).tolist()
+        for members, visitors in zip(keys.split(self.sizes.tolist()), order.split(counts), strict=True):
+            best = (queries[visitors // looks] @ members.T).max(dim=1)
+            similarity[visitors] = best.values
+            found[visitors] = first + best.indices
+            first += len(members)
+        best = similarity.view(-1, looks).argmax(dim=1, keepdim=True)
+        return found.view(-1, looks).gather(1, best)[:, 0]
 
     def away(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows (N, C) less the prototypes with these numbers (N,)."""
@@ -112,8 +131,36 @@ class Prototypes(nn.Module):
         return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 
 
+def keys_of(bank: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
+    (p, -|p|^2 / 2), for rows (y, 1). The second part, the `bias` (P,), is split into its coarse and its fine bits, in
+    two columns: (P, C + 2)."""
+    coarse = bias.to(dtype)
+    fine = (bias - coarse.float()).to(dtype)
+    return torch.cat((bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
+
+
+def among_all(queries: Tensor, keys: Tensor, parts: int) -> Tensor:
+    """The number of the key (P, C + 2) that is nearest to each of the queries (N, C + 2): (N,). All products at once
+    would fill the memory, so they are found in this many equal parts."""
+    missing = -len(keys) % GROUP
+    padding = keys.new_zeros(missing, keys.shape[1])
+    padding[:, -2] = FAR
+    keys = torch.cat((keys, padding))
+    count = queries.shape[0] // parts  # not len(queries), which would fix the batch in an export
+    room = keys.new_empty(len(keys), count)  # used by all parts: to get new memory each time takes longer
+    found = []
+    for part in queries.view(parts, count, queries.shape[1]).unbind():
+        similarity = torch.mm(keys, part.T, out=room).view(len(keys) // GROUP, GROUP, count)
+        # First the best group, by its best member, then the member: one search through all takes twice as long.
+        group = similarity.amax(dim=1).max(dim=0).indices
+        members = similarity[group, :, torch.arange(count, device=group.device)]
+        found.append(group * GROUP + members.max(dim=1).indices)
+    return torch.cat(found)
+
+
 def search_parts(height: int, width: int) -> int:
-    """Into how many equal parts `Prototypes.nearest` is to divide the rows of a batch of maps (height, width): each as
+    """Into how many equal parts `among_all` is to divide the rows of a batch of maps (height, width): each as
     many rows as eight lines of every map have, where that divides the height, less of long ones. With parts of one
     line, a single square image takes 1.7 times as long."""
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
@@ -124,14 +171,30 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     farthest from all that are chosen, in a few random directions (which keep distances, Johnson and Lindenstrauss)."""
     directions = torch.randn(rows.shape[1], SKETCH, generator=generator).to(rows) / math.sqrt(SKETCH)
     sketch = rows @ directions
-    squares = sketch.square().sum(dim=1)
-    chosen = [0]
-    distance = torch.full((len(rows),), torch.inf, device=rows.device)  # squared, to the nearest chosen row
-    for _ in range(count - 1):
-        new = chosen[-1]
-        distance = torch.minimum(distance, squares - 2 * (sketch @ sketch[new]) + squares[new])
-        chosen.append(int(distance.argmax()))
-    return torch.tensor(chosen, device=rows.device)
+    chosen = new = torch.zeros(1, dtype=torch.long, device=rows.device)
+    distance = torch.full((len(rows),), torch.inf, device=rows.device)  # to the nearest chosen row
+    while len(chosen) < count:
+        parts = zip(distance.split(CHUNK), sketch.split(CHUNK), strict=True)
+        distance = torch.cat([torch.minimum(d, torch.cdist(part, sketch[new]).amin(dim=1)) for d, part in parts])
+        new = next_farthest(sketch, distance)[: count - len(chosen)]
+        chosen = torch.cat((chosen, new))
+    return chosen
+
+
+def next_farthest(sketch: Tensor, distance: Tensor) -> Tensor:
+    """Which of the rows (N, S) the greedy choice takes next, in order, as far as a look at the FARTHEST of them
+    can tell: (k,), k >= 1. `distance` (N,) is how far each is from what is chosen. With each choice these only fall, so
+    that the farthest of the few is the farthest of all while it is not nearer than all others were."""
+    values, few = distance.topk(min(FARTHEST, len(distance)))
+    others = values[-1]
+    between = torch.cdist(sketch[few], sketch[few])
+    found = [0]
+    while len(found) < len(few):
+        values = torch.minimum(values, between[found[-1]])
+        if values.max() < others:
+            break
+        found.append(int(values.argmax()))
+    return few[torch.tensor(found, device=few.device)]
 
 
 def prototype_count(settings: Settings, positions: int) -> int:
