@@ -6,12 +6,14 @@ Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone; ro
 position of each image. A bank has P prototypes p."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from kit import data
@@ -75,13 +77,15 @@ class Prototypes(nn.Module):
 
     def divide(self) -> None:
         """Divide the bank into cells of some CELL prototypes, by k-means, and put it into their order."""
-        count = math.ceil(len(self.bank) / CELL)
-        means = KMeans(count, init="random", n_init=1, max_iter=10, random_state=0).fit(self.bank.cpu().numpy())
+        means = KMeans(math.ceil(len(self.bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of equal prototypes it makes fewer cells
+            means.fit(self.bank.cpu().numpy())
         cell = torch.from_numpy(means.labels_).long().to(self.bank.device)
         order = cell.argsort(stable=True)
         self.bank, self.spacing, self.origin = self.bank[order], self.spacing[order], self.origin[order]
-        self.cells = torch.from_numpy(means.cluster_centers_).to(self.bank)
-        self.sizes = cell.bincount(minlength=count)
+        found, self.sizes = cell.unique(return_counts=True)
+        self.cells = torch.from_numpy(means.cluster_centers_).to(self.bank)[found]
 
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). Half the bits will do, since nearly equal distances
@@ -93,16 +97,19 @@ class Prototypes(nn.Module):
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
                 bias[is_out] = FAR
-        keys = keys_of(self.bank, bias, dtype)
-        # An export can have no loop whose length depends on values, and on a GPU to start its steps takes longer.
+        # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
         if torch.compiler.is_compiling() or rows.device.type != "cpu":
-            return among_all(queries, keys, parts)
-        return self.among_cells(queries, keys)
+            return among_all(queries, keys_of(self.bank, bias, dtype), parts)
+        return self.among_cells(queries, bias)
 
-    def among_cells(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """`among_all`, but each query looks only into the LOOKED_INTO cells whose means are nearest to it."""
-        means = keys_of(self.cells, self.cells.square().sum(dim=1) / -2, queries.dtype)
-        looks = min(LOOKED_INTO, len(means))
+    def among_cells(self, queries: Tensor, bias: Tensor) -> Tensor:
+        """`among_all`, but each query looks only into the LOOKED_INTO cells whose means are nearest to it, of those
+        that have a prototype which counts."""
+        keys = keys_of(self.bank, bias, queries.dtype)
+        bias_of_means = self.cells.square().sum(dim=1) / -2
+        counting = torch.stack([(part > FAR).any() for part in bias.split(self.sizes.tolist())])
+        means = keys_of(self.cells, bias_of_means.where(counting, FAR), queries.dtype)
+        looks = min(LOOKED_INTO, int(counting.sum()))
         cell = (queries @ means.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
         order = cell.argsort(stable=True)
         similarity = queries.new_empty(len(cell))

@@ -22,7 +22,7 @@ from kit.shapes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows
 
-FORMAT = 8  # of the checkpoint
+FORMAT = 9  # of the checkpoint
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
 SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
 

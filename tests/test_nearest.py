@@ -28,6 +28,7 @@ def prototypes(bank) -> nearest.Prototypes:
     found.bank = bank - found.centre
     found.spacing = torch.ones(len(bank))
     found.origin = torch.zeros(len(bank), dtype=torch.long)
+    found.divide()
     return found
 
 
@@ -46,6 +47,51 @@ def test_half_the_bits_find_one_that_is_as_near():
     mine = prototypes(bank)
     far, near = (mine.away(rows, mine.nearest(rows, 1, dtype)).norm(dim=1) for dtype in (torch.bfloat16, torch.float32))
     assert (far / near).mean() < 1.002 and (far / near).max() < 1.03
+
+
+def clustered(count, generator) -> torch.Tensor:
+    """Rows (count, 16) around sixty places."""
+    places = 20 * torch.randn(60, 16, generator=generator)
+    return places[torch.randint(20, (count,), generator=generator)] + torch.randn(count, 16, generator=generator)
+
+
+def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    mine = prototypes(clustered(2000, generator))
+    rows = clustered(3000, generator)
+    expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
+    assert len(mine.cells) == 32 and (mine.nearest(rows, 1, torch.float32) == expected).float().mean() > 0.99
+    monkeypatch.setattr(nearest, "LOOKED_INTO", 1)
+    assert (mine.nearest(rows, 1, torch.float32) == expected).float().mean() < 0.99
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through all
+    assert torch.equal(mine.nearest(rows, 10, torch.float32), expected)
+
+
+def test_a_prototype_keeps_its_spacing_and_origin_in_its_cell():
+    mine = prototypes(clustered(500, torch.Generator().manual_seed(0)))
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    before = mine.bank[order]
+    mine.bank, mine.spacing, mine.origin = before, before[:, 0], torch.arange(500)
+    mine.divide()
+    assert torch.equal(mine.bank, before[mine.origin]) and torch.equal(mine.spacing, before[mine.origin, 0])
+    cell = torch.arange(len(mine.cells)).repeat_interleave(mine.sizes)
+    means = torch.stack([mine.bank[cell == number].mean(dim=0) for number in range(len(mine.cells))])
+    assert (torch.cdist(mine.bank, means).argmin(dim=1) == cell).float().mean() > 0.95  # k-means was stopped
+
+
+def test_a_cell_that_does_not_count_is_not_looked_into():
+    """All that is near the row is left out: it finds the nearest of what is left."""
+    near, far = torch.randn(600, 4), torch.tensor([[50.0, 0, 0, 0], [60, 0, 0, 0]])
+    mine = prototypes(torch.cat((near, far)))
+    mine.origin = (mine.bank + mine.centre)[:, 0].gt(40).long()  # the near ones are of image 0
+    (index,) = mine.nearest(torch.zeros(1, 4), 1, torch.float32, without=torch.tensor([0]))
+    assert mine.bank[index] + mine.centre == pytest.approx(far[0].numpy(), abs=1e-4)
+
+
+def test_equal_prototypes_make_fewer_cells():
+    mine = prototypes(torch.eye(4).repeat(50, 1))
+    assert len(mine.cells) <= 4 and mine.sizes.sum() == 200
+    assert torch.equal(mine.bank[mine.nearest(torch.eye(4), 1, torch.float32)] + mine.centre, torch.eye(4))
 
 
 def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch):
