@@ -6,7 +6,6 @@ Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python autoencoder.py 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +15,17 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
+from defaults import AutoencoderSettings
 from kit import data, draw
 from kit.backbone import BACKBONES
-from kit.detector import Detector, Settings, read_checkpoint
+from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError, run_script
 from kit.good import GoodImages, Pairs, loader, to_tensor
 from kit.images import read_image
 from kit.options import Parser
 from kit.owned import OwnFiles
 from kit.progress import counted
-from kit.shapes import Shape, as_shape, as_text
+from kit.sizes import as_shape, as_text
 from kit.training import Descent, Epoch, seed_epoch, shared
 from kit.windows import PIXELS
 from nearest import Prototypes, origins, prototype_count, spread
@@ -94,20 +94,6 @@ class Projection(nn.Module):
         """The convex combination C skip + (1 - C) x, mirrored: where the image is corrupted, x, the decoder, counts."""
         gate = self.gates[level](torch.cat((skip, x), dim=1)).sigmoid()
         return self.mirror[level](torch.lerp(x, skip, gate))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderSettings(Settings):
-    """The options of the autoencoder, and their defaults."""
-
-    method: str = "autoencoder"
-    size: int | Shape = 256
-    epochs: int = 20
-    batch: int = 8  # images
-    lr: float = 2e-3
-    textures: str | None = None
-    backbone: str = "resnet18"
-    bank: int = 4000
 
 
 class Autoencoder(Detector):

@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from defaults import CLFlowSettings
 from flows import Flow2D
 from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew
 from kit.defects import COPIES, Defect, copies
-from kit.detector import Detector, Settings, side_of
+from kit.detector import Detector, side_of
 from kit.errors import InputError
 from kit.good import GoodImages, Pairs, to_tensor
 from kit.images import read_image, read_mask
 from kit.processes import Processes
 from kit.progress import counted
-from kit.shapes import Shape
 from kit.training import Descent, Epoch, seed_epoch, shared
 from nearest import (
     CANDIDATES,
@@ -48,40 +48,6 @@ IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
 STEPS_PER_EPOCH = 50
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLFlowSettings(Settings):
-    """The options of CL-Flow, and their defaults."""
-
-    method: str = "clflow"
-    size: int | Shape = 384
-    epochs: int = 3
-    batch: int = 8192  # rows
-    lr: float = 2e-3
-    textures: str | None = None
-    defects: str | None = None  # folder of real ones
-    defect_masks: str | None = None
-    corrections: str | None = None  # file
-    backbone: str = "resnet18"
-    bank: int = 8000
-    local: bool = True
-    steps: int = 2  # of the flow
-    classification_weight: float = 1.0
-    smoothing: float = 0.1
-    contrast_weight: float = 1.0
-    contrast: str = "odds"  # or "energy", or "cosine"
-    temperature: float = 1.0
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether there is a loss that trains one."""
-        return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
-
-    @property
-    def needs_untouched(self) -> bool:
-        """Whether a loss compares rows of defects with those of the same places without them."""
-        return self.contrast_weight > 0 and self.contrast == "cosine"
 
 
 # ---------------------------------------------------------------- features -> rows -> energies

@@ -1,6 +1,11 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
+from command_line import evaluation_options
+from kit.errors import InputError, run_script
+
+if __name__ == "__main__":
+    run_script(evaluation_options)  # once before PyTorch is imported: what is wrong with them need not wait for it
 
 # isort: split
 import argparse
@@ -16,15 +21,14 @@ from PIL import Image
 
 from kit import data, draw, runs
 from kit.calibration import recalibrate
-from kit.detector import FALSE_ALARM, Detector
-from kit.errors import InputError, run_script
+from kit.detector import Detector
 from kit.files import held, write_atomically, write_text
 from kit.images import read_image
 from kit.inspection import Inspection, judge_new, sentence, usable
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
-from kit.options import Parser, flag_of, is_given, pick_device, refuse_inside, refuse_without_effect
+from kit.options import refuse_inside
 from kit.owned import OwnFiles
-from kit.processes import Processes, join_processes, keep_freed_memory
+from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
@@ -185,63 +189,8 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thre
 # ---------------------------------------------------------------- the command line
 
 
-def option_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("run", type=Path, help="run folder with model.pt in it, or a checkpoint")
-    add("--data", type=Path, help="category with test/, instead of the one it was trained on")
-    add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
-    add("--watch", action="store_true", default=None, help="with --images FOLDER: judge what arrives there, too")
-    add("--explain", type=Path, metavar="IMAGE", help="draw what happens to this image, step by step, instead")
-    add("--export", type=Path, metavar="FILE", help="write a torch.export program instead, or FILE.onnx")
-    add(
-        "--curve",
-        action="store_true",
-        default=None,
-        help="measure each epoch that train.py --keep-epochs kept, instead",
-    )
-    add("--recalibrate", type=Path, metavar="FOLDER", help="take the threshold from these new good images instead")
-    add(
-        "--out",
-        type=Path,
-        help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds, or file for --explain",
-    )
-    add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
-    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
-    add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
-    return parser
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """Raises InputError if options contradict each other, or have no effect beside each other."""
-    modes = [
-        name
-        for name in ("data", "images", "explain", "export", "curve", "recalibrate")
-        if is_given(getattr(args, name))
-    ]
-    if len(modes) > 1:
-        raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} are two different things to do; give one")
-    if args.export:
-        refuse_without_effect(args, ["out", "false_alarm", "skip_bad", "device"], "with --export")
-    if args.curve:
-        refuse_without_effect(args, ["out", "false_alarm"], "with --curve")
-    if args.recalibrate:
-        refuse_without_effect(args, ["out"], "with --recalibrate")
-    if args.explain:
-        refuse_without_effect(args, ["skip_bad"], "with --explain")
-    if args.watch:
-        refuse_without_effect(args, ["skip_bad"], "with --watch")
-    if not args.images:
-        refuse_without_effect(args, ["watch"], "without --images FOLDER")
-    if not modes:
-        refuse_without_effect(args, ["out"], "without --images, --data or --explain")
-    if args.false_alarm is not None and not 0 < args.false_alarm < 1:
-        raise InputError(f"--false-alarm {args.false_alarm}: out of range, give a share between 0 and 1")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    args = option_parser().parse_args(arguments)
-    check_options(args)
+    args = evaluation_options(arguments)
     processes = join_processes()
     device = pick_device(args.device, processes.local_rank)
     if args.curve:

@@ -8,7 +8,6 @@ position of each image. A bank has P prototypes p."""
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,14 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
+from defaults import NearestSettings
 from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew, blocks
-from kit.detector import Detector, Settings
+from kit.detector import Detector
 from kit.good import GoodImages
 from kit.progress import counted
-from kit.shapes import Shape
+from kit.settings import Settings
 from kit.training import Epoch
 from kit.windows import at_once
 
@@ -247,17 +247,6 @@ def alike_in_order(model: Detector, good: GoodImages) -> float:
 
 
 # ---------------------------------------------------------------- the detector
-
-
-@dataclass(frozen=True, kw_only=True)
-class NearestSettings(Settings):
-    """The options of the nearest neighbour, and their defaults."""
-
-    method: str = "nearest"
-    size: int | Shape = 384
-    backbone: str = "resnet18"
-    bank: int = 8000
-    local: bool = True
 
 
 class Nearest(Detector):

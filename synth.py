@@ -15,7 +15,8 @@ from kit.detector import side_of
 from kit.errors import run_script
 from kit.images import read_image
 from kit.options import Parser
-from kit.shapes import Shape, as_shape, check_size, input_size, parsed_size, told
+from kit.shapes import input_size, told
+from kit.sizes import Shape, as_shape, check_size, parsed_size
 
 SHEET_ROWS = 8
 BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clflow
 import synth
+from defaults import CLFlowSettings
 from flows import Flow2D
 from kit.backbone import as_rows
 from kit.errors import InputError
@@ -230,7 +231,7 @@ class Given(torch.nn.Module):
     def __init__(self, **settings):
         super().__init__()
         given = {"classification_weight": 0.3, "smoothing": 0.2, "contrast_weight": 0.7, "temperature": 0.5}
-        self.settings = clflow.CLFlowSettings(images=2, held_out=1, batch=80, **given | settings)
+        self.settings = CLFlowSettings(images=2, held_out=1, batch=80, **given | settings)
 
     def latents(self, rows):
         return 1.5 * rows, rows[:, 0]
@@ -332,7 +333,7 @@ def test_whitening_needs_float64_on_the_cpu_only():
         clflow.Whitening(3, 2).fit(torch.randn(100, 3))
 
 
-SETTINGS = clflow.CLFlowSettings(backbone="efficientnet_lite0", size=64, images=5, held_out=1, bank=40)
+SETTINGS = CLFlowSettings(backbone="efficientnet_lite0", size=64, images=5, held_out=1, bank=40)
 CHANNELS = 40 + 112
 
 

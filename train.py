@@ -1,6 +1,11 @@
 """Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
+from command_line import training_options
+from kit.errors import InputError, run_script
+
+if __name__ == "__main__":
+    run_script(training_options)  # once before PyTorch is imported: what is wrong with them need not wait for it
 
 # isort: split
 import argparse
@@ -14,22 +19,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from defaults import OPTIONS
 from kit import data, draw, runs, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
 from kit.corrections import Corrections, read_corrections
 from kit.defects import Defect, fingerprints, list_defects
 from kit.demo import draw_demo
-from kit.detector import FALSE_ALARM, Detector, Settings, read_checkpoint
-from kit.errors import InputError, run_script
+from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_table, write_text
 from kit.good import GoodImages, held_out_count, split
 from kit.images import read_region, shape_in_file
 from kit.inspection import Inspection, usable
 from kit.measuring import report, results_table
-from kit.options import Parser, check_range, is_given, pick_device, refuse_without_effect
+from kit.options import refuse_without_effect
 from kit.owned import OwnFiles
-from kit.processes import Processes, join_processes, keep_freed_memory
+from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.settings import FALSE_ALARM, Settings
+from kit.sizes import Shape, as_shape
 from kit.training import Epoch
 from methods import METHODS, load
 
@@ -212,7 +219,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             target = out / category.resolve().name / f"seed{seed}" if several else out
             runs.check_out(target, category, read_folders, args.resume)
             size = shapes.input_size(options["size"], files)
-            settings = METHODS[args.method].detector.SETTINGS(
+            settings = OPTIONS[args.method].settings(
                 seed=seed,
                 data=str(category.resolve()),
                 category=category.resolve().name,
@@ -221,7 +228,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
                 taught=taught,
                 **options | {"size": size},
             )
-            roi = region_of_interest(args.roi, files, shapes.as_shape(size))
+            roi = region_of_interest(args.roi, files, as_shape(size))
             planned.append(Run(category, files, settings, target, roi, defects))
     return planned
 
@@ -235,7 +242,7 @@ def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[De
     return [defect for defect in found if defect.path in good]
 
 
-def region_of_interest(mask: Path | None, files: list[Path], judged_in: shapes.Shape) -> np.ndarray | None:
+def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -> np.ndarray | None:
     """What --roi marks on images like `files`, as large as they are judged in: (H, W) bool. Raises InputError if it has
     another shape than they have."""
     if mask is None:
@@ -312,146 +319,6 @@ def write_results(planned: list[Run], out: Path) -> None:
     print(f"{table}wrote {out / 'results.json'} and {out / 'table.md'}")
 
 
-# ---------------------------------------------------------------- the command line
-
-
-def option_parser() -> Parser:
-    """All options; the defaults of those that belong to a method stand in methods.py, and here they are None."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
-    add(
-        "--method",
-        type=method_name,
-        metavar="{" + ",".join(METHODS) + "}",
-        default="clflow",
-        help="clflow, the default, or one of the others, each in the file of its name",
-    )
-    add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
-    add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
-    add("--defects", type=Path, help="folder of images with real defects, to learn from beside the painted ones")
-    add("--defect-masks", type=Path, metavar="FOLDER", help="of their masks; ../ground_truth/<name> if not given")
-    add("--corrections", type=Path, metavar="FILE", help="corrections.json, which a page of evaluate.py wrote")
-    add("--epochs", type=int, help=default_text("epochs"))
-    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
-    add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
-    size_help = "as many pixels as SIZE x SIZE, in the shape of the good images; or HEIGHTxWIDTH, or native"
-    add("--size", type=shapes.parsed_size, help=default_text("size", size_help))
-    add(
-        "--roi", type=Path, metavar="MASK", help="picture, of the shape of the images: what is white in it is looked at"
-    )
-    add("--seed", type=int, default=0, help="(0)")
-    add("--seeds", type=int, default=1, help="train this many, from SEED on, and write the table of their results (1)")
-    add("--resume", action="store_true", default=None, help="go on where a stopped run was after its last whole epoch")
-    add(
-        "--keep-epochs",
-        action="store_true",
-        default=None,
-        help="keep epoch_NN.pt of each epoch, for evaluate.py --curve",
-    )
-    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
-    add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
-    add = parser.add_argument_group("the backbone and its prototypes").add_argument
-    backbones = "a ResNet of torchvision, or efficientnet_lite0"
-    add("--backbone", choices=BACKBONES, metavar="NAME", help=default_text("backbone", backbones))
-    add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
-    add("--bank", type=int, help=default_text("bank", "prototypes, normal features that cover all others"))
-    local = "see features on the scale of the prototypes' spacing there"
-    add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
-    add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
-    add("--steps", type=int, help=default_text("steps", "flow steps"))
-    add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
-    add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
-    add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
-    add("--contrast", choices=("odds", "energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
-    add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
-    return parser
-
-
-def method_name(name: str) -> str:
-    """A method's name. Raises argparse's error for anything else; the former name of one is told."""
-    if name == "patchcore":
-        hint = "is called nearest now; PatchCore's own distance is --method nearest --no-local"
-        raise argparse.ArgumentTypeError(f"patchcore {hint}")
-    if name not in METHODS:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(METHODS)}")
-    return name
-
-
-def default_text(name: str, meaning: str = "") -> str:
-    """The help of an option: its meaning, and its default for each method and for the demo, where they differ."""
-    defaults = []
-    for label, method in METHODS.items():
-        if name in method.defaults:
-            text = f"{label} {method.defaults[name]}"
-            if name in method.demo_defaults:
-                text += f", demo {method.demo_defaults[name]}"
-            defaults.append(text)
-    return f"{meaning} ({'; '.join(defaults)})".strip()
-
-
-RANGES = {
-    "seed": (0, 2**31),
-    "seeds": (1, 99),
-    "epochs": (1, 9999),
-    "batch": (1, 1_000_000),
-    "lr": (1e-9, 1),
-    "bank": (10, 100_000),
-    "steps": (1, 64),
-    "temperature": (1e-3, 1e3),
-    "smoothing": (0, 0.9),
-    "classification_weight": (0, 1e3),
-    "contrast_weight": (0, 1e3),
-}
-
-
-def method_options(args: argparse.Namespace) -> dict:
-    """The options of args.method, given or by default. Raises InputError if one is out of range or has no effect."""
-    method = METHODS[args.method]
-    others = {name for other in METHODS.values() for name in other.defaults} - set(method.defaults)
-    refuse_without_effect(args, sorted(others), f"with --method {args.method}")
-    options = dict(method.defaults)
-    if args.is_demo:
-        options.update(method.demo_defaults)
-    for name in options:
-        if is_given(getattr(args, name)):
-            options[name] = getattr(args, name)
-    for name, (low, high) in RANGES.items():
-        if name in options or name in ("seed", "seeds"):
-            check_range(name, options.get(name, getattr(args, name)), low, high)
-    shapes.check_size(options["size"])
-    classifies = options.get("classification_weight") != 0
-    contrasts = options.get("contrast_weight") != 0
-    if not classifies:
-        refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
-    if not contrasts:
-        refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
-    if args.method == "clflow" and not options["local"]:
-        refuse_without_effect(args, ["bank"], "with --no-local")
-    if not args.defects:
-        refuse_without_effect(args, ["defect_masks"], "without --defects")
-    if args.defects or args.corrections:
-        check_learns_from_defects(options)
-    if args.textures:
-        options["textures"] = str(args.textures.resolve())
-    for name in ("defects", "defect_masks", "corrections"):
-        if getattr(args, name):
-            options[name] = str(getattr(args, name).resolve())
-    if args.roi:
-        options["roi"] = str(args.roi.resolve())
-    if not method.is_trained:
-        refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
-    return options
-
-
-def check_learns_from_defects(options: dict) -> None:
-    """Raises InputError if no loss would take rows of real defects."""
-    if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
-        raise InputError("--classification-weight 0 --contrast-weight 0: then nothing learns from real defects")
-    if options["contrast_weight"] != 0 and options["contrast"] == "cosine":
-        raise InputError("--contrast cosine: asks for the same places without the defect, which real ones do not have")
-
-
 def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
@@ -463,9 +330,9 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = option_parser().parse_args(arguments)
-    args.is_demo = args.data is None
-    options = method_options(args)
+    args, options = training_options(arguments)
+    if options["backbone"] not in BACKBONES:
+        raise InputError(f"--backbone {options['backbone']}: is none of {', '.join(BACKBONES)}")
     processes = join_processes()
     args.device = pick_device(args.device, processes.local_rank)
     out = args.out or Path("runs", "demo" if args.is_demo else args.data.resolve().name)

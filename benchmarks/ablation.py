@@ -23,7 +23,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from clflow import CLFlowSettings, Rows  # noqa: E402
+from clflow import Rows  # noqa: E402
+from defaults import CLFlowSettings  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402

@@ -26,7 +26,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from clflow import CLFlow, CLFlowSettings, Feed  # noqa: E402
+from clflow import CLFlow, Feed  # noqa: E402
+from defaults import CLFlowSettings  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.defects import Defect  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402

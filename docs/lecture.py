@@ -36,7 +36,8 @@ import clflow
 import nearest
 import synth
 from benchmarks import toy
-from clflow import CLFlow, CLFlowSettings
+from clflow import CLFlow
+from defaults import CLFlowSettings, NearestSettings
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
 from kit import data, draw
 from kit.backbone import as_rows
@@ -46,7 +47,7 @@ from kit.images import load_image, read_image, read_mask
 from kit.measuring import judge_tests, measure
 from kit.metrics import image_metrics
 from kit.processes import ALONE
-from nearest import Nearest, NearestSettings, Prototypes
+from nearest import Nearest, Prototypes
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70

@@ -6,7 +6,7 @@ Shapes: images (B, 3, H, W) in [0, 1], H x W being the detector's; energies (B, 
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ from torchvision.transforms.functional import gaussian_blur
 from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
-from kit.shapes import Shape, as_shape
+from kit.settings import Settings
+from kit.sizes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows
 
 FORMAT = 9  # of the checkpoint
-FALSE_ALARM = 0.02  # default share of good images that may be flagged
 SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
 
 
@@ -62,22 +62,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         # float32, and the search twice as long.
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a detector was made with: plain values, which the checkpoint keeps. These are facts; each method's own class
-    adds its options, with their defaults. `size` and `backbone` are among them."""
-
-    method: str
-    images: int  # good ones, of which
-    held_out: int  # calibrate and are not trained on
-    seed: int = 0
-    data: str = ""  # the folder they came from
-    category: str = ""  # its name
-    false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
-    roi: str | None = None  # the picture that marks the region of interest
-    taught: tuple[tuple[str, str], ...] = ()  # images beside those of `data`: path and hash of each
 
 
 class Detector(nn.Module):

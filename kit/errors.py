@@ -7,9 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-import torch
-import torch.distributed as dist
-
 AFTER_THE_FIRST = 2.0  # seconds that other processes wait with an error
 
 
@@ -27,7 +24,16 @@ def one_line(error: BaseException) -> str:
 
 def is_of_another_process(error: RuntimeError) -> bool:
     """Whether it only says that a process that shares the work has gone: Gloo's errors have no class of their own."""
+    import torch.distributed as dist  # not above, so that a command line is read without it
+
     return isinstance(error, dist.DistBackendError) or "/gloo/transport/" in str(error)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says that a GPU's memory is full."""
+    import torch
+
+    return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def is_first() -> bool:
@@ -81,9 +87,11 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         if is_first():
             print(on_interrupt, file=sys.stderr)
         sys.exit(128 + number)
-    except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError) as error:
         fail(one_line(error))
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            fail(one_line(error))
         if not is_of_another_process(error):
             raise
         fail(f"another process of this run has ended; see what it says, on its machine ({one_line(error)})")

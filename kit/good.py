@@ -18,7 +18,7 @@ from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import ALONE, Processes
 from kit.progress import counted
-from kit.shapes import Shape
+from kit.sizes import Shape
 from kit.windows import at_once
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384

@@ -1,10 +1,9 @@
-"""What the scripts' command lines share: errors in one line, ranges, options without effect, the device."""
+"""What the scripts' command lines share: errors in one line, ranges, options without effect. No PyTorch here: its
+import takes seconds."""
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-
-import torch
 
 from kit.errors import InputError
 
@@ -48,18 +47,3 @@ def refuse_inside(out: Path, folder: Path) -> None:
     """Raises InputError if --out is a folder that is read, or lies in it: a later call would read what this wrote."""
     if is_inside(out, folder):
         raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside")
-
-
-def pick_device(name: str | None, local_rank: int) -> str:
-    """The device called `name`; for None a GPU where there is one, each process of a machine its own.
-    Raises InputError if it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local_rank}"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        hint = "; start one process for each GPU, or give --device cpu" if local_rank else ""
-        raise InputError(f"--device {name}: not available here ({error!r:.200}){hint}") from error
-    return name

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that share the work."""
+"""Several processes, started by torchrun, that share the work; the device of each."""
 
 import ctypes
 import os
@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+
+from kit.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,21 @@ def join_processes() -> Processes:
     if not here.first:
         sys.stdout = open(os.devnull, "w", errors="replace")
     return here
+
+
+def pick_device(name: str | None, local_rank: int) -> str:
+    """The device called `name`; for None a GPU where there is one, each process of a machine its own.
+    Raises InputError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        hint = "; start one process for each GPU, or give --device cpu" if local_rank else ""
+        raise InputError(f"--device {name}: not available here ({error!r:.200}){hint}") from error
+    return name
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kit.processes import return_freed_memory
-from kit.shapes import UNIT
+from kit.sizes import UNIT
 
 PIXELS = 2**21  # at once, of all images of a batch together: two million
 CORE = 1024  # pixels a side of a window, at most, without what is seen around it

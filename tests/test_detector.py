@@ -11,9 +11,10 @@ from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data
-from kit.detector import FORMAT, Detector, Settings, anomaly_map, image_score, read_checkpoint, smoothed
+from kit.detector import FORMAT, Detector, anomaly_map, image_score, read_checkpoint, smoothed
 from kit.errors import InputError
 from kit.images import read_image
+from kit.settings import Settings
 from methods import load
 
 

@@ -1,11 +1,14 @@
 import argparse
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import script
+from helpers import ROOT, script
 
 from kit.errors import InputError, one_line, run_script
-from kit.options import check_range, pick_device, refuse_without_effect
+from kit.options import check_range, refuse_without_effect
+from kit.processes import pick_device
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,12 @@ def test_options():
         pick_device("x", local_rank=0)
     with pytest.raises(InputError, match="one process for each GPU"):
         pick_device("cuda", local_rank=77)
+
+
+def test_a_command_line_is_read_without_pytorch():
+    """Its import takes seconds, and --help need not wait for it."""
+    code = "import sys, kit, command_line, kit.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    for name, flag in (("train.py", "--weights"), ("evaluate.py", "--explain")):
+        result = script(name, "--help")
+        assert result.returncode == 0 and flag in result.stdout and not result.stderr

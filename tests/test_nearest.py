@@ -12,6 +12,7 @@ from scipy.spatial import distance
 import evaluate
 import nearest
 import train
+from defaults import NearestSettings
 from kit import data
 from kit.backbone import BACKBONES
 from kit.good import split
@@ -114,7 +115,7 @@ def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
 @pytest.mark.parametrize("local", [True, False])
 def test_energies_by_hand(monkeypatch, local):
     """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
-    settings = nearest.NearestSettings(backbone=LITE[1], size=16, images=3, held_out=1, bank=3, local=local)
+    settings = NearestSettings(backbone=LITE[1], size=16, images=3, held_out=1, bank=3, local=local)
     model = nearest.Nearest(settings)
     model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
     model.prototypes.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))

@@ -11,7 +11,7 @@ from PIL import Image
 import evaluate
 import synth
 import train
-from kit import shapes
+from kit import shapes, sizes
 from kit.data import read_batch
 from kit.errors import InputError
 from kit.images import read_region, shape_in_file
@@ -26,9 +26,9 @@ STRIP = (64, 320)  # (height, width) of drawn strips
 def test_what_stands_behind_size(text, size):
     if size is None:
         with pytest.raises(argparse.ArgumentTypeError, match=text):
-            shapes.parsed_size(text)
+            sizes.parsed_size(text)
     else:
-        assert shapes.parsed_size(text) == size and shapes.as_text(size) == text
+        assert sizes.parsed_size(text) == size and sizes.as_text(size) == text
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_stands_behind_size(text, size):
 )
 def test_sizes_out_of_range_are_refused(size, word):
     with pytest.raises(InputError, match=word):
-        shapes.check_size(size)
+        sizes.check_size(size)
 
 
 def images_of(folder, *all_of_them):
