@@ -1,9 +1,10 @@
-"""Small defects in photographs of 13 megapixels, made from real images: are they found, in what time and memory?
+"""Small defects in photographs of 12 megapixels, made from real images: are they found, in what time and memory?
 
 python benchmarks/large.py mvtec/screw --weights resnet18.pth --out large      # some ten minutes on two cores
 
-A photograph is 13 x 10 tiles, good images of the category, drawn at random, at 320 x 320. 20 such are learnt from; of
-20 others half have one tile of a defective image, one of those with the smallest defects."""
+A photograph is 9 x 7 tiles of 448 x 448. 20 of good images, drawn at random, are learnt from. 20 others are each of one
+good test image, in all places; but in half of them one tile is a defective image, of those with the smallest defects.
+"""
 
 import argparse
 import csv
@@ -19,8 +20,8 @@ from benchmarks.speed import run_measured  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.images import load_image, marked  # noqa: E402
 
-TILE = 320  # pixels
-DOWN, ACROSS = 10, 13
+TILE = 448  # pixels
+DOWN, ACROSS = 7, 9
 LEARNT_FROM = 20
 TESTS = 10  # of each kind
 
@@ -60,14 +61,15 @@ def draw_all(category: Path, to: Path) -> dict[str, Box]:
     rng = np.random.default_rng(0)
     good = [tile(path) for path in data.list_images(data.good_folder(category))]
     other = [tile(test.path) for test in data.labelled_images(category) if not test.anomalous]
-    for folder, tiles, count in (("train", good, LEARNT_FROM), ("new/good", other, TESTS)):
+    for folder in ("train", "new/good", "new/bad"):
         (to / folder).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            photograph_of(tiles, rng).save(to / folder / f"{i:02}.png", compress_level=1)
-    (to / "new" / "bad").mkdir(exist_ok=True)
+    for i in range(LEARNT_FROM):
+        photograph_of(good, rng).save(to / "train" / f"{i:02}.png", compress_level=1)
+    for i in range(TESTS):
+        photograph_of(other[i : i + 1], rng).save(to / "new" / "good" / f"{i:02}.png", compress_level=1)
     boxes = {}
     for i, (path, mask) in enumerate(smallest_defects(category)):
-        whole = photograph_of(other, rng)
+        whole = photograph_of(other[TESTS + i : TESTS + i + 1], rng)
         x, y = corner(int(rng.integers(DOWN * ACROSS)))
         whole.paste(tile(path), (x, y))
         whole.save(to / "new" / "bad" / f"{i:02}.png", compress_level=1)
