@@ -161,12 +161,7 @@ class Autoencoder(Detector):
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
         per_image = math.ceil(CANDIDATES / len(files))
-        parts = []
-        for images in data.batches(files, self.shape):
-            moved = self.moved(images)
-            is_inside = self.inside(moved.shape[2:])
-            parts.append(spread(moved, is_inside, per_image, generator))
-        rows = torch.cat(parts)
+        rows, is_inside = spread(map(self.moved, data.batches(files, self.shape)), self, per_image, generator)
         count = prototype_count(self.settings, int(is_inside.sum()))
         self.prototypes.fit(rows, origins(rows, range(len(files))), count, generator)
 

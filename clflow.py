@@ -308,51 +308,25 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, pairs)
     if progress is None:
-        model.fit(*candidates(normal, good, settings.seed), normal.positions)
+        model.fit(*candidates(normal, good, settings.seed), int(normal.inside.sum()))
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
     feed = Feed(model, normal, painted_rows(model, pairs))
     del normal  # the feed has what it needs of it: up to a gigabyte
 
-    # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
-    held_out = []
-    for images in data.batches(good.held_out, model.shape):
-        held_out += model.in_windows(lambda part: [model.encode(part).half()], images)
-
-    def calibrate() -> None:
-        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
-
-    def learn_anew(feed: Feed, number: int, what: str) -> None:
-        """Another training, which has this number, in place of the present one."""
-        seed_epoch(settings.seed, settings.epochs + 1 + number)
-        model.renew_experts()
-        for _ in epochs(model, feed, good.processes, what=what):
-            pass
-        calibrate()
-
-    # Rows of real defects, if any are given: where their masks are, or where they stand out after a first training.
-    trained = model.flow, model.classifier
+    # Rows of real defects, if any are given.
+    held_out = held_out_codes(model, good)
     if good.defects:
-        if not all(defect.mask for defect in good.defects):
-            print("a first training, to find where the defects without masks are", flush=True)
-            learn_anew(feed, FOLDS, "first training, epoch")
-        feed = feed.beside(defect_rows(model, good.defects))
-        model.flow, model.classifier = trained
+        feed = feed.beside(real_rows(model, feed, held_out, good))
 
+    # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
-        calibrate()
+        calibrate(model, held_out, good)
         yield epoch
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
-    scores = {}
-    for fold in range(FOLDS):
-        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
-        scores |= as_new.scores(model, fold)
-    model.flow, model.classifier = trained
-    calibrate()
-    as_new.settle(model, scores)
+    calibrate_as_new(model, feed, held_out, good)
 
 
 def epochs(
@@ -374,18 +348,65 @@ def epochs(
         yield descent.epoch(number, steps, processes)
 
 
+def learn_anew(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages, number: int, what: str) -> None:
+    """Another training, which has this number, in place of the present one, and the calibration after it."""
+    seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
+    model.renew_experts()
+    for _ in epochs(model, feed, good.processes, what=what):
+        pass
+    calibrate(model, held_out, good)
+
+
+# ---------------------------------------------------------------- the calibration
+
+
+def held_out_codes(model: CLFlow, good: GoodImages) -> list[Tensor]:
+    """Maps w (B, K, h, w) of the held-out images, with half the bits, batch by batch."""
+    codes = []
+    for images in data.batches(good.held_out, model.shape):
+        codes += model.in_windows(lambda part: [model.encode(part).half()], images)
+    return codes
+
+
+def calibrate(model: CLFlow, held_out: list[Tensor], good: GoodImages) -> None:
+    """The calibration on the held-out images, from their maps w."""
+    model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
+
+
+def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> None:
+    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
+    classifier that the others have taught."""
+    settings = model.settings
+    trained = model.flow, model.classifier
+    as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
+
+    def known(number: int) -> list[Tensor] | None:
+        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
+        code = None if as_new.is_series else feed.code(number)
+        return None if code is None else model.experts(code)
+
+    scores = {}
+    for fold in range(FOLDS):
+        learn_anew(model, feed.only(as_new.fold != fold), held_out, good, fold, f"third {fold + 1}, epoch")
+        scores |= as_new.scores(model, fold, known)
+    model.flow, model.classifier = trained
+    calibrate(model, held_out, good)
+    as_new.settle(model, scores)
+
+
 # ---------------------------------------------------------------- the rows that training draws from
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
-    Of good images also how many `positions` each has, of which it may have given but some. Of painted defects also
-    `untouched` (N, C), rows of the same places without them, if a loss asks for these."""
+    Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
+    each image gave but some. Of painted defects also `untouched` (N, C), rows of the same places without them, if a
+    loss asks for these."""
 
     y: Tensor
     images: Tensor
-    positions: int = 0
+    inside: Tensor | None = None
     untouched: Tensor | None = None
 
 
@@ -393,16 +414,10 @@ def good_rows(model: CLFlow, pairs: Pairs) -> Rows:
     """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
     per_image = max(1, ROWS // len(pairs.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
-    parts = []
-    for images in pairs.normal():
-        x = model.features(images)
-        is_inside = model.inside(x.shape[2:])
-        parts.append(spread(x, is_inside, per_image, generator).half())
-    positions = int(is_inside.sum())
-    if per_image < positions:
+    rows, is_inside = spread(map(model.features, pairs.normal()), model, per_image, generator, torch.half)
+    if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    rows = torch.cat(parts)
-    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))), positions)
+    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))), is_inside)
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
@@ -431,6 +446,17 @@ def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
     there = order.to(model.device)
     rows = torch.cat(anomalous)[there]
     return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
+
+
+def real_rows(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> Tensor:
+    """Rows w (A, K) of real defects: where their masks are, or where they stand out after a first training."""
+    trained = model.flow, model.classifier
+    if not all(defect.mask for defect in good.defects):
+        print("a first training, to find where the defects without masks are", flush=True)
+        learn_anew(model, feed, held_out, good, FOLDS, "first training, epoch")
+    rows = defect_rows(model, good.defects)
+    model.flow, model.classifier = trained
+    return rows
 
 
 @torch.no_grad()
@@ -491,6 +517,7 @@ class Feed:
             self.untouched = whitened(model, painted.untouched, painted.images)
         self.real = None
         self.images = normal.images, painted.images
+        self.inside = normal.inside
         # The rows that are drawn from: all.
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
@@ -508,6 +535,16 @@ class Feed:
         part.normal_index = where(allowed[normal])
         part.anomalous_index = where(allowed[anomalous])
         return part
+
+    def code(self, number: int) -> Tensor | None:
+        """The map w (1, K, h, w) of the good image with this number, zero outside the region of interest; None if not
+        all of its rows are here."""
+        rows = self.normal[self.images[0] == number].float().to(self.device)
+        if len(rows) < self.inside.sum():
+            return None
+        code = rows.new_zeros(*self.inside.shape, rows.shape[1])
+        code[self.inside] = rows
+        return code.permute(2, 0, 1)[None]
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""

@@ -7,7 +7,7 @@ position of each image. A bank has P prototypes p."""
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -211,14 +211,19 @@ def prototype_count(settings: Settings, positions: int) -> int:
     return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
 
 
-def spread(x: Tensor, is_inside: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Of each map of x (B, C, h, w), where it is inside (h, w), `count` rows at random, or all that there are:
-    (<= B count, C)."""
+def spread(
+    maps: Iterable[Tensor], model: Detector, count: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Rows of images, from their maps (B, C, h, w), batch by batch: of each image `count` at random in the region of
+    interest, in their order, or all that are there: (N, C). And where that is: (h, w) bool."""
     kept = []
-    for features in x:
-        rows = as_rows(features[None])[is_inside.flatten()]
-        kept.append(rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)])
-    return torch.cat(kept)
+    for x in maps:
+        is_inside = model.inside(x.shape[2:])
+        for features in x:
+            rows = as_rows(features[None])[is_inside.flatten()]
+            chosen = torch.randperm(len(rows), generator=generator)[:count].sort().values
+            kept.append(rows[chosen.to(rows.device)].to(dtype))
+    return torch.cat(kept), is_inside
 
 
 def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
@@ -280,12 +285,8 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
         generator = torch.Generator().manual_seed(model.settings.seed)
         per_image = math.ceil(CANDIDATES / len(good.trained_on))
         batches = data.batches(good.trained_on, model.shape)
-        parts = []
-        for images in counted(batches, "features of images", len(good.trained_on), each=at_once(model.shape)):
-            x = model.features(images)
-            is_inside = model.inside(x.shape[2:])
-            parts.append(spread(x, is_inside, per_image, generator))
-        candidates = torch.cat(parts)
+        batches = counted(batches, "features of images", len(good.trained_on), each=at_once(model.shape))
+        candidates, is_inside = spread(map(model.features, batches), model, per_image, generator)
         count = prototype_count(model.settings, int(is_inside.sum()))
         model.prototypes.fit(candidates, origins(candidates, range(len(good.trained_on))), count, generator)
     held_out = data.batches(good.held_out, model.shape)

@@ -117,7 +117,8 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched
     order = order[painted_on[order] >= 0]
     untouched = kept["untouched"][order] if with_untouched else None
     painted = Rows(kept["anomalous"][order], painted_on[order], untouched=untouched)
-    return Rows(good, origins(good, range(len(trained_on))), len(good) // len(trained_on)), painted
+    everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
+    return Rows(good, origins(good, range(len(trained_on))), everywhere), painted
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
@@ -128,7 +129,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
-    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), normal.positions)
+    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), int(normal.inside.sum()))
     for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
         pass
     energies = judged(model, kept["good"][held_out], kept["tests"])

@@ -98,7 +98,7 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     good = GoodImages(*split(files, settings.seed))
     pairs = Pairs(good, synthesize, model, clflow.IMAGES_PER_EPOCH)
     normal = clflow.good_rows(model, pairs)
-    model.fit(*clflow.candidates(normal, good, settings.seed), normal.positions)
+    model.fit(*clflow.candidates(normal, good, settings.seed), int(normal.inside.sum()))
     feed = Feed(model, normal, clflow.painted_rows(model, pairs))
 
     def maps(paths: list[Path]) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """The scores of normal images, from which thresholds come, and the odd ones among them."""
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,19 +52,24 @@ class AsNew:
         return torch.tensor([number])
 
     @torch.no_grad()
-    def scores(self, model: Detector, fold: int) -> dict[int, Tensor]:
+    def scores(
+        self, model: Detector, fold: int, known: Callable[[int], list[Tensor] | None] = lambda number: None
+    ) -> dict[int, Tensor]:
         """Score and map's maximum (2,) of the images of a block that are judged, by number; each process judges
-        some."""
+        its part. `known` may tell the energies of an image, which is not read then."""
         processes = self.good.processes
         numbers = [number for number in self.numbers if self.fold[number] == fold]
-        mine = numbers[processes.rank :: processes.count]
+        parts = [[n for n in numbers if n % processes.count == rank] for rank in range(processes.count)]
+        mine = parts[processes.rank]
         columns = [torch.empty(2, 0, device=model.device)]
         for number in counted(mine, "judging good images", len(mine)):
-            images = data.read_batch([self.good.trained_on[number]], model.shape)
-            columns.append(model.scores(model.judge(images, self.left_out(number))))
+            energies = known(number)
+            if energies is None:
+                images = data.read_batch([self.good.trained_on[number]], model.shape)
+                energies = model.judge(images, self.left_out(number))
+            columns.append(model.scores(energies))
         together = processes.concatenated(torch.cat(columns, dim=1).T)
-        in_their_order = [number for rank in range(processes.count) for number in numbers[rank :: processes.count]]
-        return dict(zip(in_their_order, together, strict=True))
+        return dict(zip(itertools.chain(*parts), together, strict=True))
 
     def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
         """Let these scores, by number, calibrate the threshold, beside those of the held-out images; but in a series

@@ -82,7 +82,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         maps, _ = model(torch.from_numpy(image).permute(2, 0, 1)[None])
         heat = maps[0].numpy()
         assert found.sum() == 37 and heat[found].min() > heat[~found].max()  # a thousandth of 192 x 192
-        assert np.median(distances) < 8
+        assert np.median(distances) < 12  # pixels: a position and a half
     model.look_within(torch.arange(192).repeat(192, 1) < 10)  # nothing is there
     found = clflow.whereabouts(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
@@ -91,7 +91,11 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
 def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(model):
     channels = model.backbone.channels
     generator = torch.Generator().manual_seed(0)
-    normal = Rows(torch.rand(60, channels, generator=generator).half(), torch.arange(3).repeat_interleave(20), 20)
+    normal = Rows(
+        torch.rand(60, channels, generator=generator).half(),
+        torch.arange(3).repeat_interleave(20),
+        torch.ones(4, 5).bool(),
+    )
     painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
     real = torch.full((2, model.whitening.out_features), 99.0).half()
     plain = Feed(model, normal, painted)
