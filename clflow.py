@@ -45,7 +45,7 @@ ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet1
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
-STEPS_PER_EPOCH = 50
+STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
 

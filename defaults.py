@@ -14,7 +14,7 @@ class CLFlowSettings(Settings):
     method: str = "clflow"
     size: int | Shape = 384
     epochs: int = 3
-    batch: int = 8192  # rows
+    batch: int = 2048  # rows
     lr: float = 2e-3
     textures: str | None = None
     defects: str | None = None  # folder of real ones

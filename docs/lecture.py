@@ -52,7 +52,6 @@ from nearest import Nearest, Prototypes
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
 SIZE = 128  # pixels a side: small, so that it takes minutes, and so that the task is not too easy
-BATCH = 2048  # rows; the default is 8192
 
 
 def show(panels, columns=4, colour_bars=True):
@@ -411,7 +410,7 @@ def aurocs(model):
 def begin(**options):
     """A model, and the generator that trains it."""
     torch.manual_seed(0)
-    chosen = CLFlowSettings(**FACTS, size=SIZE, batch=BATCH, backbone="efficientnet_lite0", **options)
+    chosen = CLFlowSettings(**FACTS, size=SIZE, backbone="efficientnet_lite0", **options)
     model = CLFlow(chosen).eval()
     model.backbone.load_imagenet()
     return model, clflow.train(model, good)

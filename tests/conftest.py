@@ -22,9 +22,10 @@ from kit.demo import draw_demo
 
 @pytest.fixture(scope="session", autouse=True)
 def few_synthetic_defects():
-    """To save time; real processes paint all."""
+    """And half of the steps, to save time; real processes paint all, and take all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clflow, "PAINTED", 64)
+        patch.setattr(clflow, "STEPS_PER_EPOCH", 50)
         yield
 
 
