@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 
 from defaults import NearestSettings
@@ -77,6 +75,10 @@ class Prototypes(nn.Module):
 
     def divide(self) -> None:
         """Divide the bank into cells of some CELL prototypes, by k-means, and put it into their order."""
+        # Here, since to import scikit-learn takes a second, and a detector that judges an image needs none of it.
+        from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
+
         means = KMeans(math.ceil(len(self.bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of equal prototypes it makes fewer cells

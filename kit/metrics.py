@@ -2,7 +2,6 @@
 
 import numpy as np
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 FPR_LIMIT = 0.3  # of AUPRO
 
@@ -10,6 +9,9 @@ FPR_LIMIT = 0.3  # of AUPRO
 def image_metrics(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
     """Image AUROC, average precision, and F1-max, an oracle, since its threshold is chosen on these labels; labels
     (N,) bool, scores (N,). None where there is one class only."""
+    # Here, since its import takes a second, and to judge an image needs none of it.
+    from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
     if labels.all() or not labels.any():
         return dict.fromkeys(("image_auroc", "image_ap", "image_f1max"))
     precision, recall, _ = precision_recall_curve(labels, scores)
