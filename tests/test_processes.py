@@ -19,7 +19,7 @@ from kit.detector import read_checkpoint
 from kit.processes import ALONE, join_processes
 from methods import load
 
-PAINTED = clflow.PAINTED  # as real processes have it
+PAINTED, STEPS_PER_EPOCH = clflow.PAINTED, clflow.STEPS_PER_EPOCH  # as real processes have them
 CPU = ["--device", "cpu"]
 
 
@@ -81,6 +81,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 2, "--steps", 2, "--batch", 2048]
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(clflow, "PAINTED", PAINTED)
+    monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", STEPS_PER_EPOCH)
     call(train.main, *options, "--out", one)
     result = script(*TORCHRUN, "train.py", *options, "--out", two)
     assert result.returncode == 0 and result.stdout.count("epoch 2/2") == 1, result.stderr
