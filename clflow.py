@@ -450,12 +450,12 @@ def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
 
 def real_rows(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> Tensor:
     """Rows w (A, K) of real defects: where their masks are, or where they stand out after a first training."""
-    trained = model.flow, model.classifier
+    untrained = model.flow, model.classifier
     if not all(defect.mask for defect in good.defects):
         print("a first training, to find where the defects without masks are", flush=True)
         learn_anew(model, feed, held_out, good, FOLDS, "first training, epoch")
     rows = defect_rows(model, good.defects)
-    model.flow, model.classifier = trained
+    model.flow, model.classifier = untrained
     return rows
 
 

@@ -1,5 +1,6 @@
 """The command lines of train.py and evaluate.py: their options, and what contradicts what. No PyTorch here: its import
-takes seconds, and neither --help nor a wrong command line need wait for it."""
+takes seconds, and neither --help nor a wrong command line need wait for it (but the name of a backbone, which only
+PyTorch's models can tell)."""
 
 import argparse
 from pathlib import Path
@@ -172,6 +173,7 @@ def evaluation_options(arguments: list[str] | None = None) -> argparse.Namespace
 
 
 def evaluation_parser() -> Parser:
+    """All options; those that may have no effect default to None."""
     parser = Parser(
         description="Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... "
         "--export FILE"

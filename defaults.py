@@ -76,8 +76,8 @@ class Options:
     @property
     def defaults(self) -> dict[str, object]:
         """The options of the method, those of its settings that are not facts; train.py refuses all others."""
-        facts = {field.name for field in fields(Settings)}
-        return {field.name: field.default for field in fields(self.settings) if field.name not in facts}
+        facts = {fact.name for fact in fields(Settings)}
+        return {option.name: option.default for option in fields(self.settings) if option.name not in facts}
 
     @property
     def is_trained(self) -> bool:

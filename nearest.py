@@ -31,7 +31,7 @@ NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
 GROUP = 32  # prototypes, of which the best is sought first
 CELL = 64  # prototypes of a cell, in the mean
-LOOKED_INTO = 4  # cells: with them 99.6 % of rows find the prototype that they find among all
+LOOKED_INTO = 4  # cells: in them 99.7 % of rows find the prototype that they find among all
 TENTHS = 10
 ASKED = 40  # images, whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
@@ -43,8 +43,8 @@ class Prototypes(nn.Module):
     what is near, and what is far, has to be asked place by place. The bank (P, C) is kept less its `centre` (C,), with
     its `origin` (P,): the number of the training image that each comes from.
 
-    It is divided into cells, to be searched faster: of `cells` (K, C) each prototype belongs to the one whose mean it
-    is nearest to. The bank is in their order; the first `sizes[0]` prototypes are of the first cell."""
+    It is divided into cells, to be searched faster: each prototype belongs to that one of the `centres` (K, C) that it
+    is nearest to. The bank is in the order of the cells; the first `sizes[0]` prototypes are of the first one."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -52,7 +52,7 @@ class Prototypes(nn.Module):
         self.register_buffer("bank", torch.zeros(0, channels))
         self.register_buffer("spacing", torch.ones(0))
         self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("cells", torch.zeros(0, channels))
+        self.register_buffer("centres", torch.zeros(0, channels))
         self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
@@ -79,20 +79,21 @@ class Prototypes(nn.Module):
         from sklearn.cluster import KMeans
         from sklearn.exceptions import ConvergenceWarning
 
-        means = KMeans(math.ceil(len(self.bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
+        kmeans = KMeans(math.ceil(len(self.bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # of equal prototypes it makes fewer cells
-            means.fit(self.bank.cpu().numpy())
-        cell = torch.from_numpy(means.labels_).long().to(self.bank.device)
+            kmeans.fit(self.bank.cpu().numpy())
+        cell = torch.from_numpy(kmeans.labels_).long().to(self.bank.device)
         order = cell.argsort(stable=True)
         self.bank, self.spacing, self.origin = self.bank[order], self.spacing[order], self.origin[order]
         found, self.sizes = cell.unique(return_counts=True)
-        self.cells = torch.from_numpy(means.cluster_centers_).to(self.bank)[found]
+        self.centres = torch.from_numpy(kmeans.cluster_centers_).to(self.bank)[found]
 
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). Half the bits will do, since nearly equal distances
         may be mistaken for each other. Prototypes that came from the training images with the numbers `without` (n,) do
-        not count: so an image is judged as if it, or what is like it, were new. For `parts` see `among_all`."""
+        not count: so an image is judged as if it, or what is like it, were new. `parts` is for
+        `among_all`; on a CPU, where no more than some cells are looked into, it makes no difference."""
         queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
         bias = self.bank.square().sum(dim=1) / -2
         if without is not None:
@@ -105,19 +106,19 @@ class Prototypes(nn.Module):
         return self.among_cells(queries, bias)
 
     def among_cells(self, queries: Tensor, bias: Tensor) -> Tensor:
-        """`among_all`, but each query looks only into the LOOKED_INTO cells whose means are nearest to it, of those
+        """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
         that have a prototype which counts."""
         keys = keys_of(self.bank, bias, queries.dtype)
-        bias_of_means = self.cells.square().sum(dim=1) / -2
+        bias_of_centres = self.centres.square().sum(dim=1) / -2
         counting = torch.stack([(part > FAR).any() for part in bias.split(self.sizes.tolist())])
-        means = keys_of(self.cells, bias_of_means.where(counting, FAR), queries.dtype)
+        centres = keys_of(self.centres, bias_of_centres.where(counting, FAR), queries.dtype)
         looks = min(LOOKED_INTO, int(counting.sum()))
-        cell = (queries @ means.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
+        cell = (queries @ centres.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
         order = cell.argsort(stable=True)
         similarity = queries.new_empty(len(cell))
         found = torch.empty_like(cell)
         first = 0
-        counts = cell.bincount(minlength=len(means)).tolist()
+        counts = cell.bincount(minlength=len(centres)).tolist()
         for members, visitors in zip(keys.split(self.sizes.tolist()), order.split(counts), strict=True):
             best = (queries[visitors // looks] @ members.T).max(dim=1)
             similarity[visitors] = best.values

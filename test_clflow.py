@@ -17,7 +17,7 @@ from flows import Flow2D
 from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
-from nearest import origins
+from nearest import origins, spread
 
 
 def randomised(flow: Flow2D) -> Flow2D:
@@ -406,6 +406,24 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
     model.prototypes.origin.fill_(0)
     alone = torch.cat(list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long))))
     assert torch.allclose(alone, with_own, atol=1e-3)
+
+
+def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
+    """As the image itself gives it when its own prototypes do not count; where nothing is looked at, zero."""
+    model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
+    x = features(5)
+    rows, inside = spread(iter(x.split(2)), model, 64, torch.Generator().manual_seed(0), torch.half)
+    normal = clflow.Rows(rows, origins(rows, range(5)), inside)
+    feed = clflow.Feed(model, normal, clflow.Rows(rows[:4], torch.arange(4)))
+    for number in range(5):
+        expected = model.whitened_map(x[number : number + 1], without=torch.tensor([number]))
+        code = feed.code(number)
+        assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
+    some, inside = spread([x], model, 40, torch.Generator(), torch.half)  # of 48
+    part = clflow.Feed(
+        model, clflow.Rows(some, origins(some, range(5)), inside), clflow.Rows(rows[:4], torch.arange(4))
+    )
+    assert len(some) == 5 * 40 and part.code(0) is None
 
 
 def test_what_is_fitted_on_copies_of_one_image_is_refused(model):

@@ -61,6 +61,8 @@ def draw_all(category: Path, to: Path) -> dict[str, Box]:
     rng = np.random.default_rng(0)
     good = [tile(path) for path in data.list_images(data.good_folder(category))]
     other = [tile(test.path) for test in data.labelled_images(category) if not test.anomalous]
+    if len(other) < 2 * TESTS:
+        sys.exit(f"error: {category}: has {len(other)} good test images; {2 * TESTS} are needed")
     for folder in ("train", "new/good", "new/bad"):
         (to / folder).mkdir(parents=True, exist_ok=True)
     for i in range(LEARNT_FROM):

@@ -65,8 +65,9 @@ class Descent:
 
 
 def shared(losses: nn.Module, processes: Processes) -> nn.Module:
-    """The losses, with gradients that are the means of those of all processes."""
-    return losses if processes.count == 1 else nn.parallel.DistributedDataParallel(losses)
+    """The losses, with gradients that are the means of those of all processes. Buffers, the bank among them, are the
+    same for all from the start, and need not be sent at each step."""
+    return losses if processes.count == 1 else nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False)
 
 
 def seed_epoch(seed: int, number: int, rank: int = 0) -> None:

@@ -102,6 +102,15 @@ def test_scores_belong_to_their_images_whatever_the_processes(tmp_path, monkeypa
         assert found[number][0].item() == pytest.approx(5 * int(path.stem) / 255 + 6, abs=1e-3)
 
 
+def test_an_image_whose_energies_are_known_is_not_read(tmp_path):
+    good = files_called("0.png", "1.png", "2.png")  # there are no such files
+    as_new = calibration.AsNew(good, 0, alike=1.0)
+    found = {}
+    for fold in range(calibration.FOLDS):
+        found |= as_new.scores(Scored(), fold, known=lambda number: [torch.full((1, 8, 8), 10.0 + number)])
+    assert {number: round(score.item()) for number, (score, _) in found.items()} == {0: 10, 1: 11, 2: 12}
+
+
 def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, capsys):
     """Frames of a camera: ten buttons, eight times each."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
 from kit import data
-from kit.detector import FORMAT, Detector, anomaly_map, image_score, read_checkpoint, smoothed
+from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint, smoothed
 from kit.errors import InputError
 from kit.images import read_image
 from kit.settings import Settings
@@ -76,6 +76,14 @@ def test_calibration_by_hand():
     assert ((grey - levels[0]) / units[0] + (10 * grey**2 - levels[1]) / units[1]) / 2 > 1.5
     assert model.inspect(np.full((64, 64), grey)).anomalous
     assert not model.inspect(np.full((64, 64), 0.2)).anomalous
+
+
+@pytest.mark.parametrize(
+    "found, fast", [({"avx512_bf16": True}, False), ({"avx512_bf16": True, "amx_bf16": True}, True)]
+)
+def test_half_the_bits_are_used_where_there_are_matrix_units(monkeypatch, found, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert has_fast_bfloat16(torch.device("cpu")) == fast
 
 
 def test_experts_that_never_differ_do_not_divide_by_zero():

@@ -1,14 +1,15 @@
 import argparse
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
-from helpers import ROOT, script
+from helpers import script
 
+from defaults import OPTIONS
 from kit.errors import InputError, one_line, run_script
 from kit.options import check_range, refuse_without_effect
 from kit.processes import pick_device
+from methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,19 @@ def test_options():
         pick_device("cuda", local_rank=77)
 
 
-def test_a_command_line_is_read_without_pytorch():
-    """Its import takes seconds, and --help need not wait for it."""
-    code = "import sys, kit, command_line, kit.errors; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    for name, flag in (("train.py", "--weights"), ("evaluate.py", "--explain")):
-        result = script(name, "--help")
-        assert result.returncode == 0 and flag in result.stdout and not result.stderr
+@pytest.mark.parametrize(
+    "name, flag, wrong", [("train.py", "--weights", ["--bank", 3]), ("evaluate.py", "--explain", ["runs", "--watch"])]
+)
+def test_a_command_line_is_read_without_pytorch(tmp_path, name, flag, wrong):
+    """Its import takes seconds: neither --help nor what is wrong with a command line waits for it."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = script(name, "--help", env=environment)
+    assert result.returncode == 0 and flag in result.stdout and not result.stderr
+    result = script(name, *wrong, env=environment)
+    assert result.returncode == 2 and result.stderr.startswith("error: --"), result.stderr
+
+
+def test_the_two_tables_of_methods_agree():
+    assert OPTIONS.keys() == METHODS.keys()
+    assert all(OPTIONS[name].settings is method.detector.SETTINGS for name, method in METHODS.items())
