@@ -18,6 +18,7 @@ from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew, blocks
 from kit.detector import Detector
+from kit.errors import InputError
 from kit.good import GoodImages
 from kit.progress import counted
 from kit.settings import Settings
@@ -57,8 +58,10 @@ class Prototypes(nn.Module):
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` from normal rows (N, C), N >= P, of the training images with these numbers
-        (N,)."""
+        (N,). Raises InputError if the backbone made no numbers of them."""
         candidates = candidates.float()
+        if not candidates.isfinite().all():
+            raise InputError("--weights: the backbone's features are no finite numbers; give other weights")
         self.centre.copy_(candidates.mean(dim=0))
         candidates = candidates - self.centre
         chosen = covering(candidates, count, generator)

@@ -15,6 +15,7 @@ import train
 from defaults import NearestSettings
 from kit import data
 from kit.backbone import BACKBONES
+from kit.errors import InputError
 from kit.good import split
 from methods import load
 
@@ -97,6 +98,12 @@ def test_a_cell_that_does_not_count_is_not_looked_into():
     mine.origin = (mine.bank + mine.centre)[:, 0].gt(40).long()  # the near ones are of image 0
     (index,) = mine.nearest(torch.zeros(1, 4), 1, torch.float32, without=torch.tensor([0]))
     assert mine.bank[index] + mine.centre == pytest.approx(far[0].numpy(), abs=1e-4)
+
+
+def test_features_that_are_no_numbers_are_refused():
+    rows = torch.full((20, 4), torch.nan)
+    with pytest.raises(InputError, match="--weights"):
+        nearest.Prototypes(4).fit(rows, torch.zeros(20, dtype=torch.long), 2, torch.Generator())
 
 
 def test_equal_prototypes_make_fewer_cells():
