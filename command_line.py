@@ -76,6 +76,12 @@ def training_parser() -> Parser:
     )
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
     add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
+    add_method_groups(parser)
+    return parser
+
+
+def add_method_groups(parser: Parser) -> None:
+    """What belongs to the backbone and its prototypes, and to CL-Flow."""
     add = parser.add_argument_group("the backbone and its prototypes").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
@@ -90,7 +96,6 @@ def training_parser() -> Parser:
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
     add("--contrast", choices=("odds", "energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
-    return parser
 
 
 def method_name(name: str) -> str:
