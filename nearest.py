@@ -98,7 +98,7 @@ class Prototypes(nn.Module):
         not count: so an image is judged as if it, or what is like it, were new. `parts` is for
         `among_all`; on a CPU, where no more than some cells are looked into, it makes no difference."""
         queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
-        bias = self.bank.square().sum(dim=1) / -2
+        bias = bias_of(self.bank)
         if without is not None:
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
@@ -112,9 +112,8 @@ class Prototypes(nn.Module):
         """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
         that have a prototype which counts."""
         keys = keys_of(self.bank, bias, queries.dtype)
-        bias_of_centres = self.centres.square().sum(dim=1) / -2
         counting = torch.stack([(part > FAR).any() for part in bias.split(self.sizes.tolist())])
-        centres = keys_of(self.centres, bias_of_centres.where(counting, FAR), queries.dtype)
+        centres = keys_of(self.centres, bias_of(self.centres).where(counting, FAR), queries.dtype)
         looks = min(LOOKED_INTO, int(counting.sum()))
         cell = (queries @ centres.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
         order = cell.argsort(stable=True)
@@ -142,6 +141,11 @@ class Prototypes(nn.Module):
         index = self.nearest(rows, search_parts(height, width), dtype, without)
         spacing = self.spacing[index] if local else self.spacing.mean()
         return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
+
+
+def bias_of(bank: Tensor) -> Tensor:
+    """-|p|^2 / 2 of each p (P, C): (P,), the second part of its key."""
+    return bank.square().sum(dim=1) / -2
 
 
 def keys_of(bank: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
