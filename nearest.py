@@ -30,9 +30,10 @@ SKETCH = 64  # random directions in which the bank is chosen
 FARTHEST = 1024  # rows, among which the next ones for the bank are sought
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
+FEW = 384  # rows whose products with all prototypes are held at once: they fit the cache
 GROUP = 32  # prototypes, of which the best is sought first
 CELL = 64  # prototypes of a cell, in the mean
-LOOKED_INTO = 16  # cells: in them .988 to 1.000 of the rows find the prototype that they find among all
+LOOKED_INTO = 4  # cells, before all of them if the nearest prototype there is far
 TENTHS = 10
 ASKED = 40  # images, whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
@@ -95,23 +96,30 @@ class Prototypes(nn.Module):
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). Half the bits will do, since nearly equal distances
         may be mistaken for each other. Prototypes that came from the training images with the numbers `without` (n,) do
-        not count: so an image is judged as if it, or what is like it, were new. `parts` is for
-        `among_all`; on a CPU, where no more than some cells are looked into, it makes no difference."""
+        not count: so an image is judged as if it, or what is like it, were new.
+
+        On a CPU a row looks into some cells first, and through all prototypes only if it is farther from what it finds
+        there than prototypes are from each other: rows of defects are far from all cells, and which of these is nearest
+        says little. Elsewhere it looks through all, in this many equal `parts`."""
         queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
         bias = bias_of(self.bank)
         if without is not None:
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
                 bias[is_out] = FAR
+        keys = keys_of(self.bank, bias, dtype)
         # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
         if torch.compiler.is_compiling() or rows.device.type != "cpu":
-            return among_all(queries, keys_of(self.bank, bias, dtype), parts)
-        return self.among_cells(queries, bias)
+            return among_all(queries.view(parts, queries.shape[0] // parts, -1).unbind(), keys)
+        found = self.among_cells(queries, keys, bias)
+        is_far = self.away(rows, found).norm(dim=1) > self.spacing[found]
+        if is_far.any():
+            found[is_far] = among_all(queries[is_far].split(FEW), keys)
+        return found
 
-    def among_cells(self, queries: Tensor, bias: Tensor) -> Tensor:
+    def among_cells(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
         """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
-        that have a prototype which counts."""
-        keys = keys_of(self.bank, bias, queries.dtype)
+        that have a prototype which counts: whose `bias` (P,) is more than FAR."""
         counting = torch.stack([(part > FAR).any() for part in bias.split(self.sizes.tolist())])
         centres = keys_of(self.centres, bias_of(self.centres).where(counting, FAR), queries.dtype)
         looks = min(LOOKED_INTO, int(counting.sum()))
@@ -157,18 +165,20 @@ def keys_of(bank: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat((bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
 
 
-def among_all(queries: Tensor, keys: Tensor, parts: int) -> Tensor:
-    """The number of the key (P, C + 2) that is nearest to each of the queries (N, C + 2): (N,). All products at once
-    would fill the memory, so they are found in this many equal parts."""
+def among_all(parts: Sequence[Tensor], keys: Tensor) -> Tensor:
+    """The number of the key (P, C + 2) that is nearest to each of the queries, which come in parts (n, C + 2), since all
+    products at once would fill the memory: (N,). No part has more queries than the first."""
     missing = -len(keys) % GROUP
     padding = keys.new_zeros(missing, keys.shape[1])
     padding[:, -2] = FAR
     keys = torch.cat((keys, padding))
-    count = queries.shape[0] // parts  # not len(queries), which would fix the batch in an export
-    room = keys.new_empty(len(keys), count)  # used by all parts: to get new memory each time takes longer
+    most = parts[0].shape[0]  # not len(), which would fix the batch in an export
+    room = keys.new_empty(len(keys) * most)  # used by all parts: to get new memory each time takes longer
     found = []
-    for part in queries.view(parts, count, queries.shape[1]).unbind():
-        similarity = torch.mm(keys, part.T, out=room).view(len(keys) // GROUP, GROUP, count)
+    for part in parts:
+        count = part.shape[0]
+        similarity = torch.mm(keys, part.T, out=room[: len(keys) * count].view(len(keys), count))
+        similarity = similarity.view(len(keys) // GROUP, GROUP, count)
         # First the best group, by its best member, then the member: one search through all takes twice as long.
         group = similarity.amax(dim=1).max(dim=0).indices
         members = similarity[group, :, torch.arange(count, device=group.device)]

@@ -69,9 +69,17 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     mine = prototypes(bank)
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
     assert len(mine.centres) == 32 and len(expected.unique()) > 1000
+    mine.spacing.fill_(1e6)  # nothing is far
     assert (mine.nearest(rows, 1, torch.float32) == expected).float().mean() > 0.99
     monkeypatch.setattr(nearest, "LOOKED_INTO", 1)
-    assert 0.5 < (mine.nearest(rows, 1, torch.float32) == expected).float().mean() < 0.999
+    found = mine.nearest(rows, 1, torch.float32)
+    assert 0.5 < (found == expected).float().mean() < 0.999
+    distances = mine.away(rows, found).norm(dim=1)
+    mine.spacing.fill_(distances.median())  # half of them are: those look through all
+    is_far = distances > distances.median()
+    again = mine.nearest(rows, 1, torch.float32)
+    assert torch.equal(again[is_far], expected[is_far]) and torch.equal(again[~is_far], found[~is_far])
+    assert not torch.equal(found[is_far], expected[is_far])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through all
     assert torch.equal(mine.nearest(rows, 10, torch.float32), expected)
 
