@@ -20,7 +20,7 @@ from kit import data, draw
 from kit.backbone import BACKBONES
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError, run_script
-from kit.good import GoodImages, Pairs, loader, to_tensor
+from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
 from kit.images import read_image
 from kit.options import Parser
 from kit.owned import OwnFiles
@@ -222,8 +222,8 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
     yields after each epoch, and once before the first step; bank and calibration are those of the present f then. With
     the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
-    pairs = Pairs(good, synthesize, model, IMAGES_PER_EPOCH)
-    batches = loader(pairs, settings.batch)
+    painter = Painter(good, synthesize, model)
+    batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
 
     def ready() -> None:
         model.fit(good)
@@ -237,12 +237,12 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
     yield descent.epoch(done, [], good.processes)
     for number in range(done + 1, settings.epochs + 1):
         seed_epoch(settings.seed, number)
-        pairs.epoch = number
+        painter.epoch = number
         steps = []
         painted = iter(batches)  # draws the order of the images, which is the same for all processes
         if good.processes.rank:
             seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+        for images, masks in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
             batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
             steps.append(descent.step(losses(*batch)))
         ready()

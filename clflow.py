@@ -23,7 +23,7 @@ from kit.calibration import FOLDS, AsNew
 from kit.defects import COPIES, Defect, copies
 from kit.detector import Detector, side_of
 from kit.errors import InputError
-from kit.good import GoodImages, Pairs, to_tensor
+from kit.good import GoodImages, Painter, to_tensor
 from kit.images import read_image, read_mask
 from kit.processes import Processes
 from kit.progress import counted
@@ -44,7 +44,6 @@ HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
-IMAGES_PER_EPOCH = 100  # that are painted from: fewer good images are repeated
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
@@ -303,15 +302,15 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
-    pairs = Pairs(good, synthesize, model, IMAGES_PER_EPOCH)
+    painter = Painter(good, synthesize, model)
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
-    normal = good_rows(model, pairs)
+    normal = good_rows(model, painter)
     if progress is None:
         model.fit(*candidates(normal, good, settings.seed), int(normal.inside.sum()))
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
-    feed = Feed(model, normal, painted_rows(model, pairs))
+    feed = Feed(model, normal, painted_rows(model, painter))
     del normal  # the feed has what it needs of it: up to a gigabyte
 
     # Rows of real defects, if any are given.
@@ -410,14 +409,14 @@ class Rows:
     untouched: Tensor | None = None
 
 
-def good_rows(model: CLFlow, pairs: Pairs) -> Rows:
+def good_rows(model: CLFlow, painter: Painter) -> Rows:
     """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
-    per_image = max(1, ROWS // len(pairs.files))
+    per_image = max(1, ROWS // len(painter.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
-    rows, is_inside = spread(map(model.features, pairs.normal()), model, per_image, generator, torch.half)
+    rows, is_inside = spread(map(model.features, painter.normal()), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    return Rows(rows, origins(rows, pairs.processes.part(range(len(pairs.files)))), is_inside)
+    return Rows(rows, origins(rows, painter.processes.part(range(len(painter.files)))), is_inside)
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
@@ -429,17 +428,18 @@ def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tenso
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
-def painted_rows(model: CLFlow, pairs: Pairs) -> Rows:
+def painted_rows(model: CLFlow, painter: Painter) -> Rows:
     """Rows of PAINTED synthetic defects."""
     print(f"painting {PAINTED} synthetic defects", flush=True)
-    torch.manual_seed(model.settings.seed)  # which images are painted, and in which order
     anomalous, untouched, images = [], [], []
-    for before, after, mask, numbers in pairs.painted(PAINTED):
+    for after, mask, numbers in painter.painted(PAINTED):
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
-        images.append(numbers.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
+        files = torch.from_numpy(numbers % len(painter.files))
+        images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
+            before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))
             untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
     images = torch.cat(images)
     order = images.argsort(stable=True)

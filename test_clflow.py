@@ -452,8 +452,10 @@ class Painted:
         mask = torch.zeros(1, 1, 64, 64)
         mask[0, 0, :8, :20] = 1  # three positions
         for number in (1, 0):
-            before, after = torch.full((1, 3, 64, 64), number), torch.full((1, 3, 64, 64), number + 2)
-            yield before, after, mask, torch.tensor([number])
+            yield torch.full((1, 3, 64, 64), number + 2.0), mask, np.array([number])
+
+    def untouched(self, number):
+        return np.full((64, 64, 3), number, dtype=np.float32)
 
 
 @pytest.mark.parametrize("contrast", ["energy", "cosine"])

@@ -29,7 +29,7 @@ from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
-from kit.good import GoodImages, Pairs, held_out_count, split  # noqa: E402
+from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
@@ -61,8 +61,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    pairs = Pairs(GoodImages([], files), synthesize, model, clflow.IMAGES_PER_EPOCH)
-    painted = clflow.painted_rows(model, pairs)
+    painted = clflow.painted_rows(model, Painter(GoodImages([], files), synthesize, model))
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])

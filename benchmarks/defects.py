@@ -31,7 +31,7 @@ from defaults import CLFlowSettings  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.defects import Defect  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
-from kit.good import GoodImages, Pairs, held_out_count, split  # noqa: E402
+from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from synth import synthesize  # noqa: E402
@@ -96,10 +96,10 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    pairs = Pairs(good, synthesize, model, clflow.IMAGES_PER_EPOCH)
-    normal = clflow.good_rows(model, pairs)
+    painter = Painter(good, synthesize, model)
+    normal = clflow.good_rows(model, painter)
     model.fit(*clflow.candidates(normal, good, settings.seed), int(normal.inside.sum()))
-    feed = Feed(model, normal, clflow.painted_rows(model, pairs))
+    feed = Feed(model, normal, clflow.painted_rows(model, painter))
 
     def maps(paths: list[Path]) -> list[Tensor]:
         return [model.encode(images).half() for images in data.batches(paths, model.shape)]

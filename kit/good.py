@@ -4,8 +4,9 @@ x- that a given function paints on some of them."""
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from kit.windows import at_once
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
 PATCH = 512  # pixels a side of the part of a large image that is painted on
+WHOLE = (slice(None), slice(None))
 
 # (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tuple]
@@ -53,15 +55,15 @@ def held_out_count(images: int) -> int:
     return max(1, tenth, min(8, images // 4))
 
 
-class Pairs(Dataset):
-    """Batches of x+, and of x- for half of them (twice as many teach no more), for each process its part.
+class Painter:
+    """Good images x+, and anomalous ones x- that a given function paints on them.
 
-    Small sets are repeated, to about `images_per_epoch`: index i stands for file i modulo their number. What is painted
-    depends on seed, epoch and index alone, whatever the processes and the order; it lies in the model's region of
-    interest. Of images with more pixels than two patches, x+ and x- are a patch each, somewhere. Decoded images are
-    kept in memory with half the bits, up to CACHE_BYTES; the others are read anew each time."""
+    x- number i is made from file number i modulo their count. What is painted depends on seed, epoch and i alone,
+    whatever the processes and the order; it lies in the model's region of interest. Of images with more pixels than
+    two patches, x+ and x- are a patch each, somewhere. Decoded images are kept in memory with half the bits, up to
+    CACHE_BYTES; of the others only the last ones."""
 
-    def __init__(self, good: GoodImages, paint: Paint, model: Detector, images_per_epoch: int):
+    def __init__(self, good: GoodImages, paint: Paint, model: Detector):
         self.files = good.trained_on
         self.textures = good.textures
         self.processes = good.processes
@@ -71,72 +73,46 @@ class Pairs(Dataset):
         self.roi = model.roi.cpu().numpy()
         self.seed = model.settings.seed
         self.epoch = 0
-        self.repeats = max(1, round(images_per_epoch / len(self.files)))
         bytes_per_image = 2 * 3 * math.prod(self.shape)  # float16
         room = int(CACHE_BYTES / self.processes.local_count / bytes_per_image)
         kept = (self.files + self.textures)[:room]
-        self.cache = {
-            path: read_image(path, self.shape).astype(np.float16) for path in counted(kept, "reading images", len(kept))
-        }
+        self.cache = {path: self.read(path) for path in counted(kept, "reading images", len(kept))}
+        self.read_lately = lru_cache(maxsize=2)(self.read)  # a large image and a texture, say
 
-    def __len__(self) -> int:
-        return len(self.files) * self.repeats
+    def read(self, path: Path) -> np.ndarray:
+        """(H, W, 3) float16 in [0, 1]."""
+        return read_image(path, self.shape).astype(np.float16)
 
-    def image(self, path: Path) -> np.ndarray:
-        """(H, W, 3) float32 in [0, 1]."""
-        if path in self.cache:
-            return self.cache[path].astype(np.float32)
-        return read_image(path, self.shape)
+    def image(self, path: Path, place: tuple[slice, slice] = WHOLE) -> np.ndarray:
+        """A file, or what is at a place in it: (H, W, 3) float32 in [0, 1]."""
+        whole = self.cache[path] if path in self.cache else self.read_lately(path)
+        return whole[place].astype(np.float32)
 
-    def place(self, index: int, part: int = 0) -> tuple[slice, slice]:
-        """Where on image number `index` its patch is: around a pixel of the region of interest; all of a small image.
-        `part` 1 is another one, to take a defect's filling from."""
-        rng = np.random.default_rng([self.seed, self.epoch, index, 1 + part])
+    def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
+        """Where on its image the patch of x- with this number is: around a pixel of the region of interest; all of a
+        small image. `part` 1 is another one, to take a defect's filling from."""
+        rng = np.random.default_rng([self.seed, self.epoch, number, 1 + part])
         row, column = rng.integers(self.shape)
         if not self.roi.all():
             row, column = np.unravel_index(rng.choice(np.flatnonzero(self.roi)), self.shape)
         return within(row, self.patch[0], self.shape[0]), within(column, self.patch[1], self.shape[1])
 
-    def anomalous(self, index: int, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x+ number `index`, the file `path`; x- made from it; and its mask."""
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        whole = self.image(path)
-        place = self.place(index)
-        image = whole[place]
+    def untouched(self, number: int) -> np.ndarray:
+        """x+ of this number, (H, W, 3)."""
+        return self.image(self.files[number % len(self.files)], self.place(number))
+
+    def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x+ and x- of this number, (H, W, 3), and the mask (H, W) of where they differ."""
+        rng = np.random.default_rng([self.seed, self.epoch, number])
+        place = self.place(number)
+        image = self.untouched(number)
         use_texture = self.textures and rng.random() < 0.5
         sources = self.textures if use_texture else self.files
         source = sources[rng.integers(len(sources))]
-        if self.patch == self.shape:
-            other = self.image(source)
-        else:  # to decode another large image takes long
-            other = (self.image(source) if use_texture else whole)[self.place(index, part=1)]
-        painted, mask, _ = self.paint(image, rng, other, self.roi[place])
+        if self.patch != self.shape and not use_texture:
+            source = self.files[number % len(self.files)]  # to decode another large image takes long
+        painted, mask, _ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
         return image, painted, mask
-
-    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
-        (B + A, H, W, 3) float32; the masks, (A, H, W, 1) float32; and the numbers (A,) of the files that x- were made
-        from. (H, W) is the images' shape, or a patch's.
-
-        Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
-        batch, so that each process makes one. Every process gets at least one image and one x-.
-
-        Arrays, not tensors: what a loader's worker hands over as a tensor goes through shared memory, of which a
-        container has 64 MB, less than a few batches."""
-        rank, count = self.processes.rank, self.processes.count
-        mine = self.processes.part(indices)
-        half = (len(indices) + 1) // 2  # of the whole batch
-        pairs = max(1, len(range(rank, half, count)))
-        normal, painted, masks = [], [], []
-        for index in mine[:pairs]:
-            image, anomalous, mask = self.anomalous(index, self.files[index % len(self.files)])
-            normal.append(image)
-            painted.append(anomalous)
-            masks.append(mask)
-        for index in mine[pairs:]:
-            normal.append(self.image(self.files[index % len(self.files)])[self.place(index)])
-        numbers = np.array(mine[:pairs]) % len(self.files)
-        return np.stack(normal + painted), np.float32(masks)[..., None], numbers
 
     def normal(self) -> Iterator[Tensor]:
         """This process's part of the files x+, each once, as (<= 8, 3, H, W) tensors; the larger, the less of them."""
@@ -145,23 +121,67 @@ class Pairs(Dataset):
         for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
-    def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """x+ and the x- made from it, both (A, 3, H, W), the masks (A, 1, H, W), and the numbers (A,) of the files,
-        until all processes together have had `count` of them; anew in each epoch."""
-        batches = self.painted_batches(count / self.processes.count)
-        yield from counted(batches, "painting defects", math.ceil(count / self.processes.count), each=8)
+    def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        """x- (A, 3, H, W), their masks (A, 1, H, W), and their numbers (A,): this process's part of `count` of them in
+        all, on as many files as there are, one after the other."""
+        order = np.random.default_rng(self.seed).permutation(len(self.files))[:count]
+        numbers = [n for i, file in enumerate(order) for n in range(file, file + count - i, len(self.files))]
+        mine = self.processes.part(numbers)
+        batches = loader(Paintings(self, mine), at_once(self.patch), shuffle=False)
+        for after, masks, numbers in counted(batches, "painting defects", len(mine), each=at_once(self.patch)):
+            yield to_tensor(after), to_tensor(masks), numbers
 
-    def painted_batches(self, count: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """The batches of `painted`, until this process has had `count` of them."""
-        while count > 0:
-            self.epoch += 1
-            for images, masks, numbers in loader(self, batch=16):
-                pairs = len(masks)
-                before, after = to_tensor(images[:pairs]), to_tensor(images[-pairs:])
-                yield before, after, to_tensor(masks), torch.from_numpy(numbers)
-                count -= pairs
-                if count <= 0:
-                    break
+
+class Paintings(Dataset):
+    """The x- of a painter's with these numbers: (H, W, 3), mask (H, W, 1), number."""
+
+    def __init__(self, painter: Painter, numbers: Sequence[int]):
+        self.painter = painter
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, ...]:
+        """Some of them, each stacked. Arrays, not tensors: what a loader's worker hands over as a tensor goes through
+        shared memory, of which a container has 64 MB, less than a few batches."""
+        numbers = [self.numbers[i] for i in indices]
+        _, after, masks = zip(*(self.painter.anomalous(number) for number in numbers), strict=True)
+        return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
+
+
+class Pairs(Dataset):
+    """Batches of x+, and of x- for half of them (twice as many teach no more), for each process its part. Small sets
+    are repeated, to about `images_per_epoch`."""
+
+    def __init__(self, painter: Painter, images_per_epoch: int):
+        self.painter = painter
+        self.repeats = max(1, round(images_per_epoch / len(painter.files)))
+
+    def __len__(self) -> int:
+        return len(self.painter.files) * self.repeats
+
+    def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
+        (B + A, H, W, 3) float32; and the masks, (A, H, W, 1) float32. (H, W) is the images' shape, or a patch's.
+        Arrays, as in `Paintings`.
+
+        Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
+        batch, so that each process makes one. Every process gets at least one image and one x-."""
+        painter = self.painter
+        rank, count = painter.processes.rank, painter.processes.count
+        mine = painter.processes.part(numbers)
+        half = (len(numbers) + 1) // 2  # of the whole batch
+        pairs = max(1, len(range(rank, half, count)))
+        normal, painted, masks = [], [], []
+        for number in mine[:pairs]:
+            image, anomalous, mask = painter.anomalous(number)
+            normal.append(image)
+            painted.append(anomalous)
+            masks.append(mask)
+        for number in mine[pairs:]:
+            normal.append(painter.untouched(number))
+        return np.stack(normal + painted), np.float32(masks)[..., None]
 
 
 def patch_shape(shape: Shape) -> Shape:
@@ -179,13 +199,13 @@ def within(middle: int, length: int, limit: int) -> slice:
     return slice(start, start + length)
 
 
-def loader(pairs: Pairs, batch: int) -> DataLoader:
-    """Batches of `pairs`, shuffled, painted in the background where processes can be forked; elsewhere each of them
-    would have to copy the decoded images."""
+def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
+    """Batches of what is painted in the background where processes can be forked; elsewhere each of them would have to
+    copy the decoded images."""
     workers = min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
     context = "fork" if workers else None
     return DataLoader(
-        pairs, batch, shuffle=True, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
+        dataset, batch, shuffle=shuffle, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
     )
 
 

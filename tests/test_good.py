@@ -7,16 +7,21 @@ import torch
 
 import kit.good
 from kit.data import list_images
-from kit.good import GoodImages, Pairs, held_out_count, split
+from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor
+from kit.images import read_image
 from kit.processes import Processes
 from synth import synthesize
 
 
-def make_pairs(category, processes: Processes = Processes(), size: int = 64) -> Pairs:  # noqa: B008 (it is frozen)
+def make_painter(category, processes: Processes = Processes(), size: int = 64) -> Painter:  # noqa: B008 (it is frozen)
     good = GoodImages([], list_images(category / "train/good"), [], processes)
     shape = (size, size)
     model = SimpleNamespace(shape=shape, roi=torch.ones(shape, dtype=torch.bool), settings=SimpleNamespace(seed=0))
-    return Pairs(good, synthesize, model, 100)
+    return Painter(good, synthesize, model)
+
+
+def make_pairs(category, processes: Processes = Processes()) -> Pairs:  # noqa: B008
+    return Pairs(make_painter(category, processes), 100)
 
 
 # ---------------------------------------------------------------- held-out images
@@ -42,13 +47,12 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
     indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
-    whole, masks, numbers = make_pairs(category).__getitems__(indices)
-    assert numbers.tolist() == indices[: len(masks)]
+    whole, masks = make_pairs(category).__getitems__(indices)
     assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
     assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
     normal, anomalous = [], []
     for rank in range(world):
-        images, masks, _ = make_pairs(category, Processes(rank, world)).__getitems__(indices)
+        images, masks = make_pairs(category, Processes(rank, world)).__getitems__(indices)
         normal += list(images[: -len(masks)])
         anomalous += list(images[-len(masks) :])
     assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
@@ -59,10 +63,10 @@ def test_processes_divide_a_batch(category, world, size):
 
 def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     pairs = make_pairs(category)
-    images, _, _ = pairs.__getitems__([3, 4])
-    again, _, _ = pairs.__getitems__([3, 9])
+    images, _ = pairs.__getitems__([3, 4])
+    again, _ = pairs.__getitems__([3, 9])
     assert np.array_equal(images[2], again[2])
-    pairs.epoch = 1
+    pairs.painter.epoch = 1
     assert not np.array_equal(pairs.__getitems__([3, 4])[0][2], images[2])
 
 
@@ -72,11 +76,10 @@ def test_small_sets_are_repeated(category):
 
 def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
     monkeypatch.setattr(kit.good, "CACHE_BYTES", 3 * 6 * 64 * 64)
-    pairs = make_pairs(category)
-    assert len(pairs.cache) == 3
-    images, _, _ = pairs.__getitems__(list(range(8)))
-    expected, _, _ = make_pairs(category, size=64).__getitems__(list(range(8)))
-    assert np.allclose(images[:8], expected[:8], atol=1e-3)  # the cache has half the bits
+    painter = make_painter(category)
+    assert len(painter.cache) == 3
+    expected = [read_image(path, (64, 64)) for path in painter.files]
+    assert all(np.allclose(painter.untouched(i), expected[i], atol=1e-3) for i in range(24))  # half the bits
 
 
 def test_batches_need_no_shared_memory(category, monkeypatch):
@@ -86,28 +89,51 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     def refuse(tensor):
         raise AssertionError("a tensor is about to be sent through shared memory")
 
-    loader = kit.good.loader(make_pairs(category), batch=8)
-    assert loader.num_workers > 0
-    loader.timeout = 30  # a worker that cannot send says nothing
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
-    images, masks, _ = next(iter(loader))
-    assert images.shape == (12, 64, 64, 3) and masks.shape == (4, 64, 64, 1)
+    pairs, painted = make_pairs(category), Paintings(make_painter(category), range(24))
+    for dataset, images, masks in ((pairs, 12, 4), (painted, 8, 8)):
+        loader = kit.good.loader(dataset, batch=8, shuffle=True)
+        assert loader.num_workers > 0
+        loader.timeout = 30  # a worker that cannot send says nothing
+        batch = next(iter(loader))
+        assert batch[0].shape == (images, 64, 64, 3) and batch[1].shape == (masks, 64, 64, 1)
 
 
 def test_good_images_are_shared_between_the_processes(category):
-    parts = [torch.cat(list(make_pairs(category, Processes(rank, 5)).normal())) for rank in range(5)]
-    whole = torch.cat(list(make_pairs(category).normal()))
+    parts = [torch.cat(list(make_painter(category, Processes(rank, 5)).normal())) for rank in range(5)]
+    whole = torch.cat(list(make_painter(category).normal()))
     assert whole.shape == (24, 3, 64, 64)
     assert sorted(x.sum().item() for x in torch.cat(parts)) == sorted(x.sum().item() for x in whole)
 
 
-def test_as_many_are_painted_as_asked_for_and_anew_when_all_have_been(category):
-    pairs = make_pairs(category)
-    seen = list(pairs.painted(100))  # 96 images, x- of half of them in an epoch
-    assert 100 <= sum(len(mask) for _, _, mask, _ in seen) < 108 and pairs.epoch == 3
-    normal = torch.cat(list(pairs.normal()))
-    for before, after, mask, numbers in seen:
-        assert torch.equal(before, normal[numbers])
-        changed = (before != after).any(dim=1, keepdim=True)
-        assert changed.any() and not changed[mask == 0].any()
+@pytest.mark.parametrize("count", [10, 100])
+def test_as_many_are_painted_as_asked_for_file_by_file(category, count):
+    painter = make_painter(category)
+    seen = list(painter.painted(count))
+    numbers = np.concatenate([numbers for _, _, numbers in seen])
+    assert len(numbers) == len(set(numbers)) == count
+    files = numbers % 24
+    assert np.bincount(files, minlength=24).max() - np.bincount(files, minlength=24).min() == 1
+    assert (np.diff(files) != 0).sum() == len(set(files)) - 1  # all of a file follow each other
+    for after, masks, numbers in seen:
+        for image, mask, number in zip(after, masks, numbers, strict=True):
+            changed = (to_tensor(painter.untouched(number)[None])[0] != image).any(dim=0)
+            assert changed.any() and not changed[mask[0] == 0].any()
+
+
+def test_processes_share_what_is_painted(category):
+    whole = np.concatenate([numbers for _, _, numbers in make_painter(category).painted(30)])
+    parts = [n for rank in range(3) for _, _, n in make_painter(category, Processes(rank, 3)).painted(30)]
+    assert sorted(np.concatenate(parts)) == sorted(whole)
+
+
+def test_a_large_image_is_decoded_once_for_all_that_is_painted_on_it(category, monkeypatch):
+    monkeypatch.setattr(kit.good, "CACHE_BYTES", 0)
+    monkeypatch.setattr(kit.good, "PATCH", 16)
+    monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
+    read = []
+    monkeypatch.setattr(kit.good, "read_image", lambda path, shape: read.append(path) or read_image(path, shape))
+    painted = list(make_painter(category).painted(100))
+    assert sum(len(numbers) for _, _, numbers in painted) == 100 and painted[0][0].shape[2:] == (16, 16)
+    assert len(read) == len(set(read)) == 24
