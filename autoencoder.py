@@ -161,7 +161,8 @@ class Autoencoder(Detector):
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
         per_image = math.ceil(CANDIDATES / len(files))
-        rows, is_inside = spread(map(self.moved, data.batches(files, self.shape)), self, per_image, generator)
+        maps = map(self.moved, data.batches(files, self.shape))
+        rows, is_inside = spread(maps, len(files), self, per_image, generator)
         count = prototype_count(self.settings, int(is_inside.sum()))
         self.prototypes.fit(rows, origins(rows, range(len(files))), count, generator)
 

@@ -411,12 +411,14 @@ class Rows:
 
 def good_rows(model: CLFlow, painter: Painter) -> Rows:
     """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
+    mine = painter.processes.part(range(len(painter.files)))
     per_image = max(1, ROWS // len(painter.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
-    rows, is_inside = spread(map(model.features, painter.normal()), model, per_image, generator, torch.half)
+    maps = map(model.features, painter.normal())
+    rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    return Rows(rows, origins(rows, painter.processes.part(range(len(painter.files)))), is_inside)
+    return Rows(rows, origins(rows, mine), is_inside)
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
@@ -572,4 +574,8 @@ def drawn(index: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def whitened(model: CLFlow, rows: Tensor, images: Tensor) -> Tensor:
     """Rows y (N, C) of images with these numbers (N,) -> w (N, K), with half the bits."""
-    return torch.cat([model.whitening(part).half() for part in model.as_new(rows, images)])
+    found, filled = rows.new_empty(len(rows), model.whitening.out_features, dtype=torch.half), 0
+    for part in model.as_new(rows, images):
+        found[filled : filled + len(part)] = model.whitening(part)
+        filled += len(part)
+    return found

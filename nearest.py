@@ -232,18 +232,26 @@ def prototype_count(settings: Settings, positions: int) -> int:
 
 
 def spread(
-    maps: Iterable[Tensor], model: Detector, count: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    maps: Iterable[Tensor],
+    images: int,
+    model: Detector,
+    count: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of images, from their maps (B, C, h, w), batch by batch: of each image `count` at random in the region of
-    interest, in their order, or all that are there: (N, C). And where that is: (h, w) bool."""
-    kept = []
+    """Rows of so many `images`, from their maps (B, C, h, w), batch by batch: of each image `count` at random in the
+    region of interest, in their order, or all that are there: (N, C). And where that is: (h, w) bool."""
+    kept, filled = torch.empty(0), 0
     for x in maps:
         is_inside = model.inside(x.shape[2:])
+        inside = is_inside.flatten().nonzero()[:, 0]
+        if not filled:  # room for all at once: what is put together at the end needs twice the memory
+            kept = x.new_empty(images * min(count, len(inside)), x.shape[1], dtype=dtype)
         for features in x:
-            rows = as_rows(features[None])[is_inside.flatten()]
-            chosen = torch.randperm(len(rows), generator=generator)[:count].sort().values
-            kept.append(rows[chosen.to(rows.device)].to(dtype))
-    return torch.cat(kept), is_inside
+            chosen = torch.randperm(len(inside), generator=generator)[:count].sort().values
+            kept[filled : filled + len(chosen)] = as_rows(features[None])[inside[chosen.to(inside.device)]]
+            filled += len(chosen)
+    return kept, is_inside
 
 
 def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
@@ -303,12 +311,13 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     0."""
     if progress is None:
         generator = torch.Generator().manual_seed(model.settings.seed)
-        per_image = math.ceil(CANDIDATES / len(good.trained_on))
+        images = len(good.trained_on)
+        per_image = math.ceil(CANDIDATES / images)
         batches = data.batches(good.trained_on, model.shape)
-        batches = counted(batches, "features of images", len(good.trained_on), each=at_once(model.shape))
-        candidates, is_inside = spread(map(model.features, batches), model, per_image, generator)
+        batches = counted(batches, "features of images", images, each=at_once(model.shape))
+        candidates, is_inside = spread(map(model.features, batches), images, model, per_image, generator)
         count = prototype_count(model.settings, int(is_inside.sum()))
-        model.prototypes.fit(candidates, origins(candidates, range(len(good.trained_on))), count, generator)
+        model.prototypes.fit(candidates, origins(candidates, range(images)), count, generator)
     held_out = data.batches(good.held_out, model.shape)
     model.calibrate((model.judge(images) for images in held_out), good.held_out)
     yield Epoch(0, {}, {"epoch": 0})

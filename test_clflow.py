@@ -412,14 +412,14 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     """As the image itself gives it when its own prototypes do not count; where nothing is looked at, zero."""
     model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
     x = features(5)
-    rows, inside = spread(iter(x.split(2)), model, 64, torch.Generator().manual_seed(0), torch.half)
+    rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
     normal = clflow.Rows(rows, origins(rows, range(5)), inside)
     feed = clflow.Feed(model, normal, clflow.Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.whitened_map(x[number : number + 1], without=torch.tensor([number]))
         code = feed.code(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
-    some, inside = spread([x], model, 40, torch.Generator(), torch.half)  # of 48
+    some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # of 48
     part = clflow.Feed(
         model, clflow.Rows(some, origins(some, range(5)), inside), clflow.Rows(rows[:4], torch.arange(4))
     )
