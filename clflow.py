@@ -306,12 +306,14 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
+    some = candidates(normal, good, settings.seed)
     if progress is None:
-        model.fit(*candidates(normal, good, settings.seed), int(normal.inside.sum()))
+        model.fit(*some, int(normal.inside.sum()))
+    alike = alike_in_order(model, good.trained_on, *some) if settings.local else 1.0
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
     feed = Feed(model, normal, painted_rows(model, painter))
-    del normal  # the feed has what it needs of it: up to a gigabyte
+    del normal, some  # the feed has what it needs of them: up to a gigabyte
 
     # Rows of real defects, if any are given.
     held_out = held_out_codes(model, good)
@@ -325,7 +327,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    calibrate_as_new(model, feed, held_out, good)
+    calibrate_as_new(model, feed, held_out, AsNew(good, settings.seed, alike))
 
 
 def epochs(
@@ -372,12 +374,10 @@ def calibrate(model: CLFlow, held_out: list[Tensor], good: GoodImages) -> None:
     model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
 
 
-def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> None:
+def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], as_new: AsNew) -> None:
     """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
     classifier that the others have taught."""
-    settings = model.settings
     trained = model.flow, model.classifier
-    as_new = AsNew(good, settings.seed, alike_in_order(model, good) if settings.local else 1.0)
 
     def known(number: int) -> list[Tensor] | None:
         """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
@@ -386,10 +386,10 @@ def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: 
 
     scores = {}
     for fold in range(FOLDS):
-        learn_anew(model, feed.only(as_new.fold != fold), held_out, good, fold, f"third {fold + 1}, epoch")
+        learn_anew(model, feed.only(as_new.fold != fold), held_out, as_new.good, fold, f"third {fold + 1}, epoch")
         scores |= as_new.scores(model, fold, known)
     model.flow, model.classifier = trained
-    calibrate(model, held_out, good)
+    calibrate(model, held_out, as_new.good)
     as_new.settle(model, scores)
 
 

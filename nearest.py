@@ -8,6 +8,7 @@ position of each image. A bank has P prototypes p."""
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -260,18 +261,18 @@ def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def alike_in_order(model: Detector, good: GoodImages) -> float:
+def alike_in_order(model: Detector, files: Sequence[Path], rows: Tensor, images: Tensor) -> float:
     """How much more alike good images are that follow each other by name: how many times as often as by chance the
-    prototypes that are nearest to an image, its own left out, come from its own tenth of the images. 1 where the names
-    tell nothing; some of the images are asked."""
-    tenth = blocks(good.trained_on, TENTHS)
+    prototypes that are nearest to an image, its own left out, come from its own tenth of the `files`. 1 where the names
+    tell nothing. Some of the images are asked, by those of the rows y (N, C) that have their numbers (N,)."""
+    tenth = blocks(files, TENTHS)
     origin = model.prototypes.origin.cpu()
     found, expected = 0.0, 0.0
     for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
-        x = model.features(data.read_batch([good.trained_on[number]], model.shape))
-        own = torch.tensor([number])
-        index = model.prototypes.nearest(as_rows(x), search_parts(*x.shape[2:]), model.dtype, own)
-        index = index[model.inside(x.shape[2:]).flatten()].cpu()
+        mine = rows[(images == number).to(rows.device)].float()
+        if not len(mine):  # of very many images
+            continue
+        index = model.prototypes.nearest(mine, 1, model.dtype, torch.tensor([number])).cpu()
         is_near = tenth[origin] == tenth[number]
         others = origin != number
         found += float(is_near[index].float().mean())
@@ -309,19 +310,19 @@ class Nearest(Detector):
 def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
     """Choose the bank from the features of good images, and calibrate. There are no epochs: what is yielded is number
     0."""
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    images = len(good.trained_on)
+    batches = data.batches(good.trained_on, model.shape)
+    batches = counted(batches, "features of images", images, each=at_once(model.shape))
+    maps = map(model.features, batches)
+    candidates, is_inside = spread(maps, images, model, math.ceil(CANDIDATES / images), generator)
+    origin = origins(candidates, range(images))
     if progress is None:
-        generator = torch.Generator().manual_seed(model.settings.seed)
-        images = len(good.trained_on)
-        per_image = math.ceil(CANDIDATES / images)
-        batches = data.batches(good.trained_on, model.shape)
-        batches = counted(batches, "features of images", images, each=at_once(model.shape))
-        candidates, is_inside = spread(map(model.features, batches), images, model, per_image, generator)
-        count = prototype_count(model.settings, int(is_inside.sum()))
-        model.prototypes.fit(candidates, origins(candidates, range(images)), count, generator)
+        model.prototypes.fit(candidates, origin, prototype_count(model.settings, int(is_inside.sum())), generator)
     held_out = data.batches(good.held_out, model.shape)
     model.calibrate((model.judge(images) for images in held_out), good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
-    as_new = AsNew(good, model.settings.seed, alike_in_order(model, good))
+    as_new = AsNew(good, model.settings.seed, alike_in_order(model, good.trained_on, candidates, origin))
     scores = {}
     for fold in range(FOLDS):
         scores |= as_new.scores(model, fold)
