@@ -70,16 +70,16 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     Each corner of a cell has a random gradient; the noise there is the gradient times the way from the corner, and in
     between it is blended. Gradients are looked up by coordinate, so that any shape and angle need no padding."""
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
-    gradients = np.stack([np.sin(phase), np.cos(phase)], axis=-1)
-    angle = rng.uniform(-np.pi / 2, np.pi / 2)
+    gradients = np.stack([np.sin(phase), np.cos(phase)], axis=-1).astype(np.float32)
+    angle = rng.uniform(-math.pi / 2, math.pi / 2)
     # In units of one length, or turning would shear the cells of a strip.
     tall, wide = height / math.sqrt(height * width), width / math.sqrt(height * width)
-    v, u = np.meshgrid(np.arange(height) / height - 0.5, np.arange(width) / width - 0.5, indexing="ij")
-    v, u = v * tall, u * wide
-    y = cells[0] / tall * (v * np.cos(angle) - u * np.sin(angle)) + rng.uniform(0, LATTICE)
-    x = cells[1] / wide * (v * np.sin(angle) + u * np.cos(angle)) + rng.uniform(0, LATTICE)
+    down, across = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    v, u = np.meshgrid(tall * (down / height - 0.5), wide * (across / width - 0.5), indexing="ij")
+    y = cells[0] / tall * (v * math.cos(angle) - u * math.sin(angle)) + rng.uniform(0, LATTICE)
+    x = cells[1] / wide * (v * math.sin(angle) + u * math.cos(angle)) + rng.uniform(0, LATTICE)
     row, column = np.floor(y).astype(int), np.floor(x).astype(int)
-    y, x = y - row, x - column  # place inside the cell, 0..1
+    y, x = y % 1, x % 1  # place inside the cell
 
     def corner(down: int, across: int) -> np.ndarray:
         gradient = gradients[(row + down) % LATTICE, (column + across) % LATTICE]
@@ -87,7 +87,7 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
 
     top = blend(corner(0, 0), corner(0, 1), fade(x))
     bottom = blend(corner(1, 0), corner(1, 1), fade(x))
-    return np.sqrt(2) * blend(top, bottom, fade(y))
+    return math.sqrt(2) * blend(top, bottom, fade(y))
 
 
 def fade(t: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
     distances from the border's median colour; the background is plain if nearly the whole border is near it."""
     border = np.ones(image.shape[:2], dtype=bool)
     border[8:-8, 8:-8] = False
-    distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3)
+    distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3, dtype=np.float32)
     far = distance > otsu(distance)
     if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
         return np.ones_like(far)

@@ -18,12 +18,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import run_measured  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.detector import Detector  # noqa: E402
 from kit.images import load_image, marked  # noqa: E402
+from methods import load  # noqa: E402
 
 TILE = 448  # pixels
 DOWN, ACROSS = 7, 9
 LEARNT_FROM = 20
 TESTS = 10  # of each kind
+NEAR = 8  # pixels
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 
@@ -84,6 +87,17 @@ def overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
+def highest(model: Detector, path: Path, box: Box) -> str:
+    """Where in a photograph the map is highest: on the defect in this box, elsewhere on its tile, or elsewhere."""
+    maps, _ = model(data.read_batch([path], model.shape))
+    y, x = np.unravel_index(int(maps[0].argmax()), model.shape)
+    spot = (int(x), int(y), int(x) + 1, int(y) + 1)
+    if overlap(spot, (box[0] - NEAR, box[1] - NEAR, box[2] + NEAR, box[3] + NEAR)):
+        return "on it"
+    left, top = box[0] // TILE * TILE, box[1] // TILE * TILE
+    return "elsewhere on its tile" if overlap(spot, (left, top, left + TILE, top + TILE)) else "elsewhere"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("category", type=Path)
@@ -105,6 +119,7 @@ def main() -> None:
     with open(found / "scores.csv") as file:
         rows = list(csv.DictReader(file))
     labels = np.array([row["file"] in boxes for row in rows])
+    model = load(run / "model.pt")
     print("image AUROC", metrics.image_metrics(labels, np.array([float(row["score"]) for row in rows]))["image_auroc"])
     for row in rows:
         if row["file"] in boxes:
@@ -113,7 +128,8 @@ def main() -> None:
             if row["anomalous"] == "1":
                 hit = overlap(box, tuple(int(row[name]) for name in ("x0", "y0", "x1", "y1")))
                 said = "found" if hit else "anomalous, but elsewhere"
-            print(f"{row['file']}: a defect of {x1 - x0} x {y1 - y0} pixels: {said}")
+            place = highest(model, out / "new" / row["file"], box)
+            print(f"{row['file']}: a defect of {x1 - x0} x {y1 - y0} pixels: {said}; the map is highest {place}")
     flagged = sum(row["anomalous"] == "1" for row in rows if row["file"] not in boxes)
     print(f"{flagged} of {TESTS} good ones flagged")
 
