@@ -44,6 +44,7 @@ HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
+TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
@@ -302,7 +303,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
     settings = model.settings
-    painter = Painter(good, synthesize, model)
+    painter = Painter(good, paint, model)
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
@@ -430,11 +431,22 @@ def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tenso
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
+def paint(
+    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`synthesize`, TOGETHER times on the same image: x- and the mask."""
+    touched = np.zeros(image.shape[:2], dtype=bool)
+    for _ in range(TOGETHER):
+        image, mask, _ = synthesize(image, rng, other, roi)
+        touched |= mask
+    return image, touched
+
+
 def painted_rows(model: CLFlow, painter: Painter) -> Rows:
     """Rows of PAINTED synthetic defects."""
     print(f"painting {PAINTED} synthetic defects", flush=True)
     anomalous, untouched, images = [], [], []
-    for after, mask, numbers in painter.painted(PAINTED):
+    for after, mask, numbers in painter.painted(PAINTED // TOGETHER):
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())

@@ -34,7 +34,6 @@ from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from nearest import origins  # noqa: E402
-from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -61,7 +60,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    painted = clflow.painted_rows(model, Painter(GoodImages([], files), synthesize, model))
+    painted = clflow.painted_rows(model, Painter(GoodImages([], files), clflow.paint, model))
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])

@@ -34,7 +34,6 @@ from kit.detector import read_checkpoint  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
-from synth import synthesize  # noqa: E402
 
 UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories of which one kind after the other is left out
 COUNTS = (1, 3, 10)
@@ -96,7 +95,7 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    painter = Painter(good, synthesize, model)
+    painter = Painter(good, clflow.paint, model)
     normal = clflow.good_rows(model, painter)
     model.fit(*clflow.candidates(normal, good, settings.seed), int(normal.inside.sum()))
     feed = Feed(model, normal, clflow.painted_rows(model, painter))
