@@ -362,8 +362,10 @@ def test_two_folders_of_the_same_name_do_not_share_a_run(category, tmp_path, mon
 def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(category, tmp_path, monkeypatch, capsys):
     shutil.copytree(category / "train", tmp_path / "data" / "train")
     monkeypatch.setattr("kit.good.CACHE_BYTES", 0)  # so that the workers decode
+    fit = clflow.CLFlow.fit
 
     def spoil(model, rows, images, positions):
+        fit(model, rows, images, positions)
         for path in (tmp_path / "data" / "train" / "good").iterdir():
             path.write_bytes(b"broken")
 
