@@ -57,6 +57,7 @@ class Prototypes(nn.Module):
         self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
         self.register_buffer("centres", torch.zeros(0, channels))
         self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
+        self.made, self.made_of = torch.zeros(0), torch.zeros(0)  # keys, and the bank that they were made of
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` from normal rows (N, C), N >= P, of the training images with these numbers
@@ -103,38 +104,54 @@ class Prototypes(nn.Module):
         there than prototypes are from each other: rows of defects are far from all cells, and which of these is nearest
         says little. Elsewhere it looks through all, in this many equal `parts`."""
         queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
-        bias = bias_of(self.bank)
+        out = None
         if without is not None:
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
-                bias[is_out] = FAR
-        keys = keys_of(self.bank, bias, dtype)
+                out = is_out.nonzero()[:, 0]
         # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
-        if torch.compiler.is_compiling() or rows.device.type != "cpu":
-            return among_all(queries.view(parts, queries.shape[0] // parts, -1).unbind(), keys)
-        found = self.among_cells(queries, keys, bias)
+        if torch.compiler.is_compiling():
+            return among_all(in_equal_parts(queries, parts), keys_of(self.bank, dtype))
+        if rows.device.type != "cpu":
+            return among_all(in_equal_parts(queries, parts), self.keys(dtype), out)
+        found = self.among_cells(queries, out)
         is_far = self.away(rows, found).norm(dim=1) > self.spacing[found]
         if is_far.any():
-            found[is_far] = among_all(queries[is_far].split(FEW), keys)
+            found[is_far] = among_all(queries[is_far].split(FEW), self.keys(dtype), out)
         return found
 
-    def among_cells(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    def keys(self, dtype: torch.dtype) -> Tensor:
+        """`keys_of` the bank, made once for each bank: that takes as long as a tenth of a search."""
+        if self.made_of is not self.bank or self.made.dtype != dtype:
+            self.made_of, self.made = self.bank, keys_of(self.bank, dtype)
+        return self.made
+
+    def among_cells(self, queries: Tensor, out: Tensor | None) -> Tensor:
         """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
-        that have a prototype which counts: whose `bias` (P,) is more than FAR."""
-        counting = torch.stack([(part > FAR).any() for part in bias.split(self.sizes.tolist())])
-        centres = keys_of(self.centres, bias_of(self.centres).where(counting, FAR), queries.dtype)
+        that have a prototype which counts."""
+        sizes = self.sizes.tolist()
+        out = torch.empty(0, dtype=torch.long) if out is None else out
+        cell_of = torch.arange(len(sizes)).repeat_interleave(self.sizes)
+        outs = cell_of[out].bincount(minlength=len(sizes))
+        counting = outs < self.sizes
+        nearness = queries @ keys_of(self.centres, queries.dtype).T
+        nearness[:, ~counting] = FAR
         looks = min(LOOKED_INTO, int(counting.sum()))
-        cell = (queries @ centres.T).topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
+        cell = nearness.topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
         order = cell.argsort(stable=True)
+        visits = order.split(cell.bincount(minlength=len(sizes)).tolist())
         similarity = queries.new_empty(len(cell))
         found = torch.empty_like(cell)
         first = 0
-        counts = cell.bincount(minlength=len(centres)).tolist()
-        for members, visitors in zip(keys.split(self.sizes.tolist()), order.split(counts), strict=True):
-            best = (queries[visitors // looks] @ members.T).max(dim=1)
+        members = self.keys(queries.dtype).split(sizes)
+        for keys, visitors, left_out in zip(members, visits, out.split(outs.tolist()), strict=True):
+            similar = queries[visitors // looks] @ keys.T
+            if len(left_out):
+                similar[:, left_out - first] = FAR
+            best = similar.max(dim=1)
             similarity[visitors] = best.values
             found[visitors] = first + best.indices
-            first += len(members)
+            first += len(keys)
         best = similarity.view(-1, looks).argmax(dim=1, keepdim=True)
         return found.view(-1, looks).gather(1, best)[:, 0]
 
@@ -152,33 +169,36 @@ class Prototypes(nn.Module):
         return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 
 
-def bias_of(bank: Tensor) -> Tensor:
-    """-|p|^2 / 2 of each p (P, C): (P,), the second part of its key."""
-    return bank.square().sum(dim=1) / -2
-
-
-def keys_of(bank: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
     """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
-    (p, -|p|^2 / 2), for rows (y, 1). The second part, the `bias` (P,), is split into its coarse and its fine bits, in
-    two columns: (P, C + 2)."""
+    (p, -|p|^2 / 2), for rows (y, 1). The second part is split into its coarse and its fine bits, in two columns: (P, C
+    + 2)."""
+    bias = bank.square().sum(dim=1) / -2
     coarse = bias.to(dtype)
     fine = (bias - coarse.float()).to(dtype)
     return torch.cat((bank.to(dtype), coarse[:, None], fine[:, None]), dim=1)
 
 
-def among_all(parts: Sequence[Tensor], keys: Tensor) -> Tensor:
+def in_equal_parts(queries: Tensor, parts: int) -> Sequence[Tensor]:
+    """(N, C) -> so many (N / parts, C). Not len(queries), which would fix the batch in an export."""
+    return queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind()
+
+
+def among_all(parts: Sequence[Tensor], keys: Tensor, out: Tensor | None = None) -> Tensor:
     """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). These come in parts (n, C + 2), no
-    one larger than the first, since all products at once would fill the memory."""
+    one larger than the first, since all products at once would fill the memory. Keys with the numbers `out` (n,) do not
+    count."""
     missing = -len(keys) % GROUP
     padding = keys.new_zeros(missing, keys.shape[1])
     padding[:, -2] = FAR
     keys = torch.cat((keys, padding))
-    most = parts[0].shape[0]  # not len(), which would fix the batch in an export
-    room = keys.new_empty(len(keys) * most)  # used by all parts: to get new memory each time takes longer
+    room = keys.new_empty(len(keys) * parts[0].shape[0])  # for all parts: to get new memory each time takes longer
     found = []
     for part in parts:
         count = part.shape[0]
         similarity = torch.mm(keys, part.T, out=room[: len(keys) * count].view(len(keys), count))
+        if out is not None:
+            similarity[out] = FAR
         similarity = similarity.view(len(keys) // GROUP, GROUP, count)
         # First the best group, by its best member, then the member: one search through all takes twice as long.
         group = similarity.amax(dim=1).max(dim=0).indices
