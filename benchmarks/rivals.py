@@ -96,7 +96,7 @@ def main() -> None:
             "image_auroc": tests_auroc(scores, args.category, (SIZE, SIZE)),
             "megabytes": sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 1e6,
         }
-    found |= milliseconds_of(scores, backbone, (SIZE, SIZE), args.batch, args.device)
+    found |= milliseconds_of(scores, backbone, args.category, (SIZE, SIZE), args.batch, args.device)
     print(json.dumps(found))
 
 

@@ -3,17 +3,19 @@
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth             # ours
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth --rivals    # and anomalib's, 256x256
 
-Milliseconds an image are medians over batches of random images, and over single ones in the column `one, ms`; `beyond`
-is what comes after the backbone."""
+Milliseconds an image are medians: of a batch of the category's test images, and of these one by one in the column `one,
+ms`; `beyond` is what comes after the backbone. What is far from all that is normal takes longer to judge; so they are
+real images, good and bad."""
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +47,16 @@ COLUMNS = [
 # ---------------------------------------------------------------- what is measured
 
 
-def median_ms(run: Callable[[Tensor], object], shape: Shape, batch: int, device: str) -> float:
-    """Milliseconds an image of `run` on a batch (batch, 3, *shape), the first two calls left out. The batch starts
-    in the processor's memory, as decoded images do."""
-    images = torch.rand(batch, 3, *shape, generator=torch.Generator().manual_seed(0))
+def median_ms(run: Callable[[Tensor], object], batches: Sequence[Tensor], device: str) -> float:
+    """Milliseconds an image of `run` on batches (B, 3, H, W), one after the other, over and over; the first two calls
+    left out. They start in the processor's memory, as decoded images do."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times = []
-    for _ in range(REPEATS + 2):
+    for images in itertools.islice(itertools.cycle(batches), REPEATS + 2):
         started = time.perf_counter()
         run(images)
         wait()
-        times.append(1000 * (time.perf_counter() - started) / batch)
+        times.append(1000 * (time.perf_counter() - started) / len(images))
     return float(np.median(times[2:]))
 
 
@@ -89,12 +90,16 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def milliseconds_of(whole: Callable, backbone: Callable, shape: Shape, batch: int, device: str) -> dict[str, float]:
+def milliseconds_of(
+    whole: Callable, backbone: Callable, category: Path, shape: Shape, batch: int, device: str
+) -> dict[str, float]:
     """Milliseconds an image: the backbone, all, and all of a single image."""
+    tests = data.labelled_images(category)
+    images = data.read_batch([tests[i * len(tests) // batch].path for i in range(batch)], shape)
     return {
-        "backbone": median_ms(backbone, shape, batch, device),
-        "all": median_ms(whole, shape, batch, device),
-        "one": median_ms(whole, shape, 1, device),
+        "backbone": median_ms(backbone, [images], device),
+        "all": median_ms(whole, [images], device),
+        "one": median_ms(whole, images.split(1), device),
     }
 
 
@@ -107,7 +112,7 @@ def ours(category: Path, options: list[str], folder: Path, batch: int, device: s
         found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.shape)}
     found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
     backbone = getattr(model, "phi", model.features)  # the autoencoder shows it larger images
-    found |= milliseconds_of(model, backbone, model.shape, batch, device)
+    found |= milliseconds_of(model, backbone, category, model.shape, batch, device)
     return found | {"decoding": decoding_ms(category, model.shape)}
 
 
