@@ -670,5 +670,5 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 #
 # **8 How sure is an AUROC?** (part 8) Draw test images with replacement a thousand times. *Expect* ± 0.043 of
 # `model`, ± 0.041 of `near`, and a 95 % interval of their difference from −0.06 to 0.03: which is better, 60 images
-# cannot tell. (With an earlier way of painting two seeds gave 0.893 and 0.934.) *Test:* the standard deviation agrees with
-# Hanley and McNeil's formula within a third.
+# cannot tell. (With an earlier way of painting two seeds gave 0.893 and 0.934.) *Test:* the standard deviation agrees
+# with Hanley and McNeil's formula within a third.
