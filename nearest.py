@@ -109,15 +109,15 @@ class Prototypes(nn.Module):
             is_out = torch.isin(self.origin, without.to(self.origin.device))
             if not is_out.all():  # else there is but one training image, and nothing to see it from
                 out = is_out.nonzero()[:, 0]
+        exports = torch.compiler.is_compiling()
+        keys = keys_of(self.bank, dtype) if exports else self.keys(dtype)  # an export keeps nothing
         # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
-        if torch.compiler.is_compiling():
-            return among_all(in_equal_parts(queries, parts), keys_of(self.bank, dtype))
-        if rows.device.type != "cpu":
-            return among_all(in_equal_parts(queries, parts), self.keys(dtype), out)
-        found = self.among_cells(queries, out)
+        if exports or rows.device.type != "cpu":
+            return among_all(in_equal_parts(queries, parts), keys, out)
+        found = self.among_cells(queries, keys, out)
         is_far = self.away(rows, found).norm(dim=1) > self.spacing[found]
         if is_far.any():
-            found[is_far] = among_all(queries[is_far].split(FEW), self.keys(dtype), out)
+            found[is_far] = among_all(queries[is_far].split(FEW), keys, out)
         return found
 
     def keys(self, dtype: torch.dtype) -> Tensor:
@@ -126,7 +126,7 @@ class Prototypes(nn.Module):
             self.made_of, self.made = self.bank, keys_of(self.bank, dtype)
         return self.made
 
-    def among_cells(self, queries: Tensor, out: Tensor | None) -> Tensor:
+    def among_cells(self, queries: Tensor, keys: Tensor, out: Tensor | None) -> Tensor:
         """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
         that have a prototype which counts."""
         sizes = self.sizes.tolist()
@@ -143,15 +143,14 @@ class Prototypes(nn.Module):
         similarity = queries.new_empty(len(cell))
         found = torch.empty_like(cell)
         first = 0
-        members = self.keys(queries.dtype).split(sizes)
-        for keys, visitors, left_out in zip(members, visits, out.split(outs.tolist()), strict=True):
-            similar = queries[visitors // looks] @ keys.T
+        for members, visitors, left_out in zip(keys.split(sizes), visits, out.split(outs.tolist()), strict=True):
+            similar = queries[visitors // looks] @ members.T
             if len(left_out):
                 similar[:, left_out - first] = FAR
             best = similar.max(dim=1)
             similarity[visitors] = best.values
             found[visitors] = first + best.indices
-            first += len(keys)
+            first += len(members)
         best = similarity.view(-1, looks).argmax(dim=1, keepdim=True)
         return found.view(-1, looks).gather(1, best)[:, 0]
 

@@ -71,12 +71,12 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     between it is blended. Gradients are looked up by coordinate, so that any shape and angle need no padding."""
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
     gradients = np.stack([np.sin(phase), np.cos(phase)], axis=-1).astype(np.float32)
-    gradients = np.pad(gradients, ((0, 1), (0, 1), (0, 0)), mode="wrap")
+    gradients = np.pad(gradients, ((0, 1), (0, 1), (0, 0)), mode="wrap")  # a corner may be one farther than the last
     angle = rng.uniform(-math.pi / 2, math.pi / 2)
     # In units of one length, or turning would shear the cells of a strip.
     tall, wide = height / math.sqrt(height * width), width / math.sqrt(height * width)
-    down, across = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
-    v, u = np.meshgrid(tall * (down / height - 0.5), wide * (across / width - 0.5), indexing="ij")
+    lines, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
+    v, u = np.meshgrid(tall * (lines / height - 0.5), wide * (columns / width - 0.5), indexing="ij")
     y = cells[0] / tall * (v * math.cos(angle) - u * math.sin(angle)) + rng.uniform(0, LATTICE)
     x = cells[1] / wide * (v * math.sin(angle) + u * math.cos(angle)) + rng.uniform(0, LATTICE)
     row, column = np.floor(y).astype(np.int32) % LATTICE, np.floor(x).astype(np.int32) % LATTICE

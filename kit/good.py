@@ -104,13 +104,13 @@ class Painter:
     def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x+ and x- of this number, (H, W, 3), and the mask (H, W) of where they differ."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
-        place = self.place(number)
-        image = self.untouched(number)
+        path, place = self.files[number % len(self.files)], self.place(number)
+        image = self.image(path, place)
         use_texture = self.textures and rng.random() < 0.5
         sources = self.textures if use_texture else self.files
         source = sources[rng.integers(len(sources))]
         if self.patch != self.shape and not use_texture:
-            source = self.files[number % len(self.files)]  # to decode another large image takes long
+            source = path  # to decode another large image takes long
         painted, mask, *_ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
         return image, painted, mask
 
@@ -200,8 +200,8 @@ def within(middle: int, length: int, limit: int) -> slice:
 
 
 def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
-    """Batches of what is painted in the background where processes can be forked; elsewhere each of them would have to
-    copy the decoded images."""
+    """Batches of `dataset`, painted in the background where processes can be forked; elsewhere each of them would have
+    to copy the decoded images."""
     workers = min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
     context = "fork" if workers else None
     return DataLoader(
