@@ -21,7 +21,7 @@ from kit.images import AnyImage, read_any, resized
 from kit.settings import Settings
 from kit.sizes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
-from kit.windows import in_windows
+from kit.windows import in_windows, overlapping_parts
 
 FORMAT = 10  # of the checkpoint
 SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
@@ -46,11 +46,15 @@ def smoothed(x: Tensor, sigma: float) -> Tensor:
 
 
 def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
-    """(B, H, W) -> (B,): the mean of a map's highest 1 %, of so many pixels if not all of them count, but of no more
-    than 1 % of SIDE x SIDE, or a small defect would be lost in a large image. A single high pixel is more often noise
-    than a defect."""
+    """(B, H, W) -> (B,): the mean of a map's highest 1 %, of so many pixels if not all of them count, of SIDE x SIDE at
+    most. A single high pixel is more often noise than a defect. A large image scores as its worst part of SIDE x SIDE
+    does: a small defect would be lost among the highest pixels of a hundred parts."""
     count = max(1, int(side_of(pixels or maps[0].numel()) ** 2 / 100 + 1e-6))
-    return maps.flatten(1).topk(count, dim=1).values.mean(dim=1)
+    scores = [
+        maps[:, rows, columns].flatten(1).topk(count, dim=1).values.mean(dim=1)
+        for rows, columns in overlapping_parts(maps.shape[1:], SIDE)
+    ]
+    return torch.stack(scores).amax(dim=0)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -168,8 +172,8 @@ class Detector(nn.Module):
         return torch.where(self.roi, anomaly_map(torch.where(is_inside, e, outside), self.shape), outside)
 
     def score(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, W) -> (B,), of the region of interest."""
-        return image_score(maps.masked_fill(~self.roi, -torch.inf), self.pixels)
+        """Maps (B, H, W) -> (B,), of the region of interest; what is outside it is typically normal there."""
+        return image_score(maps, self.pixels)
 
     @torch.no_grad()
     def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:

@@ -19,7 +19,7 @@ from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import ALONE, Processes
 from kit.progress import counted
-from kit.sizes import Shape
+from kit.sizes import part_shape
 from kit.windows import at_once
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
@@ -69,7 +69,7 @@ class Painter:
         self.processes = good.processes
         self.paint = paint
         self.shape = model.shape
-        self.patch = patch_shape(model.shape)
+        self.patch = part_shape(model.shape, PATCH)
         self.roi = model.roi.cpu().numpy()
         self.seed = model.settings.seed
         self.epoch = 0
@@ -182,15 +182,6 @@ class Pairs(Dataset):
         for number in mine[pairs:]:
             normal.append(painter.untouched(number))
         return np.stack(normal + painted), np.float32(masks)[..., None]
-
-
-def patch_shape(shape: Shape) -> Shape:
-    """Of images of this shape: all of it, or as many pixels as PATCH x PATCH where there are more than twice as many,
-    no side longer than the image's."""
-    if math.prod(shape) <= 2 * PATCH**2:
-        return shape
-    height, width = min(shape[0], PATCH), min(shape[1], PATCH)
-    return min(shape[0], PATCH**2 // width), min(shape[1], PATCH**2 // height)
 
 
 def within(middle: int, length: int, limit: int) -> slice:

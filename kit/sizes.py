@@ -49,6 +49,15 @@ def as_shape(size: int | Shape) -> Shape:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def part_shape(shape: Shape, side: int) -> Shape:
+    """What to look at of images of this shape at once: all of it, or as many pixels as side x side where there are more
+    than twice as many, no side longer than the image's."""
+    if math.prod(shape) <= 2 * side**2:
+        return shape
+    height, width = min(shape[0], side), min(shape[1], side)
+    return min(shape[0], side**2 // width), min(shape[1], side**2 // height)
+
+
 def as_text(size: Size) -> str:
     """As --size takes it."""
     return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)

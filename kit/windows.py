@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from kit.processes import return_freed_memory
-from kit.sizes import UNIT
+from kit.sizes import UNIT, Shape, part_shape
 
 PIXELS = 2**21  # at once, of all images of a batch together: two million
 CORE = 1024  # pixels a side of a window, at most, without what is seen around it
 
 
-def at_once(shape: tuple[int, int], batch: int = 8) -> int:
+def at_once(shape: Shape, batch: int = 8) -> int:
     """How many images of this shape are looked at together, at most `batch`."""
     return max(1, min(batch, PIXELS // math.prod(shape)))
 
@@ -22,6 +22,20 @@ def cuts(length: int) -> list[int]:
     """Where an axis is cut into equal parts of at most CORE pixels: all ends, at multiples of UNIT but for the last."""
     count = math.ceil(length / CORE)
     return [round(i * length / count / UNIT) * UNIT for i in range(count)] + [length]
+
+
+def overlapping_parts(shape: Shape, side: int) -> list[tuple[slice, slice]]:
+    """Overlapping parts of an image of this shape that together are all of it, each of the same `part_shape`; half a
+    part or less from one to the next."""
+    height, width = part_shape(shape, side)
+    down, across = starts(shape[0], height), starts(shape[1], width)
+    return [(slice(y, y + height), slice(x, x + width)) for y in down for x in across]
+
+
+def starts(length: int, part: int) -> list[int]:
+    """Where parts of an axis start, evenly spread."""
+    gaps = math.ceil(2 * (length - part) / part)
+    return [0] + [round(i * (length - part) / gaps) for i in range(1, gaps + 1)]
 
 
 def in_windows(

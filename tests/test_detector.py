@@ -10,6 +10,7 @@ from PIL import Image
 from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
+import kit.detector
 from kit import data
 from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint, smoothed
 from kit.errors import InputError
@@ -37,6 +38,19 @@ def test_smoothing_one_axis_after_the_other_is_smoothing_both():
 def test_image_score_is_the_mean_of_the_top_percent():
     maps = torch.arange(400.0).reshape(1, 20, 20)
     assert image_score(maps).item() == pytest.approx((396 + 397 + 398 + 399) / 4)
+
+
+def test_a_large_image_scores_as_its_worst_part(monkeypatch):
+    """Parts of 20 x 20, of which 1 % are four pixels."""
+    monkeypatch.setattr(kit.detector, "SIDE", 20)
+    spot, scattered = torch.zeros(100, 80), torch.zeros(100, 80)
+    spot[51:53, 37:39] = 1
+    scattered[[3, 40, 70, 95], [5, 70, 10, 75]] = 1  # as many high pixels, of four parts
+    assert image_score(torch.stack((spot, scattered))).tolist() == [1, 0.25]
+    small = torch.zeros(20, 40)  # not more than two parts: one whole, whose 1 % is no more than that of a part
+    small[[3, 16], [5, 35]] = 1
+    assert image_score(small[None]).item() == 0.5
+    assert image_score(spot[None], pixels=200).item() == 1 and image_score(scattered[None], pixels=200).item() == 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
