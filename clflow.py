@@ -431,15 +431,9 @@ def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tenso
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
-def paint(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """`synthesize`, TOGETHER times on the same image: x- and the mask."""
-    touched = np.zeros(image.shape[:2], dtype=bool)
-    for _ in range(TOGETHER):
-        image, mask, _ = synthesize(image, rng, other, roi)
-        touched |= mask
-    return image, touched
+def paint(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
+    """What training paints on an image: `synthesize`, with TOGETHER defects."""
+    return synthesize(image, rng, other, roi, TOGETHER)
 
 
 def painted_rows(model: CLFlow, painter: Painter) -> Rows:

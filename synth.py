@@ -24,20 +24,33 @@ LATTICE = 64  # gradients a side; the lattice repeats beyond
 
 
 def synthesize(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray | None = None, roi: np.ndarray | None = None
+    image: np.ndarray,
+    rng: np.random.Generator,
+    other: np.ndarray | None = None,
+    roi: np.ndarray | None = None,
+    defects: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
-    """Paint one synthetic defect: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
+    """Paint so many synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
     All lengths are those of a square of as many pixels, up to 384 x 384: a strip has defects as large as a square has,
     and a larger image has no larger ones. image, other (texture or second normal image; default: the image itself): (H,
-    W, 3) of one shape; roi (H, W) bool, the region of interest, in which the defect lies (default: everywhere). Returns
+    W, 3) of one shape; roi (H, W) bool, the region of interest, in which the defects lie (default: everywhere). Returns
     (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing
     changes."""
-    if other is None:
-        other = image
     where = foreground(image)
     if roi is not None:
         where = where & roi if (where & roi).any() else roi
+    anomalous, touched = image, np.zeros(image.shape[:2], dtype=bool)
+    for _ in range(defects):
+        anomalous, mask = with_defect(anomalous, rng, image if other is None else other, where)
+        touched |= mask
+    return anomalous, touched, bounding_box(touched)
+
+
+def with_defect(
+    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, where: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """One defect that lies in `where` (H, W) bool: the image with it, and its mask."""
     while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
@@ -46,8 +59,7 @@ def synthesize(
         change = alpha[..., None] * (source(image, other, rng) - image)
         if np.abs(change[mask]).mean() > 0.03:
             break
-    anomalous = (image + change).clip(0, 1).astype(np.float32)
-    return anomalous, mask, bounding_box(mask)
+    return (image + change).clip(0, 1).astype(np.float32), mask
 
 
 # ---------------------------------------------------------------- where the defect is

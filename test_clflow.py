@@ -134,6 +134,23 @@ def test_synthesize_agrees_with_its_mask_and_box():
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
 
 
+def test_two_defects_are_one_painted_after_the_other():
+    """The object is sought once: where the image has a first defect, it is no other."""
+    rng = np.random.default_rng(1)
+    texture = rng.random((96, 96, 3), dtype=np.float32)
+    for seed in range(10):
+        together, mask, box = synth.synthesize(texture, np.random.default_rng(seed), defects=2)
+        rng = np.random.default_rng(seed)
+        one, first, _ = synth.synthesize(texture, rng, texture)
+        both, second, _ = synth.synthesize(one, rng, texture)
+        assert np.array_equal(together, both) and np.array_equal(mask, first | second)
+        assert box == synth.bounding_box(mask)
+    disc = drawn()
+    for seed in range(30):
+        mask = synth.synthesize(disc, np.random.default_rng(seed), defects=2)[1]
+        assert mask[synth.foreground(disc)].sum() == mask.sum()
+
+
 def test_synthesize_is_reproducible_and_varied():
     image, seeds = drawn(), range(10)
     first = [synth.synthesize(image, np.random.default_rng(s))[0] for s in seeds]

@@ -27,6 +27,7 @@ DOWN, ACROSS = 7, 9
 LEARNT_FROM = 20
 TESTS = 10  # of each kind
 NEAR = 8  # pixels
+RATES = (0.02, 0.1)  # of good ones flagged, for which a threshold is taken
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 
@@ -120,7 +121,8 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     labels = np.array([row["file"] in boxes for row in rows])
     model = load(run / "model.pt")
-    print("image AUROC", metrics.image_metrics(labels, np.array([float(row["score"]) for row in rows]))["image_auroc"])
+    scores = np.array([float(row["score"]) for row in rows])
+    print("image AUROC", metrics.image_metrics(labels, scores)["image_auroc"])
     for row in rows:
         if row["file"] in boxes:
             x0, y0, x1, y1 = box = boxes[row["file"]]
@@ -130,8 +132,10 @@ def main() -> None:
                 said = "found" if hit else "anomalous, but elsewhere"
             place = highest(model, out / "new" / row["file"], box)
             print(f"{row['file']}: a defect of {x1 - x0} x {y1 - y0} pixels: {said}; the map is highest {place}")
-    flagged = sum(row["anomalous"] == "1" for row in rows if row["file"] not in boxes)
-    print(f"{flagged} of {TESTS} good ones flagged")
+    for rate in RATES:
+        anomalous = scores > model.thresholds(rate).score
+        bad, good = int(anomalous[labels].sum()), int(anomalous[~labels].sum())
+        print(f"--false-alarm {rate}: {bad} of {TESTS} defective ones flagged, {good} of {TESTS} good ones")
 
 
 if __name__ == "__main__":

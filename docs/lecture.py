@@ -655,8 +655,8 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # defects found on the local scale, instead of 81 %. *Test:* count the prototypes of the smooth kind, those whose
 # first number is below zero: there are 2.
 #
-# **5 Another synthesizer.** (part 1) Write `cut_and_paste(image, rng, other, roi)`, which pastes a rectangle of the
-# image elsewhere, and train with it in the place of `clflow.synthesize`. *Expect* 0.925 of the classifier alone,
+# **5 Another synthesizer.** (part 1) Write `cut_and_paste(image, rng, other, roi, defects)`, which pastes rectangles of
+# the image elsewhere, and train with it in the place of `clflow.synthesize`. *Expect* 0.925 of the classifier alone,
 # 0.891 together. *Test:* outside the mask nothing changes, and the box holds all of the mask.
 #
 # **6 A defect that it cannot see.** (part 7) Measure `near` kind by kind, each against the good test images; and

@@ -9,7 +9,7 @@ import kit.good
 import kit.windows
 import train
 from kit.backbone import BACKBONES
-from kit.windows import at_once, cuts, in_windows
+from kit.windows import at_once, cuts, in_windows, overlapping_parts
 from methods import load
 
 
@@ -17,6 +17,20 @@ def test_cuts_are_equal_parts():
     assert cuts(500) == [0, 500] and cuts(1024) == [0, 1024]
     assert cuts(2600) == [0, 864, 1728, 2600] and cuts(4096) == [0, 1024, 2048, 3072, 4096]
     assert at_once((384, 384)) == 8 and at_once((1024, 1024)) == 2 and at_once((4096, 4096)) == 1
+
+
+def test_parts_overlap_by_half_and_are_all_of_an_image():
+    for shape in ((100, 80), (256, 4096), (3136, 4032), (60, 61)):
+        found = overlapping_parts(shape, 40)
+        assert len({(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in found}) == 1
+        for axis, length in enumerate(shape):
+            places = sorted({(part[axis].start, part[axis].stop) for part in found})
+            assert places[0][0] == 0 and places[-1][1] == length
+            assert max(np.diff([start for start, _ in places])) <= (places[0][1] + 1) / 2
+    assert overlapping_parts((50, 60), 40) == [(slice(0, 50), slice(0, 60))]
+    assert [rows.start for rows, _ in overlapping_parts((100, 40), 40)] == [0, 20, 40, 60]
+    strip = overlapping_parts((32, 1000), 40)
+    assert strip[0] == (slice(0, 32), slice(0, 50)) and strip[-1] == (slice(0, 32), slice(950, 1000))
 
 
 def test_windows_are_put_together(monkeypatch):
@@ -59,9 +73,9 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     painted_on = set()
     synthesize = train.METHODS["clflow"].train.__globals__["synthesize"]
 
-    def watched(image, rng, other, roi):
+    def watched(image, rng, other, roi, defects):
         painted_on.add((image.shape, other.shape, roi.shape))
-        return synthesize(image, rng, other, roi)
+        return synthesize(image, rng, other, roi, defects)
 
     monkeypatch.setattr("clflow.synthesize", watched)
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
