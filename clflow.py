@@ -85,7 +85,7 @@ def tamed(e: Tensor) -> Tensor:
 
 def classifier(components: int) -> nn.Sequential:
     """Rows (N, K) -> (N, 1), the log-odds of being anomalous."""
-    return nn.Sequential(nn.Linear(components, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
+    return nn.Sequential(nn.Linear(components, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1))
 
 
 class CLFlow(Detector):

@@ -27,7 +27,7 @@ class Coupling(nn.Module):
         hidden = max(1, int(self.kept * hidden_ratio))
         self.subnet = nn.Sequential(
             nn.Conv2d(self.kept, hidden, kernel_size, padding="same"),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, 2 * self.changed, kernel_size, padding="same"),
         )
         # Start as the identity: the first loss is that of a plain Gaussian.

@@ -92,11 +92,13 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     y = cells[0] / tall * (v * math.cos(angle) - u * math.sin(angle)) + rng.uniform(0, LATTICE)
     x = cells[1] / wide * (v * math.sin(angle) + u * math.cos(angle)) + rng.uniform(0, LATTICE)
     row, column = np.floor(y).astype(np.int32) % LATTICE, np.floor(x).astype(np.int32) % LATTICE
+    cell = row * (LATTICE + 1) + column
+    down_gradient, across_gradient = gradients.reshape(-1, 2).T.copy()
     y, x = y % 1, x % 1  # place inside the cell
 
     def corner(down: int, across: int) -> np.ndarray:
-        gradient = gradients[row + down, column + across]
-        return gradient[..., 0] * (y - down) + gradient[..., 1] * (x - across)
+        number = cell + (down * (LATTICE + 1) + across)
+        return down_gradient[number] * (y - down) + across_gradient[number] * (x - across)
 
     top = blend(corner(0, 0), corner(0, 1), fade(x))
     bottom = blend(corner(1, 0), corner(1, 1), fade(x))
@@ -196,11 +198,12 @@ def shuffled(image: np.ndarray, rng: np.random.Generator, grid: int = 8) -> np.n
     a square."""
     mean = image.mean(axis=(0, 1))
     gain = rng.uniform(0.6, 1.6)
-    image = (mean + (image - mean) * gain + rng.normal(0, 0.12) + rng.normal(0, 0.04, 3)).clip(0, 1)
+    shift = np.float32(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3))
+    image = (mean + (image - mean) * gain + shift).clip(0, 1)
     height, width = image.shape[:2]
     side = math.ceil(side_of(height * width) / grid)
     down, across = math.ceil(height / side), math.ceil(width / side)
-    y, x = np.mgrid[:height, :width]
+    y, x = np.ogrid[:height, :width]
     order = rng.permutation(down * across)
     tile = order[y // side * across + x // side]  # for each pixel, the tile that it comes from
     from_y = tile // across * side + y % side
@@ -210,8 +213,8 @@ def shuffled(image: np.ndarray, rng: np.random.Generator, grid: int = 8) -> np.n
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Stains, scratches, dents: darker or lighter, slightly tinted, some grain."""
-    shade = rng.choice([-1, 1]) * rng.uniform(0.1, 0.5) + rng.normal(0, 0.05, 3)
-    grain = rng.normal(0, rng.uniform(0, 0.05), (*image.shape[:2], 1))
+    shade = np.float32(rng.choice([-1, 1]) * rng.uniform(0.1, 0.5) + rng.normal(0, 0.05, 3))
+    grain = np.float32(rng.normal(0, rng.uniform(0, 0.05), (*image.shape[:2], 1)))
     return (image * rng.uniform(0.4, 1) + shade + grain).clip(0, 1)
 
 

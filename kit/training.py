@@ -25,7 +25,7 @@ class Descent:
 
     def __init__(self, losses: nn.Module, lr: float, steps: int, weight_decay: float):
         self.parameters = [p for p in losses.parameters() if p.requires_grad]
-        self.adam = optim.Adam(self.parameters, lr, weight_decay=weight_decay)
+        self.adam = optim.Adam(self.parameters, lr, weight_decay=weight_decay, fused=True)
         self.cycle = optim.lr_scheduler.OneCycleLR(self.adam, lr, steps, pct_start=0.11)
 
     def step(self, losses: dict[str, Tensor]) -> dict[str, float]:
