@@ -431,7 +431,9 @@ def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tenso
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
-def paint(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
+def paint(
+    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """What training paints on an image: `synthesize`, with TOGETHER defects."""
     return synthesize(image, rng, other, roi, TOGETHER)
 

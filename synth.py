@@ -37,12 +37,14 @@ def synthesize(
     W, 3) of one shape; roi (H, W) bool, the region of interest, in which the defects lie (default: everywhere). Returns
     (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing
     changes."""
+    if other is None:
+        other = image
     where = foreground(image)
     if roi is not None:
         where = where & roi if (where & roi).any() else roi
     anomalous, touched = image, np.zeros(image.shape[:2], dtype=bool)
     for _ in range(defects):
-        anomalous, mask = with_defect(anomalous, rng, image if other is None else other, where)
+        anomalous, mask = with_defect(anomalous, rng, other, where)
         touched |= mask
     return anomalous, touched, bounding_box(touched)
 

@@ -26,7 +26,7 @@ CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
 PATCH = 512  # pixels a side of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
 
-# (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, ...)
+# (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tuple]
 
 
@@ -111,7 +111,7 @@ class Painter:
         source = sources[rng.integers(len(sources))]
         if self.patch != self.shape and not use_texture:
             source = path  # to decode another large image takes long
-        painted, mask, *_ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
+        painted, mask, _ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
         return image, painted, mask
 
     def normal(self) -> Iterator[Tensor]:
