@@ -8,6 +8,7 @@ position of each image. A bank has P prototypes p."""
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,13 +32,26 @@ SKETCH = 64  # random directions in which the bank is chosen
 FARTHEST = 1024  # rows, among which the next ones for the bank are sought
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 CHUNK = 4096  # rows whose distances to the bank are held at once
-FEW = 384  # rows whose products with all prototypes are held at once: they fit the cache
 GROUP = 32  # prototypes, of which the best is sought first
-CELL = 64  # prototypes of a cell, in the mean
-LOOKED_INTO = 4  # cells, before all of them if the nearest prototype there is far
+CELL = 128  # prototypes of a cell, in the mean
+LOOKED_INTO = 4  # cells
+LOOKED_INTO_IF_FAR = 16  # cells, of a row that is far from what it finds in the first few
 TENTHS = 10
 ASKED = 40  # images, whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Which of P prototypes do not count for which of N rows: `is_out` (G, P) bool for each kind of rows, and the
+    `kind` (N,) that each row is of."""
+
+    is_out: Tensor
+    kind: Tensor
+
+    def of(self, rows: Tensor) -> "LeftOut":
+        """The same for some of the rows: their numbers, or (N,) bool."""
+        return LeftOut(self.is_out, self.kind[rows])
 
 
 class Prototypes(nn.Module):
@@ -97,28 +111,32 @@ class Prototypes(nn.Module):
 
     def nearest(self, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
         """Which prototype is nearest to each of rows (N, C): (N,). Half the bits will do, since nearly equal distances
-        may be mistaken for each other. Prototypes that came from the training images with the numbers `without` (n,) do
-        not count: so an image is judged as if it, or what is like it, were new.
+        may be mistaken for each other. Prototypes that came from the training images with the numbers `without` (n,)
+        do not count; or (N, n), for each row others. So an image is judged as if it, or what is like it, were new.
 
-        On a CPU a row looks into some cells first, and through all prototypes only if it is farther from what it finds
-        there than prototypes are from each other: rows of defects are far from all cells, and which of these is nearest
-        says little. Elsewhere it looks through all, in this many equal `parts`."""
+        On a CPU a row looks into a few cells, and into more of them if it is farther from what it finds there than
+        prototypes are from each other: rows of defects are far from all cells, and which of these is nearest says
+        little. Elsewhere it looks through all, in this many equal `parts`."""
         queries = F.pad((rows - self.centre).to(dtype), (0, 2), value=1.0)
-        out = None
-        if without is not None:
-            is_out = torch.isin(self.origin, without.to(self.origin.device))
-            if not is_out.all():  # else there is but one training image, and nothing to see it from
-                out = is_out.nonzero()[:, 0]
+        out = None if without is None else self.left_out(without, len(rows))
         exports = torch.compiler.is_compiling()
         keys = keys_of(self.bank, dtype) if exports else self.keys(dtype)  # an export keeps nothing
         # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
         if exports or rows.device.type != "cpu":
             return among_all(in_equal_parts(queries, parts), keys, out)
-        found = self.among_cells(queries, keys, out)
+        found = self.among_cells(queries, keys, out, LOOKED_INTO)
         is_far = self.away(rows, found).norm(dim=1) > self.spacing[found]
         if is_far.any():
-            found[is_far] = among_all(queries[is_far].split(FEW), keys, out)
+            out = None if out is None else out.of(is_far)
+            found[is_far] = self.among_cells(queries[is_far], keys, out, LOOKED_INTO_IF_FAR)
         return found
+
+    def left_out(self, without: Tensor, rows: int) -> LeftOut:
+        """What does not count for so many rows; see `nearest`."""
+        kinds, kind = without.to(self.origin.device).view(-1, without.shape[-1]).unique(dim=0, return_inverse=True)
+        is_out = torch.stack([torch.isin(self.origin, numbers) for numbers in kinds])
+        is_out[is_out.all(dim=1)] = False  # there is but one training image, and nothing else to see it from
+        return LeftOut(is_out, kind.expand(rows))
 
     def keys(self, dtype: torch.dtype) -> Tensor:
         """`keys_of` the bank, made once for each bank: that takes as long as a tenth of a search."""
@@ -126,27 +144,27 @@ class Prototypes(nn.Module):
             self.made_of, self.made = self.bank, keys_of(self.bank, dtype)
         return self.made
 
-    def among_cells(self, queries: Tensor, keys: Tensor, out: Tensor | None) -> Tensor:
-        """`among_all`, but each query looks only into the LOOKED_INTO cells whose centres are nearest to it, of those
+    def among_cells(self, queries: Tensor, keys: Tensor, out: LeftOut | None, looks: int) -> Tensor:
+        """`among_all`, but each query looks only into so many cells, those whose centres are nearest to it, of those
         that have a prototype which counts."""
         sizes = self.sizes.tolist()
-        out = torch.empty(0, dtype=torch.long) if out is None else out
-        cell_of = torch.arange(len(sizes)).repeat_interleave(self.sizes)
-        outs = cell_of[out].bincount(minlength=len(sizes))
-        counting = outs < self.sizes
         nearness = queries @ keys_of(self.centres, queries.dtype).T
-        nearness[:, ~counting] = FAR
-        looks = min(LOOKED_INTO, int(counting.sum()))
+        if out is not None:
+            cells = out.is_out.split(sizes, dim=1)
+            is_empty = torch.stack([of_cell.all(dim=1) for of_cell in cells], dim=1)
+            nearness[is_empty[out.kind]] = FAR
+        looks = min(looks, len(sizes))
         cell = nearness.topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
         order = cell.argsort(stable=True)
         visits = order.split(cell.bincount(minlength=len(sizes)).tolist())
         similarity = queries.new_empty(len(cell))
         found = torch.empty_like(cell)
         first = 0
-        for members, visitors, left_out in zip(keys.split(sizes), visits, out.split(outs.tolist()), strict=True):
-            similar = queries[visitors // looks] @ members.T
-            if len(left_out):
-                similar[:, left_out - first] = FAR
+        for number, (members, visitors) in enumerate(zip(keys.split(sizes), visits, strict=True)):
+            visitor = visitors // looks
+            similar = queries[visitor] @ members.T
+            if out is not None and cells[number].any():
+                similar[cells[number][out.kind[visitor]]] = FAR
             best = similar.max(dim=1)
             similarity[visitors] = best.values
             found[visitors] = first + best.indices
@@ -183,21 +201,21 @@ def in_equal_parts(queries: Tensor, parts: int) -> Sequence[Tensor]:
     return queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind()
 
 
-def among_all(parts: Sequence[Tensor], keys: Tensor, out: Tensor | None = None) -> Tensor:
-    """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). These come in parts (n, C + 2), no
-    one larger than the first, since all products at once would fill the memory. Keys with the numbers `out` (n,) do not
-    count."""
+def among_all(parts: Sequence[Tensor], keys: Tensor, out: LeftOut | None = None) -> Tensor:
+    """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). These come in equal parts (n, C +
+    2), since all products at once would fill the memory. Keys that are left `out` do not count."""
     missing = -len(keys) % GROUP
     padding = keys.new_zeros(missing, keys.shape[1])
     padding[:, -2] = FAR
     keys = torch.cat((keys, padding))
-    room = keys.new_empty(len(keys) * parts[0].shape[0])  # for all parts: to get new memory each time takes longer
+    count = parts[0].shape[0]
+    room = keys.new_empty(len(keys), count)  # for all parts: to get new memory each time takes longer
     found = []
-    for part in parts:
-        count = part.shape[0]
-        similarity = torch.mm(keys, part.T, out=room[: len(keys) * count].view(len(keys), count))
+    for number, part in enumerate(parts):
+        similarity = torch.mm(keys, part.T, out=room)
         if out is not None:
-            similarity[out] = FAR
+            kind = out.kind[number * count : (number + 1) * count]
+            similarity[: len(keys) - missing][out.is_out.T[:, kind]] = FAR
         similarity = similarity.view(len(keys) // GROUP, GROUP, count)
         # First the best group, by its best member, then the member: one search through all takes twice as long.
         group = similarity.amax(dim=1).max(dim=0).indices

@@ -21,6 +21,7 @@ from kit.sizes import Shape, as_shape, check_size, parsed_size
 SHEET_ROWS = 8
 BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
 LATTICE = 64  # gradients a side; the lattice repeats beyond
+REACH = 6  # pixels, of the filter that softens a mask's rim
 
 
 def synthesize(
@@ -57,11 +58,23 @@ def with_defect(
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
             continue
-        alpha = opacity(mask, rng)
-        change = alpha[..., None] * (source(image, other, rng) - image)
-        if np.abs(change[mask]).mean() > 0.03:
+        part = around(mask)  # beyond it nothing changes, and need not be computed
+        alpha = opacity(mask[part], rng)
+        change = alpha[..., None] * (source(image, other, part, rng) - image[part])
+        if np.abs(change[mask[part]]).mean() > 0.03:
             break
-    return (image + change).clip(0, 1).astype(np.float32), mask
+    painted = image.copy()
+    painted[part] = (image[part] + change).clip(0, 1)
+    return painted, mask
+
+
+def around(mask: np.ndarray) -> tuple[slice, slice]:
+    """The part of an image that a mask (H, W) bool touches, and what `opacity` needs beside it."""
+    y0, x0, y1, x1 = bounding_box(mask)
+    height, width = mask.shape
+    rows = slice(max(0, y0 - REACH), min(height, y1 + REACH))
+    columns = slice(max(0, x0 - REACH), min(width, x1 + REACH))
+    return rows, columns
 
 
 # ---------------------------------------------------------------- where the defect is
@@ -179,37 +192,38 @@ def otsu(values: np.ndarray, bins: int = 64) -> float:
 # ---------------------------------------------------------------- what the defect looks like
 
 
-def source(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What fills the mask: `other` (a texture or a normal image) shuffled, a change of tone, or displaced content."""
+def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
+    """What fills the mask, in this part of the image: `other` (a texture or a normal image) shuffled, a change of tone,
+    or displaced content."""
     kind = rng.integers(3)
     if kind == 0:
-        filling = shuffled(other, rng)
+        filling = shuffled(other, part, rng)
     elif kind == 1:
-        filling = toned(image, rng)
+        filling = toned(image[part], rng)
     else:
-        filling = displaced(image, rng)
+        filling = displaced(image, rng)[part]
     is_grey = np.abs(image - image[..., :1]).max() < 0.02
     if is_grey:  # a camera without colour sees no coloured defects either
         return filling.mean(axis=-1, keepdims=True)
     return filling
 
 
-def shuffled(image: np.ndarray, rng: np.random.Generator, grid: int = 8) -> np.ndarray:
-    """Structural source: another gain, contrast and tint, then the tiles in another order, `grid` x `grid` of them in
-    a square."""
-    mean = image.mean(axis=(0, 1))
+def shuffled(image: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator, grid: int = 8) -> np.ndarray:
+    """Structural source: the tiles in another order, `grid` x `grid` of them in a square, with another gain, contrast
+    and tint; in this part of the image."""
     gain = rng.uniform(0.6, 1.6)
     shift = np.float32(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3))
-    image = (mean + (image - mean) * gain + shift).clip(0, 1)
     height, width = image.shape[:2]
     side = math.ceil(side_of(height * width) / grid)
     down, across = math.ceil(height / side), math.ceil(width / side)
-    y, x = np.ogrid[:height, :width]
+    y, x = np.ogrid[part]
     order = rng.permutation(down * across)
     tile = order[y // side * across + x // side]  # for each pixel, the tile that it comes from
     from_y = tile // across * side + y % side
     from_x = tile % across * side + x % side
-    return image[np.minimum(from_y, height - 1), np.minimum(from_x, width - 1)]
+    tiles = image[np.minimum(from_y, height - 1), np.minimum(from_x, width - 1)]
+    mean = image.mean(axis=(0, 1))
+    return (mean + (tiles - mean) * gain + shift).clip(0, 1)
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -65,6 +65,7 @@ def clustered(*counts: int) -> list[torch.Tensor]:
 
 
 def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
+    monkeypatch.setattr(nearest, "CELL", 64)
     bank, rows = clustered(2000, 3000)
     mine = prototypes(bank)
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
@@ -75,11 +76,13 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     found = mine.nearest(rows, 1, torch.float32)
     assert 0.5 < (found == expected).float().mean() < 0.999
     distances = mine.away(rows, found).norm(dim=1)
-    mine.spacing.fill_(distances.median())  # half of them are: those look through all
+    mine.spacing.fill_(distances.median())  # half of them are: those look into more cells
     is_far = distances > distances.median()
     again = mine.nearest(rows, 1, torch.float32)
     assert torch.equal(again[is_far], expected[is_far]) and torch.equal(again[~is_far], found[~is_far])
     assert not torch.equal(found[is_far], expected[is_far])
+    monkeypatch.setattr(nearest, "LOOKED_INTO_IF_FAR", 1)
+    assert torch.equal(mine.nearest(rows, 1, torch.float32), found)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through all
     assert torch.equal(mine.nearest(rows, 10, torch.float32), expected)
 
@@ -106,6 +109,29 @@ def test_a_cell_that_does_not_count_is_not_looked_into():
     mine.origin = (mine.bank + mine.centre)[:, 0].gt(40).long()  # the near ones are of image 0
     (index,) = mine.nearest(torch.zeros(1, 4), 1, torch.float32, without=torch.tensor([0]))
     assert mine.bank[index] + mine.centre == pytest.approx(far[0].numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("exports", [False, True])
+def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
+    """In cells, and in a search through all: rows of images in any order, each of which leaves out two; some cells are
+    of one image alone."""
+    monkeypatch.setattr(nearest, "CELL", 64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
+    bank, rows = clustered(2000, 600)
+    mine = prototypes(bank)
+    mine.origin = torch.where(torch.arange(2000) < 1000, torch.arange(2000) // 100, torch.arange(2000)) % 5
+    own = torch.from_numpy(RNG.integers(5, size=600))
+    without = torch.stack((own, (own + 1) % 5), dim=1)
+    is_out = (mine.origin == without[:, :1]) | (mine.origin == without[:, 1:])
+    distances, expected = torch.cdist(rows - mine.centre, mine.bank).masked_fill(is_out, torch.inf).min(dim=1)
+    mine.spacing.fill_(distances.median())  # half of the rows are far
+    found = mine.nearest(rows, 10, torch.float32, without)
+    assert (found == expected).float().mean() > 0.99
+    assert (found != mine.nearest(rows, 10, torch.float32)).float().mean() > 0.3
+    for looks in ("LOOKED_INTO", "LOOKED_INTO_IF_FAR"):
+        monkeypatch.setattr(nearest, looks, 1)
+        found = mine.nearest(rows, 10, torch.float32, without)
+        assert not is_out.gather(1, found[:, None]).any()
 
 
 def test_features_that_are_no_numbers_are_refused():
