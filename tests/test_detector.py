@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import mask_of
 from PIL import Image
 from scipy import ndimage
@@ -12,7 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 import kit.detector
 from kit import data
-from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint, smoothed
+from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint
 from kit.errors import InputError
 from kit.images import read_image
 from kit.settings import Settings
@@ -30,9 +31,14 @@ def test_map_of_one_position_is_a_bell_of_its_energy():
     assert torch.allclose(anomaly_map(torch.full((1, 8, 8), 3.0), (64, 64)), torch.full((1, 64, 64), 3.0), atol=1e-5)
 
 
-def test_smoothing_one_axis_after_the_other_is_smoothing_both():
-    x = torch.rand(2, 1, 40, 50)
-    assert torch.allclose(smoothed(x, 2.0), gaussian_blur(x, [13, 13], [2.0, 2.0]), atol=1e-5)
+@pytest.mark.parametrize("shape", [(64, 64), (96, 400), (65, 91)])
+def test_map_is_interpolated_then_filtered(shape):
+    e = torch.rand(2, 8, 11)
+    large = F.interpolate(e[:, None], shape, mode="bilinear")
+    sigma = np.sqrt(shape[0] * shape[1]) / 128
+    kernel = 2 * round(3 * sigma) + 1
+    expected = gaussian_blur(large, [kernel, kernel], [sigma, sigma])[:, 0]
+    assert torch.allclose(anomaly_map(e, shape), expected, atol=1e-5)
 
 
 def test_image_score_is_the_mean_of_the_top_percent():
