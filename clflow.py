@@ -30,7 +30,6 @@ from kit.progress import counted
 from kit.training import Descent, Epoch, seed_epoch, shared
 from nearest import (
     CANDIDATES,
-    CHUNK,
     Prototypes,
     alike_in_order,
     origins,
@@ -43,6 +42,7 @@ from synth import synthesize
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
+SEEN = 2**14  # rows of a training that are seen from the bank at once
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
 STEPS_PER_EPOCH = 100
@@ -116,8 +116,8 @@ class CLFlow(Detector):
     @torch.no_grad()
     def relative(self, rows: Tensor, parts: int = 1, without: Tensor | None = None) -> Tensor:
         """r = (y - p) / spacing of p, (N, C): rows y seen from where they are, p being the nearest prototype; found in
-        equal parts. Density on these is local by construction. With --no-local the rows as they are. The prototypes
-        that came from the training images with the numbers `without` (n,) do not count."""
+        equal parts. Density on these is local by construction. With --no-local the rows as they are. `without`:
+        see `Prototypes.nearest`."""
         if not self.settings.local:
             return rows
         index = self.prototypes.nearest(rows, parts, self.dtype, without)
@@ -188,20 +188,17 @@ class CLFlow(Detector):
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, images, prototype_count(self.settings, positions), generator)
-        order = images.argsort(stable=True)
-        relative = torch.cat(list(self.as_new(rows[order.to(rows.device)], images[order])))
+        relative = torch.cat(list(self.as_new(rows, images)))
         if not relative.norm(dim=1).median() > 0:
             raise InputError("--data: its good images are copies of one; give different photographs")
         self.whitening.fit(relative)
 
     @torch.no_grad()
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
-        """`relative` rows r (n, C) of each image in turn, of rows y (N, C) that are in the order of their images'
-        numbers (N,); each seen without the prototypes of its own image, as those of a new image will be."""
-        numbers, counts = images.unique_consecutive(return_counts=True)
-        for number, part in zip(numbers, rows.split(counts.tolist()), strict=True):
-            for chunk in part.split(CHUNK):
-                yield self.relative(chunk.float(), without=number[None])
+        """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
+        without the prototypes of its own image, as those of a new image will be."""
+        for part, numbers in zip(rows.split(SEEN), images.split(SEEN), strict=True):
+            yield self.relative(part.float(), without=numbers[:, None])
 
 
 # ---------------------------------------------------------------- the losses
@@ -245,9 +242,10 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
 
 
 class Losses(nn.Module):
-    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows. Both proxy tasks
-    take normal rows with noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is
-    what DistributedDataParallel wraps.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows: of as many as there
+    are anomalous ones, since a density needs fewer than the classifier does. Both proxy tasks take normal rows with
+    noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
+    DistributedDataParallel wraps.
 
     `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K), of synthetic defects (A, K), and, if
     the contrast asks for them, of x+ at the same places as those, (A, K). Returns the losses of the batch by name;
@@ -259,7 +257,7 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal)
+        z, log_det = self.model.latents(normal[: len(anomalous)])
         e = energy(z, log_det)
         losses = {"nll": e.mean()}
         loss = losses["nll"]

@@ -278,7 +278,7 @@ def test_losses_against_a_loop_over_rows(monkeypatch, contrast):
     def odds(row):
         return float(row[1] - 2 * row[2])
 
-    energies = [energy(row) for row in normal]
+    energies = [energy(row) for row in normal[:3]]  # the flow sees as many as there are defects
     nll = np.mean(energies)
     wrong = [cross_entropy(odds(row), 0.1) for row in normal]
     noised = [row + clflow.NOISE * move for row, move in zip(normal, noise, strict=False)]
