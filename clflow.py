@@ -444,7 +444,7 @@ def painted_rows(model: CLFlow, painter: Painter) -> Rows:
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
-        files = torch.from_numpy(numbers % len(painter.files))
+        files = torch.from_numpy(painter.file(numbers))
         images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
             before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))

@@ -21,7 +21,7 @@ class CLFlowSettings(Settings):
     defect_masks: str | None = None
     corrections: str | None = None  # file
     backbone: str = "resnet18"
-    bank: int = 8000
+    bank: int = 16000
     local: bool = True
     steps: int = 2  # of the flow
     classification_weight: float = 1.0
@@ -48,7 +48,7 @@ class NearestSettings(Settings):
     method: str = "nearest"
     size: int | Shape = 384
     backbone: str = "resnet18"
-    bank: int = 8000
+    bank: int = 16000
     local: bool = True
 
 

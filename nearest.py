@@ -134,7 +134,7 @@ class Prototypes(nn.Module):
     def left_out(self, without: Tensor, rows: int) -> LeftOut:
         """What does not count for so many rows; see `nearest`."""
         kinds, kind = without.to(self.origin.device).view(-1, without.shape[-1]).unique(dim=0, return_inverse=True)
-        is_out = torch.stack([torch.isin(self.origin, numbers) for numbers in kinds])
+        is_out = (self.origin == kinds[:, :, None]).any(dim=1)
         is_out[is_out.all(dim=1)] = False  # there is but one training image, and nothing else to see it from
         return LeftOut(is_out, kind.expand(rows))
 

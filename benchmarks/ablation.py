@@ -47,7 +47,7 @@ VARIANTS = {
     "8 epochs": {"epochs": 8},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
-    "the default with 16,000 prototypes": {"bank": 16000},
+    "the default with 8,000 prototypes": {"bank": 8000},
 }
 
 

@@ -58,9 +58,9 @@ def held_out_count(images: int) -> int:
 class Painter:
     """Good images x+, and anomalous ones x- that a given function paints on them.
 
-    x- number i is made from file number i modulo their count. What is painted depends on seed, epoch and i alone,
-    whatever the processes and the order; it lies in the model's region of interest. Of images with more pixels than
-    two patches, x+ and x- are a patch each, somewhere. Decoded images are kept in memory with half the bits, up to
+    What is painted depends on the seed, the epoch and the number of x- alone, whatever the processes and the order; it
+    lies in the model's region of interest. Of images with more pixels than two patches, x+ and x- are a patch each,
+    somewhere. Decoded images are kept in memory with half the bits, up to
     CACHE_BYTES; of the others only the last ones."""
 
     def __init__(self, good: GoodImages, paint: Paint, model: Detector):
@@ -88,6 +88,10 @@ class Painter:
         whole = self.cache[path] if path in self.cache else self.read_lately(path)
         return whole[place].astype(np.float32)
 
+    def file(self, number: int | np.ndarray) -> int | np.ndarray:
+        """The number of the file that x- with this number is made from."""
+        return number % len(self.files)
+
     def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
         """Where on its image the patch of x- with this number is: around a pixel of the region of interest; all of a
         small image. `part` 1 is another one, to take a defect's filling from."""
@@ -99,12 +103,12 @@ class Painter:
 
     def untouched(self, number: int) -> np.ndarray:
         """x+ of this number, (H, W, 3)."""
-        return self.image(self.files[number % len(self.files)], self.place(number))
+        return self.image(self.files[self.file(number)], self.place(number))
 
     def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x+ and x- of this number, (H, W, 3), and the mask (H, W) of where they differ."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
-        path, place = self.files[number % len(self.files)], self.place(number)
+        path, place = self.files[self.file(number)], self.place(number)
         image = self.image(path, place)
         use_texture = self.textures and rng.random() < 0.5
         sources = self.textures if use_texture else self.files
