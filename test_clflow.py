@@ -161,6 +161,21 @@ def test_synthesize_is_reproducible_and_varied():
     assert len({a.tobytes() for a in first}) == len(first)
 
 
+@pytest.mark.parametrize("rows, columns", [((20, 30), (33, 41)), ((0, 9), (0, 4)), ((57, 60), (70, 80))])
+def test_a_defect_computed_around_its_mask_is_that_of_the_whole_image(rows, columns):
+    mask = np.zeros((60, 80), dtype=bool)
+    shape = rows[1] - rows[0], columns[1] - columns[0]
+    mask[slice(*rows), slice(*columns)] = np.random.default_rng(0).random(shape) < 0.7
+    part = synth.around(mask)
+    assert mask[part].sum() == mask.sum() and mask[part].size < mask.size / 4
+    image, everywhere = drawn((60, 80)), (slice(0, 60), slice(0, 80))
+    for seed in range(20):  # the rim is softened by up to 1.5 pixels
+        whole, found = (synth.opacity(m, np.random.default_rng(seed)) for m in (mask, mask[part]))
+        assert np.allclose(whole[part], found, atol=1e-6)
+        whole, found = (synth.shuffled(image, where, np.random.default_rng(seed)) for where in (everywhere, part))
+        assert np.allclose(whole[part], found, atol=1e-6)
+
+
 def test_synthesize_makes_thin_and_large_defects():
     areas = [synth.synthesize(drawn((128, 128)), np.random.default_rng(s))[1].sum() for s in range(60)]
     assert min(areas) < 30 and max(areas) > 300

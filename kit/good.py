@@ -60,8 +60,8 @@ class Painter:
 
     What is painted depends on the seed, the epoch and the number of x- alone, whatever the processes and the order; it
     lies in the model's region of interest. Of images with more pixels than two patches, x+ and x- are a patch each,
-    somewhere. Decoded images are kept in memory with half the bits, up to
-    CACHE_BYTES; of the others only the last ones."""
+    somewhere. Decoded images are kept in memory with half the bits, up to CACHE_BYTES; of the others only the last
+    ones."""
 
     def __init__(self, good: GoodImages, paint: Paint, model: Detector):
         self.files = good.trained_on
