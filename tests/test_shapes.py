@@ -1,6 +1,7 @@
 """The shape in which images are judged: chosen from what the good images have, told, and kept to."""
 
 import argparse
+import copy
 
 import numpy as np
 import pytest
@@ -99,13 +100,16 @@ def draw_strips(folder, count, rng, dark_at=None):
 
 @pytest.fixture(scope="module")
 def strips(tmp_path_factory):
-    """A category of strips, whose defects are at column 250, or, of the kind "left", at column 40."""
+    """A category of strips, whose defects are at column 250, or, of the kind "left", at column 40; beside it the images
+    of that kind once more without them."""
     category = tmp_path_factory.mktemp("strips")
     rng = np.random.default_rng(0)
     draw_strips(category / "train" / "good", 24, rng)
     draw_strips(category / "test" / "good", 8, rng)
     draw_strips(category / "test" / "right", 6, rng, dark_at=250)
+    left_without = copy.deepcopy(rng)
     draw_strips(category / "test" / "left", 6, rng, dark_at=40)
+    draw_strips(category / "left_without", 6, left_without)
     return category
 
 
@@ -126,10 +130,11 @@ def test_only_the_region_of_interest_counts(strips, strips_run, tmp_path):
     assert model.shape == STRIP and model.pixels == 64 * 160
     right = [model.inspect(strips / "test" / "right" / f"{i}.png") for i in range(6)]
     left = [model.inspect(strips / "test" / "left" / f"{i}.png") for i in range(6)]
+    without = [model.inspect(strips / "left_without" / f"{i}.png").score for i in range(6)]
     good = [model.inspect(strips / "test" / "good" / f"{i}.png") for i in range(8)]
     worst_good = max(verdict.score for verdict in good)
     assert min(verdict.score for verdict in right) > 1.5 * worst_good
-    assert max(verdict.score for verdict in left) <= 1.2 * worst_good  # the defect is not looked at
+    assert [verdict.score for verdict in left] == pytest.approx(without, rel=0.05)  # the defect is not looked at
     for verdict in right:
         (x0, y0, x1, y1) = verdict.regions[0].box
         assert x0 < 258 and x1 > 250 and y0 < 36 and y1 > 28
