@@ -30,6 +30,7 @@ from kit.progress import counted
 from kit.training import Descent, Epoch, seed_epoch, shared
 from nearest import (
     CANDIDATES,
+    CHUNK,
     Prototypes,
     alike_in_order,
     origins,
@@ -42,7 +43,7 @@ from synth import synthesize
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
-SEEN = 2**14  # rows of a training that are seen from the bank at once
+SEEN = 2**14  # rows of a training that are seen from the bank at once, where it is searched in cells
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
 STEPS_PER_EPOCH = 100
@@ -197,7 +198,8 @@ class CLFlow(Detector):
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
         without the prototypes of its own image, as those of a new image will be."""
-        for part, numbers in zip(rows.split(SEEN), images.split(SEEN), strict=True):
+        count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
+        for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
 
 
@@ -444,7 +446,7 @@ def painted_rows(model: CLFlow, painter: Painter) -> Rows:
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
-        files = torch.from_numpy(painter.file(numbers))
+        files = torch.from_numpy(painter.file_number(numbers))
         images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
             before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))

@@ -490,7 +490,7 @@ class Painted:
         for number in (1, 0):
             yield torch.full((1, 3, 64, 64), number + 2.0), mask, np.array([number])
 
-    def file(self, number):
+    def file_number(self, number):
         return number % 2
 
     def untouched(self, number):

@@ -88,8 +88,8 @@ class Painter:
         whole = self.cache[path] if path in self.cache else self.read_lately(path)
         return whole[place].astype(np.float32)
 
-    def file(self, number: int | np.ndarray) -> int | np.ndarray:
-        """The number of the file that x- with this number is made from."""
+    def file_number(self, number: int | np.ndarray) -> int | np.ndarray:
+        """Of the file that x- with this number is made from."""
         return number % len(self.files)
 
     def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
@@ -103,12 +103,12 @@ class Painter:
 
     def untouched(self, number: int) -> np.ndarray:
         """x+ of this number, (H, W, 3)."""
-        return self.image(self.files[self.file(number)], self.place(number))
+        return self.image(self.files[self.file_number(number)], self.place(number))
 
     def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x+ and x- of this number, (H, W, 3), and the mask (H, W) of where they differ."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
-        path, place = self.files[self.file(number)], self.place(number)
+        path, place = self.files[self.file_number(number)], self.place(number)
         image = self.image(path, place)
         use_texture = self.textures and rng.random() < 0.5
         sources = self.textures if use_texture else self.files
