@@ -1,5 +1,6 @@
 """Folders of images: the layouts people have, and batches of what lies in them."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,14 +35,28 @@ class LabelledImage:
 
 
 def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
-    """Image files in `folder`, sorted by path; none if there is no such folder."""
+    """Image files in `folder`, sorted by path; none if there is no such folder. Hidden files are no images, and hidden
+    subfolders are left out."""
     paths = folder.rglob("*") if subfolders else folder.glob("*")
-    return sorted(path for path in paths if is_image(path) and path.is_file())
+    seen = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts[:-1]))]
+    return sorted(path for path in seen if is_image(path) and path.is_file())
 
 
 def is_image(path: Path) -> bool:
-    """Whether it is called like an image."""
-    return path.suffix.lower() in SUFFIXES
+    """Whether it is called like an image, and is not hidden."""
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of a file or folder begins with a dot: macOS leaves ._x.png beside x.png, and file managers keep
+    thumbnails in .thumbnails."""
+    return name.startswith(".")
+
+
+def category_name(category: Path) -> str:
+    """The name of a category's folder; of a link, the link's own name, since two links may lead to folders of one
+    name."""
+    return Path(os.path.abspath(category)).name
 
 
 def good_folder(data: Path, flag: str = "--data") -> Path:
@@ -57,7 +72,7 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
 
 def category_folders(data: Path) -> list[Path]:
     """The categories in a folder of such, each with train/good or train/ok; or else `data` itself."""
-    found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES}
+    found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES and not is_hidden(p.parents[1].name)}
     return sorted(found) or [data]
 
 
@@ -87,7 +102,7 @@ def labelled_images(data: Path) -> list[LabelledImage]:
     """The labelled images of `test/<good|ok|defect>`, in MVTec AD or BTAD layout; masks in `ground_truth/<defect>` are
     matched by stem, with or without `_mask`. Raises InputError if there are no images."""
     found = []
-    for folder in sorted(p for p in data.glob("test/*") if p.is_dir()):
+    for folder in test_folders(data):
         files = list_images(folder)
         anomalous = folder.name not in GOOD_NAMES
         masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
@@ -101,7 +116,12 @@ def labelled_images(data: Path) -> list[LabelledImage]:
 
 def has_tests(data: Path) -> bool:
     """Whether there are labelled images to measure a detector on."""
-    return any(list_images(folder) for folder in data.glob("test/*"))
+    return any(list_images(folder) for folder in test_folders(data))
+
+
+def test_folders(data: Path) -> list[Path]:
+    """The folders test/<kind> of a category, sorted by path, less hidden ones."""
+    return sorted(path for path in data.glob("test/*") if path.is_dir() and not is_hidden(path.name))
 
 
 def read_batch(files: list[Path], shape: Shape) -> torch.Tensor:

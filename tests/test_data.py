@@ -1,10 +1,20 @@
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from kit.data import ahead, category_folders, good_folder, labelled_images, list_images, readable
+from kit.data import (
+    ahead,
+    category_folders,
+    category_name,
+    good_folder,
+    has_tests,
+    labelled_images,
+    list_images,
+    readable,
+)
 from kit.errors import InputError
 
 
@@ -48,6 +58,30 @@ def test_images_in_subfolders_are_listed_if_wanted(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     assert [p.name for p in list_images(tmp_path)] == ["b.png"]
     assert [p.name for p in list_images(tmp_path, subfolders=True)] == ["c.png", "e.tiff", "b.png"]
+
+
+def test_hidden_files_and_folders_have_no_images(tmp_path):
+    """macOS leaves ._x.png beside x.png; file managers and notebooks keep copies in hidden folders."""
+    touch(tmp_path, "data/train/good/x.png", "data/train/good/.thumbs/x.png", "data/test/good/x.png")
+    touch(tmp_path, "data/test/.ipynb_checkpoints/x.png", ".trash/train/good/x.png", ".mine/a/x.png")
+    (tmp_path / "data/train/good/._x.png").write_bytes(b"no image")
+    (tmp_path / "data/test/good/._x.png").write_bytes(b"no image")
+    good = tmp_path / "data/train/good"
+    assert list_images(good) == list_images(good, subfolders=True) == [good / "x.png"]
+    assert [test.path for test in labelled_images(tmp_path / "data")] == [tmp_path / "data/test/good/x.png"]
+    assert category_folders(tmp_path) == [tmp_path / "data"]
+    found = list_images(tmp_path / ".mine", subfolders=True)  # the folder that was asked for may be hidden
+    assert found == [tmp_path / ".mine/a/x.png"]
+    shutil.rmtree(tmp_path / "data/test/good")
+    assert not has_tests(tmp_path / "data")
+
+
+def test_a_category_that_is_a_link_has_the_name_of_the_link(tmp_path, monkeypatch):
+    (tmp_path / "a" / "bottle").mkdir(parents=True)
+    (tmp_path / "plant").symlink_to(tmp_path / "a" / "bottle")
+    assert category_name(tmp_path / "plant") == "plant" and category_name(tmp_path / "a" / "bottle") == "bottle"
+    monkeypatch.chdir(tmp_path / "a" / "bottle")
+    assert category_name(Path(".")) == "bottle" and category_name(Path("..")) == "a"
 
 
 def test_readable_files_and_a_line_on_each_other(tmp_path):
