@@ -200,7 +200,8 @@ def evaluation_parser() -> Parser:
     add(
         "--out",
         type=Path,
-        help="folder for what --images (predictions) or --data (RUN/tests/NAME) finds, or file for --explain",
+        help="folder for what --images (predictions/RUN/IMAGES) or --data (RUN/tests/NAME) finds, or file for "
+        "--explain (explained.png, or explained-2.png and so on)",
     )
     add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
     add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")

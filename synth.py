@@ -14,8 +14,9 @@ from kit import data, draw
 from kit.detector import side_of
 from kit.errors import run_script
 from kit.images import read_image
-from kit.options import Parser
+from kit.options import Parser, refuse_inside
 from kit.shapes import input_size, told
+from kit.single import single_file
 from kit.sizes import Shape, as_shape, check_size, parsed_size
 
 SHEET_ROWS = 8
@@ -261,19 +262,22 @@ def sheet(files: list[Path], shape: Shape, rng: np.random.Generator) -> Image.Im
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
     parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
-    parser.add_argument("--out", type=Path, default=Path("synthetic.png"), help="(synthetic.png)")
+    parser.add_argument("--out", type=Path, help="picture to write (synthetic.png, or synthetic-2.png and so on)")
     parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     args = parser.parse_args(arguments)
     check_size(args.size)
     rng = np.random.default_rng(args.seed)
-    files = data.list_images(data.good_folder(args.folder, "FOLDER"))
+    folder = data.good_folder(args.folder, "FOLDER")
+    files = data.list_images(folder)
+    out = single_file(args.out, Path("synthetic.png"), "--out", files)
+    refuse_inside(out, folder)
     chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
     shape = as_shape(input_size(args.size, files))
-    draw.save_picture(args.out, sheet(chosen, shape, rng))
+    draw.save_picture(out, sheet(chosen, shape, rng))
     if line := told(files, shape):
         print(line)
-    print(f"wrote {args.out}: image, foreground, mask, synthetic defect")
+    print(f"wrote {out}: image, foreground, mask, synthetic defect")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kit.draw import save_picture
+from kit.owned import OwnFiles
+
 COUNTS = {
     "train/good": 80,
     "test/good": 20,
@@ -54,16 +57,28 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
 
 
 def draw_demo(data: Path, counts: dict[str, int] = COUNTS) -> None:
-    """Draw the demo's category into `data`, in MVTec AD layout; the same images every time."""
+    """Draw the demo's category into `data`, in MVTec AD layout; the same images every time. Raises InputError if a file
+    is in the way that was not drawn here."""
+    own = OwnFiles(data, "drawn")
     for kind, (name, count) in enumerate(counts.items()):
         defect = Path(name).name
         for i in range(count):
             image, mask = draw_button(np.random.default_rng([kind, i]), defect)
-            write_png(data / name / f"{i:03}.png", image)
+            write_png(own, f"{name}/{i:03}.png", image)
             if mask.any():
-                write_png(data / "ground_truth" / defect / f"{i:03}.png", mask)
+                write_png(own, f"ground_truth/{defect}/{i:03}.png", mask)
 
 
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+def write_png(own: OwnFiles, name: str, pixels: np.ndarray) -> None:
+    """Write a picture, unless one with these pixels is there already: earlier versions listed nothing."""
+    if not holds(own.folder / name, pixels):
+        save_picture(own.claim(name), Image.fromarray(pixels))
+
+
+def holds(path: Path, pixels: np.ndarray) -> bool:
+    """Whether this file is a picture with exactly these pixels."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return np.array_equal(np.asarray(image), pixels)
+    except (OSError, SyntaxError, ValueError):
+        return False

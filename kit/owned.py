@@ -8,7 +8,7 @@ from pathlib import Path
 from kit.errors import InputError
 from kit.files import write_text
 
-KINDS = ("trained", "measured", "judged")  # of calls
+KINDS = ("trained", "measured", "judged", "drawn")  # of calls
 LIST = ".clflow"  # a line for each file: the kind of call that wrote it, and its path below the folder
 
 
@@ -60,6 +60,18 @@ class OwnFiles:
     def remove_all(self, but: Collection[str] = ()) -> None:
         """Remove all files that calls of this kind wrote, but these."""
         self.remove([name for name in self.names() if name not in but])
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a file that exists is in the list of its folder, or of one above it."""
+    if not path.exists():
+        return False
+    whole = path.resolve()
+    for folder in whole.parents:
+        name = whole.relative_to(folder).as_posix()
+        if any(name == listed for _, listed in read_list(folder)):
+            return True
+    return False
 
 
 def line(kind: str, name: str) -> str:

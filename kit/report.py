@@ -32,8 +32,8 @@ class Entry:
 
 
 def picture(name: str, view: str) -> str:
-    """Where a view of the image of this name lies, below the page's folder. File names have no limit to their letters,
-    so they are hashed."""
+    """Where a view of the image of this name lies, below the page's folder. The name is hashed, since it may
+    be too long for a file name with something added to it."""
     return f"report_files/{key(name)}.{view}.jpg"
 
 
@@ -64,7 +64,7 @@ def save_jpeg(path: Path, shown: Image.Image) -> None:
     def write(temporary: Path) -> None:
         shown.save(temporary, "JPEG", quality=85)
 
-    write_atomically(path, write)
+    write_atomically(path, write, durable=False)
 
 
 def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:

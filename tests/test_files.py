@@ -1,15 +1,28 @@
 """Nothing on disk is lost: atomic writing, tables that survive a kill, run folders."""
 
 import csv
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from kit import owned, runs
+from kit.demo import draw_demo
 from kit.detector import FORMAT
 from kit.errors import InputError
-from kit.files import GrowingTable, plain_cell, write_atomically, write_table
+from kit.files import (
+    GrowingTable,
+    fitting,
+    header_of,
+    plain_cell,
+    rows_of,
+    write_atomically,
+    write_table,
+    write_text,
+)
 from kit.owned import OwnFiles
+from kit.single import single_file
 
 
 @pytest.mark.parametrize(
@@ -28,29 +41,59 @@ def test_nothing_is_lost_or_left_behind_when_a_write_fails(tmp_path, failure):
     assert target.read_text() == "precious" and list(tmp_path.iterdir()) == [target]
 
 
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Against a power cut: first the contents, then the rename, then the folder that holds the name."""
+    done = []
+    replace, fsync = os.replace, os.fsync
+
+    def syncing(descriptor):
+        what = os.stat(descriptor)
+        for path in (tmp_path, *tmp_path.iterdir()):
+            if os.path.samestat(what, path.stat()):
+                done.append(("sync", path.name.split(".tmp")[0]))
+        fsync(descriptor)
+
+    def renaming(source, target):
+        done.append(("rename", target.name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    write_text(tmp_path / "a.json", "{}")
+    assert done == [("sync", "a.json"), ("rename", "a.json"), ("sync", tmp_path.name)]
+
+
 def test_a_growing_table_has_each_row_on_disk_at_once_and_drops_half_a_line(tmp_path):
     path = tmp_path / "scores.csv"
-    table = GrowingTable(path, ["file", "score"], resume=False)
+    table = GrowingTable(path, ["file", "score"], [])
     table.add(["a, b.png", 0.5])
     assert path.read_text() == 'file,score\n"a, b.png",0.5\n'  # the table is still open
     table.close()
     path.write_text(path.read_text() + "c.png,0.")  # killed within a row
-    again = GrowingTable(path, ["file", "score"], resume=True)
-    assert again.keys == {"a, b.png"}
+    assert rows_of(path) == [["a, b.png", "0.5"]] and header_of(path) == ["file", "score"]
+    again = GrowingTable(path, ["file", "score"], rows_of(path))
     again.add(["c.png", 0.25])
     again.close()
     with open(path, newline="") as file:
         assert list(csv.reader(file)) == [["file", "score"], ["a, b.png", "0.5"], ["c.png", "0.25"]]
-    anew = GrowingTable(path, ["file", "score"], resume=False)
-    anew.close()
-    assert path.read_text() == "file,score\n" and not anew.keys
 
 
-def test_a_table_killed_within_its_header_begins_again(tmp_path):
+def test_a_table_killed_within_its_header_has_none(tmp_path):
     (tmp_path / "scores.csv").write_text("file,sc")
-    table = GrowingTable(tmp_path / "scores.csv", ["file", "score"], resume=True)
-    table.close()
-    assert (tmp_path / "scores.csv").read_text() == "file,score\n"
+    assert header_of(tmp_path / "scores.csv") is None and rows_of(tmp_path / "scores.csv") == []
+    assert header_of(tmp_path / "none.csv") is None and rows_of(tmp_path / "none.csv") == []
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e4", "\u4e2d"])  # of one, two and three bytes
+def test_a_long_name_leaves_room_for_what_is_added_to_it(tmp_path, letter):
+    size = len(letter.encode())
+    names = [letter * (count // size) for count in (100, 250, 255)]
+    names.append(names[-1][:-1] + "z")
+    found = [fitting(f"tray/{name}") for name in names]
+    assert found[0] == f"tray/{names[0]}" and len(set(found)) == 4
+    for name in found:
+        write_text(tmp_path / f"{name}.png", "")
+        assert (tmp_path / f"{name}.png").exists()
 
 
 def test_no_cell_is_a_formula():
@@ -79,39 +122,113 @@ def test_what_a_new_run_may_not_write_over(tmp_path):
     runs.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
     with pytest.raises(InputError, match=f"a run of .*{mine.parent.name}"):
         runs.check_out(out, other, [other], resume=False)
-    checkpoint(out / "state.pt", mine)
+    checkpoint(out / "unfinished" / "state.pt", mine)
     runs.check_out(out, mine, [mine], resume=True)
     with pytest.raises(InputError, match="stopped run.*--resume"):
         runs.check_out(out, mine, [mine], resume=False)
     for inside in (mine, mine / "runs"):
         with pytest.raises(InputError, match="whose images are read"):
             runs.check_out(inside, mine, [mine], resume=False)
-    torch.save({"format": 3}, out / "state.pt")
+    torch.save({"format": 3}, out / "unfinished" / "state.pt")
     with pytest.raises(InputError, match="format 3.*--out"):
         runs.check_out(out, mine, [mine], resume=False)
+    runs.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "epoch_02.pt").touch()
+    runs.check_out(tmp_path / "kept", mine, [mine], resume=False)
+    with pytest.raises(InputError, match="epoch_02.pt.*did not write"):
+        runs.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
 
 
-def test_the_state_of_an_unfinished_training_counts(tmp_path):
+def test_an_unfinished_training_counts_only_where_there_is_no_other(tmp_path):
+    state = tmp_path / "unfinished" / "state.pt"
+    state.parent.mkdir()
+    state.touch()
+    assert runs.checkpoint_of(tmp_path) == state and runs.folder_of(state) == tmp_path
     (tmp_path / "model.pt").touch()
     assert runs.checkpoint_of(tmp_path).name == "model.pt"
-    (tmp_path / "state.pt").touch()
-    assert runs.checkpoint_of(tmp_path).name == "state.pt"
-    assert runs.checkpoint_of(tmp_path / "model.pt").name == "model.pt"
+    assert runs.folder_of(tmp_path / "model.pt") == tmp_path
+    assert runs.checkpoint_of(state) == state
 
 
-def test_stale_files_are_removed_and_others_stay(tmp_path):
-    mine = ("notes.txt", "pictures/chip/mine.png", "tests/plan.txt")
-    trained, measured = OwnFiles(tmp_path, "trained"), OwnFiles(tmp_path, "measured")
-    other = OwnFiles(tmp_path / "tests" / "b", "measured")
-    ours = [trained.claim(name) for name in ("model.pt", "epoch_03.pt", "state.pt")]
-    ours += [measured.claim(name) for name in ("metrics.json", "pictures/chip/a.png", "pictures/crack/b.png")]
-    for path in (*ours, other.claim("metrics.json"), *(tmp_path / name for name in mine)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    runs.remove_stale(tmp_path)
-    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*mine, "state.pt", owned.LIST}
-    assert not (tmp_path / "pictures" / "crack").exists() and not (tmp_path / "tests" / "b").exists()
+OLD = ("model.pt", "log.csv", "suspects.png", "epoch_01.pt", "epoch_02.pt", "recalibrated.pt")
+NEW = ("model.pt", "log.csv", "epoch_01.pt")
+FIGURES = ("metrics.json", "pictures/chip/a.png", "pictures/crack/b.png")
+FOREIGN = ("notes.txt", "pictures/chip/mine.png", "tests/plan.txt")
+
+
+def run_with_a_complete_successor(run) -> None:
+    """A run folder: old files say "old", those of the training to be put in their place "new"."""
+    for name in FOREIGN:
+        write_text(run / name, "foreign")
+    for name in OLD:
+        write_text(OwnFiles(run, "trained").claim(name), "old")
+    for name in FIGURES:
+        write_text(OwnFiles(run, "measured").claim(name), "old")
+    write_text(OwnFiles(run / "tests" / "b", "measured").claim("metrics.json"), "old")
+    for name in ("state.pt", *NEW):
+        write_text(runs.unfinished_files(run).claim(name), "new")
+
+
+def said_by_files(run) -> dict[str, str]:
+    files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(owned.LIST)]
+    return {path.relative_to(run).as_posix(): path.read_text() for path in files}
+
+
+def test_a_new_detector_takes_the_place_of_the_old_one_and_foreign_files_stay(tmp_path):
+    run_with_a_complete_successor(tmp_path)
+    runs.install(tmp_path)
+    assert said_by_files(tmp_path) == dict.fromkeys(NEW, "new") | dict.fromkeys(FOREIGN, "foreign")
+    assert set(OwnFiles(tmp_path, "trained").names()) == set(NEW) and not runs.is_unfinished(tmp_path)
+    assert not (tmp_path / "unfinished").exists() and not (tmp_path / "pictures" / "crack").exists()
+
+
+def test_a_kill_while_a_detector_takes_its_place_leaves_no_mixture(tmp_path, monkeypatch):
+    """Each time one step later, until it gets through: one detector is there, and nothing of the other beside it."""
+
+    class Kill(BaseException):
+        pass
+
+    steps_left = 0
+
+    def killing(function):
+        def step(*args, **kwargs):
+            nonlocal steps_left
+            if steps_left == 0:
+                raise Kill
+            steps_left -= 1
+            return function(*args, **kwargs)
+
+        return step
+
+    for number in range(100):
+        run = tmp_path / str(number)
+        run_with_a_complete_successor(run)
+        steps_left = number
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killing(os.replace))
+            patch.setattr("pathlib.Path.unlink", killing(Path.unlink))
+            patch.setattr("pathlib.Path.rmdir", killing(Path.rmdir))
+            try:
+                runs.install(run)
+                was_killed = False
+            except Kill:
+                was_killed = True
+        there = {name: text for name, text in said_by_files(run).items() if not name.startswith("unfinished/")}
+        assert len(set(there.values()) - {"foreign"}) == 1 and "model.pt" in there, there
+        runs.install(run)
+        assert said_by_files(run) == dict.fromkeys(NEW, "new") | dict.fromkeys(FOREIGN, "foreign")
+        if not was_killed:
+            break
+    assert number > 10 and not was_killed
+
+
+def test_a_training_that_is_not_complete_is_not_put_in_place(tmp_path):
+    run_with_a_complete_successor(tmp_path)
+    runs.unfinished_files(tmp_path).remove(["model.pt"])
+    before = said_by_files(tmp_path)
+    runs.install(tmp_path)
+    assert said_by_files(tmp_path) == before and runs.resumable(tmp_path).name == "state.pt"
 
 
 def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
@@ -123,6 +240,64 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
     OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, whatever wrote it
     OwnFiles(tmp_path, "trained").remove_all()
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
+
+
+# ---------------------------------------------------------------- single files
+
+
+def test_a_default_name_never_takes_the_place_of_a_file(tmp_path):
+    default = tmp_path / "explained.png"
+    for name in ("explained.png", "explained-2.png", "explained-3.png"):
+        found = single_file(None, default, "--out")
+        assert found == tmp_path / name
+        found.touch()
+
+
+def test_a_named_file_replaces_a_foreign_one_but_nothing_that_is_read_or_listed(tmp_path):
+    checkpoint(tmp_path / "run" / "model.pt", tmp_path)
+    copy = tmp_path / "copy.pt"
+    torch.save({"format": 3, "settings": {}, "state": {}}, copy)  # of another version, and in no list
+    write_text(OwnFiles(tmp_path / "run", "trained").claim("log.csv"), "epoch")
+    image, foreign = tmp_path / "image.png", tmp_path / "foreign.png"
+    for path in (image, foreign):
+        path.write_text("mine")
+    (tmp_path / "link.png").symlink_to(image)
+    for path in (foreign, tmp_path / "new.png"):
+        assert single_file(path, Path("x.png"), "--out", [image]) == path
+    refused = {
+        image: "files that are read",
+        tmp_path / "link.png": "files that are read",
+        copy: "is a checkpoint",
+        tmp_path / "run" / "model.pt": "belongs to a run",
+        tmp_path / "run" / "log.csv": "belongs to a run",
+        tmp_path / "run": "is a folder",
+    }
+    for path, reason in refused.items():
+        with pytest.raises(InputError, match=f"--out {path}: .*{reason}.*another file"):
+            single_file(path, Path("x.png"), "--out", [image])
+
+
+# ---------------------------------------------------------------- the demo's images
+
+
+def test_the_demo_replaces_no_foreign_file(tmp_path):
+    counts = {"train/good": 2, "test/chip": 1}
+    draw_demo(tmp_path, counts)
+    drawn = said_by_pictures(tmp_path)
+    first = tmp_path / "train" / "good" / "000.png"
+    first.write_text("cut off")  # ours, so it is drawn anew
+    draw_demo(tmp_path, counts)
+    assert said_by_pictures(tmp_path) == drawn
+    (tmp_path / owned.LIST).unlink()  # as earlier versions left it
+    draw_demo(tmp_path, counts)
+    first.write_text("foreign")
+    with pytest.raises(InputError, match="train/good/000.png.*did not write.*another --out"):
+        draw_demo(tmp_path, counts)
+    assert first.read_text() == "foreign"
+
+
+def said_by_pictures(folder) -> dict[str, bytes]:
+    return {path.name + path.parent.name: path.read_bytes() for path in folder.rglob("*.png")}
 
 
 def test_a_link_in_the_folder_leads_to_no_removal_elsewhere(tmp_path):
