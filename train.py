@@ -30,7 +30,7 @@ from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_table, write_text
 from kit.good import GoodImages, held_out_count, split
 from kit.images import read_region, shape_in_file
-from kit.inspection import Inspection, usable
+from kit.inspection import Inspection, fingerprint, usable
 from kit.measuring import report, results_table
 from kit.options import refuse_without_effect
 from kit.owned import OwnFiles
@@ -59,9 +59,9 @@ class Run:
 def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
     """Train on the run's good images, and calibrate on all of them; its folder gets model.pt and log.csv.
 
-    As long as there is a state.pt in it, it counts, and has all that --resume needs: it is written before anything of
-    an earlier run is removed, and removed after model.pt is complete. So a kill costs an epoch at most, or the
-    calibration on all good images, which comes last."""
+    As long as training lasts, all that it writes lies in the subfolder `unfinished`: state.pt there has all that
+    --resume needs. The detector of an earlier training stays as it is, and judges, until the new one is complete. So a
+    kill costs an epoch at most, or the calibration on all good images, which comes last."""
     with held(run.out) if processes.first else contextlib.nullcontext():
         train_held(run, args, textures, processes)
 
@@ -100,7 +100,8 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
     """A new model with ImageNet weights; or, with --resume, where a stopped run was: its model and progress. None if
     there is nothing left to do."""
     detector = METHODS[run.settings.method].detector
-    checkpoint = resumable(run, args)
+    path = runs.resumable(run.out) if args.resume else None
+    checkpoint = read_checkpoint(path) if path else None
     if checkpoint is None:
         torch.manual_seed(run.settings.seed)
         model = detector(run.settings).eval()
@@ -115,23 +116,18 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
     return detector.restore(checkpoint, args.device), progress
 
 
-def resumable(run: Run, args: argparse.Namespace) -> dict | None:
-    """The checkpoint that --resume goes on from, if it is given and there is one."""
-    path = runs.checkpoint_of(run.out)
-    return read_checkpoint(path) if args.resume and path.exists() else None
-
-
 def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: bool) -> None:
-    """After an epoch: log.csv, loss.png, and state.pt, a usable checkpoint, whenever training is stopped, and what it
-    takes to go on."""
-    own = OwnFiles(run.out, "trained")
+    """Write log.csv, loss.png and state.pt into the subfolder `unfinished`, before the first step and after each epoch.
+
+    state.pt is a checkpoint with all that --resume needs; after the first epoch it can judge, too."""
+    own = runs.unfinished_files(run.out)
+    if epoch.number == 0:
+        own.remove([name for name in own.names() if name != runs.STATE])  # of a training that was given up
     if log:
         write_log(own, log)
     progress = epoch.progress | {"log": log, "files": names(run)}
     write_atomically(own.claim(runs.STATE), lambda to: model.save(to, progress))
-    if epoch.number == 0:
-        runs.remove_stale(run.out)
-    elif keep_epochs:
+    if keep_epochs and epoch.number > 0:
         write_atomically(own.claim(runs.epoch_file(epoch.number)), model.save)
 
 
@@ -154,14 +150,13 @@ def write_log(own: OwnFiles, log: list[dict]) -> None:
 
 
 def finish(model: Detector, good: GoodImages, run: Run) -> None:
-    """Write a trained model, and show which good images are unlike the others."""
+    """Write a trained model, show which good images are unlike the others, and put it in its place."""
     if not good.processes.first:
         return
-    own = OwnFiles(run.out, "trained")
-    show_suspects(model, own)
+    own = runs.unfinished_files(run.out)
+    show_suspects(model, own, run.out)
     write_atomically(own.claim(runs.MODEL), model.save)
-    own.remove([runs.STATE])  # nothing to resume
-    runs.remove_measured(run.out)  # what was measured was another epoch
+    runs.install(run.out)
 
 
 def names(run: Run) -> list[str]:
@@ -204,9 +199,10 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
     corrections = read_corrections(args.corrections) if args.corrections else Corrections()
     defects = given_defects(args, corrections)
     taught = fingerprints([defect.path for defect in defects] + corrections.false_alarms)
-    planned = []
+    planned: list[Run] = []
     for category in categories:
         folder = data.good_folder(category)
+        name = data.category_name(category)
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
             read_folders.append(args.textures)
@@ -216,13 +212,14 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
-            target = out / category.resolve().name / f"seed{seed}" if several else out
-            runs.check_out(target, category, read_folders, args.resume)
+            target = out / name / f"seed{seed}" if several else out
+            refuse_shared(target, category, planned)
+            runs.check_out(target, category, read_folders, args.resume, options["epochs"] if args.keep_epochs else 0)
             size = shapes.input_size(options["size"], files)
             settings = OPTIONS[args.method].settings(
                 seed=seed,
                 data=str(category.resolve()),
-                category=category.resolve().name,
+                category=name,
                 images=len(files),
                 held_out=held_out_count(len(files)),
                 taught=taught,
@@ -231,6 +228,13 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             roi = region_of_interest(args.roi, files, as_shape(size))
             planned.append(Run(category, files, settings, target, roi, defects))
     return planned
+
+
+def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:
+    """Raises InputError if a run that is planned already has this folder."""
+    for run in planned:
+        if run.out.resolve() == target.resolve():
+            raise InputError(f"--out {target}: is the folder of both {run.category} and {category}; rename one of them")
 
 
 def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:
@@ -268,20 +272,23 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         raise InputError(f"{flag}: is of one category, and --data {args.data} has several; train that one by itself")
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
-    if args.weights and args.resume and all(runs.checkpoint_of(run.out).exists() for run in planned):
+    if args.weights and args.resume and all(runs.resumable(run.out) for run in planned):
         refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
+    if processes.count > 1:
+        dist.barrier()  # all have planned, before one changes what the others look at
     if several:
         mine = planned[processes.rank :: processes.count]
-        if not args.resume:
-            for run in mine:
-                runs.remove_measured(run.out)  # or another process could take old figures for new ones
-        if processes.count > 1:
-            dist.barrier()  # all have planned, before one changes what the others look at
+    else:
+        mine = planned if processes.first else []
+    for run in mine:
+        prepare(run, args)
+    if processes.count > 1:
+        dist.barrier()  # so that no process takes old figures for new ones
+    if several:
         for run in mine:
             train(run, args, textures, processes.alone())
     else:
         train(planned[0], args, textures, processes)
-        mine = planned if processes.first else []
     if several or args.is_demo:
         for run in mine:
             evaluate_run(run, args)
@@ -289,13 +296,23 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         write_results([run for run in planned if data.has_tests(run.category)], out)
 
 
+def prepare(run: Run, args: argparse.Namespace) -> None:
+    """Finish what a kill left half done in the run's folder, and say there that a new training will follow."""
+    with held(run.out):
+        runs.install(run.out)
+        if not args.resume:
+            runs.announce(run.out)
+
+
 def measured(run: Run) -> dict | None:
-    """The run's metrics.json, if it tells of the finished model, its own test images and the default threshold."""
+    """The run's metrics.json, if it is about this very model, its own test images and the default threshold, and no
+    other model is to come."""
     path = run.out / "metrics.json"
-    if not path.exists():
+    if not path.exists() or runs.is_unfinished(run.out):
         return None
     metrics = json.loads(path.read_text())
-    expected = {"checkpoint": runs.MODEL, "data": run.settings.data, "false_alarm": FALSE_ALARM}
+    detector = fingerprint(read_checkpoint(run.out / runs.MODEL)["state"])
+    expected = {"checkpoint": runs.MODEL, "detector": detector, "data": run.settings.data, "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 
 
@@ -335,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--backbone {options['backbone']}: is none of {', '.join(BACKBONES)}")
     processes = join_processes()
     args.device = pick_device(args.device, processes.local_rank)
-    out = args.out or Path("runs", "demo" if args.is_demo else args.data.resolve().name)
+    out = args.out or Path("runs", "demo" if args.is_demo else data.category_name(args.data))
     if args.is_demo:
         args.data = out / "data" / "demo"
         runs.check_out(out, args.data, [], args.resume)  # before anything is drawn into it

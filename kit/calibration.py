@@ -117,9 +117,9 @@ def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
 
 
 @torch.no_grad()
-def show_suspects(model: Detector, own: OwnFiles) -> None:
+def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
     """A line and suspects.png, if there are odd ones among the images that calibrated the model. They may be defective
-    ones that got among the good."""
+    ones that got among the good. `folder` is where the picture will lie in the end, which the line says."""
     scores = model.normal[0].cpu().numpy()
     suspects = odd_ones(scores)
     if not len(suspects) or not model.calibrated_on:
@@ -137,5 +137,5 @@ def show_suspects(model: Detector, own: OwnFiles) -> None:
     others = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
     print(
         f"{len(suspects)} of the good images look unlike the others: {', '.join(names)}{others}; see "
-        f"{own.folder / SUSPECTS}. If they are defective, remove them and train again"
+        f"{folder / SUSPECTS}. If they are defective, remove them and train again"
     )

@@ -243,7 +243,7 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
-    assert visible(tmp_path) == ["state.pt"]
+    assert visible(tmp_path / "unfinished") == ["state.pt"]
     monkeypatch.setattr(nearest.Prototypes, "fit", stop)  # it is not chosen again
     call(train.main, *command, "--resume")
     assert visible(tmp_path) == ["model.pt"]

@@ -22,7 +22,7 @@ import train
 from kit import calibration, data, runs
 from kit.detector import read_checkpoint
 from kit.files import held
-from kit.owned import OwnFiles
+from kit.owned import LIST, OwnFiles
 from kit.processes import Processes
 from methods import load
 
@@ -206,8 +206,9 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     monkeypatch.setattr(torch.optim.Adam, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call(train.main, *arguments("parts"))
-    assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "state.pt"]
-    stopped = load(tmp_path / "parts" / "state.pt")
+    assert visible(tmp_path / "parts") == ["unfinished"]
+    assert visible(tmp_path / "parts" / "unfinished") == ["log.csv", "loss.png", "state.pt"]
+    stopped = load(tmp_path / "parts" / "unfinished" / "state.pt")
     assert torch.isfinite(stopped(torch.rand(1, 3, 64, 64))[1]).all()
     call(evaluate.main, tmp_path / "parts")
     assert "not finished" in capsys.readouterr().out
@@ -241,6 +242,99 @@ def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_pa
     assert visible(out) == ["log.csv", "loss.png", "model.pt"]
 
 
+def contents(folder) -> dict[str, bytes]:
+    """All files below a folder, but those of an unfinished training and the lists of what is ours."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    below = {path.relative_to(folder).as_posix(): path for path in files}
+    return {
+        name: path.read_bytes()
+        for name, path in below.items()
+        if not name.startswith(runs.UNFINISHED) and path.name != LIST
+    }
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1])
+def test_a_retraining_that_is_stopped_leaves_the_detector_before(
+    category, tmp_path, monkeypatch, capsys, stopped_after
+):
+    """Before its first step, and after an epoch: what was there judges; --resume goes on with the new one."""
+    out = tmp_path / "run"
+    command = ["--data", category, "--out", out, *QUICK]
+    call(train.main, *command, "--keep-epochs")
+    call(evaluate.main, out)
+    call(evaluate.main, out, "--recalibrate", category / "train" / "good")
+    before = contents(out)
+    assert {"model.pt", "log.csv", "loss.png", "epoch_01.pt", "recalibrated.pt", "metrics.json"} < set(before)
+    keep = train.keep
+
+    def stopping(epoch, *rest):
+        keep(epoch, *rest)
+        if epoch.number == stopped_after:
+            raise KeyboardInterrupt
+
+    again = [*command, "--seed", 1, "--epochs", 2]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "keep", stopping)
+        call(train.main, *again)
+    assert contents(out) == before
+    capsys.readouterr()
+    call(evaluate.main, out, "--images", category / "test" / "chip", "--out", tmp_path / "found")
+    said = capsys.readouterr().out
+    assert "a training there is not finished" in said and contents(out) == before
+    call(train.main, *again, "--resume")
+    assert load(out / "model.pt").settings.seed == 1
+    assert visible(out) == ["log.csv", "loss.png", "model.pt"] and len(log_of(out)) == 2
+
+
+def test_a_first_training_that_is_stopped_before_its_first_epoch_judges_nothing(
+    category, tmp_path, monkeypatch, capsys
+):
+    keep = train.keep
+
+    def stopping(*args):
+        keep(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "keep", stopping)
+        call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
+    command = [tmp_path / "run", "--images", category / "test" / "chip", "--out", tmp_path / "found"]
+    refuse(evaluate.main, capsys, *command, words=["before the first epoch", "--resume"])
+
+
+def test_two_links_to_folders_of_one_name_are_two_runs(category, tmp_path):
+    for plant in ("A", "B"):
+        shutil.copytree(category / "train", tmp_path / plant / "bottle" / "train")
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        (tmp_path / "cats" / f"plant{plant}").symlink_to(tmp_path / plant / "bottle")
+    call(train.main, "--data", tmp_path / "cats", "--out", tmp_path / "out", *QUICK)
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("model.pt")}
+    assert found == {"plantA/seed0/model.pt", "plantB/seed0/model.pt"}
+    assert load(tmp_path / "out/plantB/seed0/model.pt").settings.category == "plantB"
+
+
+def test_no_two_runs_share_a_folder(category, tmp_path, capsys):
+    """Two categories, and links among the folders of their runs."""
+    for name in "ab":
+        shutil.copytree(category / "train", tmp_path / "cats" / name / "train")
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "out" / "b").symlink_to(tmp_path / "out" / "a")
+    command = ["--data", tmp_path / "cats", "--out", tmp_path / "out", *QUICK]
+    refuse(train.main, capsys, *command, words=["is the folder of both", "cats/a", "cats/b"])
+
+
+def test_figures_of_a_run_where_another_call_is_writing_are_not_touched(category, tmp_path, capsys):
+    """Of several runs, each is held before anything in it is changed."""
+    out = tmp_path / "out"
+    command = ["--data", category, "--out", out, *QUICK, "--seeds", 2]
+    call(train.main, *command)
+    second = out / category.name / "seed1"
+    before = contents(second)
+    with held(second):
+        refuse(train.main, capsys, *command, words=["seed1", "another call is writing"])
+    assert contents(second) == before and "metrics.json" in before
+
+
 SLOW_WRITES = """
 import sys, time, torch
 save = torch.save
@@ -265,22 +359,23 @@ def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
     """Two kills, each while a checkpoint is half written; the training between them goes on by --resume."""
     command = [sys.executable, "-c", SLOW_WRITES, "--data", category, "--out", tmp_path / "run", *QUICK]
     command = [str(part) for part in [*command, "--epochs", 40, "--resume"]]
+    folder = tmp_path / "run" / runs.UNFINISHED
     epochs = []
     for _ in range(2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline, seen = time.time() + 100, 0
         while seen < 2 and time.time() < deadline and process.poll() is None:  # the second write of this process
-            if list((tmp_path / "run").glob(f"*.tmp{process.pid}")):
+            if list(folder.glob(f"*.tmp{process.pid}")):
                 seen += 1
-                while seen < 2 and list((tmp_path / "run").glob(f"*.tmp{process.pid}")) and process.poll() is None:
+                while seen < 2 and list(folder.glob(f"*.tmp{process.pid}")) and process.poll() is None:
                     time.sleep(0.01)
             time.sleep(0.01)
         assert process.poll() is None and seen == 2, process.stderr.read()
         time.sleep(0.2)  # into the pause in the middle of the write
         process.kill()
         process.communicate()
-        assert list((tmp_path / "run").glob(f"*.tmp{process.pid}")), "killed beside the write"
-        epochs.append(len(read_checkpoint(tmp_path / "run" / runs.STATE)["progress"]["log"]))
+        assert list(folder.glob(f"*.tmp{process.pid}")), "killed beside the write"
+        epochs.append(len(read_checkpoint(folder / runs.STATE)["progress"]["log"]))
     assert epochs == sorted(epochs)
 
 
@@ -413,7 +508,7 @@ def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, c
         shutil.copy(one, tmp_path / "copies" / f"{number}.png")
     command = ["--data", tmp_path / "copies", "--out", tmp_path / "out", *QUICK]
     refuse(train.main, capsys, *command, words=["--data", "copies of one"])
-    assert not (tmp_path / "out" / "state.pt").exists()
+    assert not list((tmp_path / "out").rglob("state.pt"))
 
 
 def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
@@ -448,7 +543,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and error == "stopped; go on with --resume\n"
-    assert read_checkpoint(tmp_path / "run" / "state.pt")["progress"]["epoch"] >= 1
+    assert read_checkpoint(tmp_path / "run" / runs.UNFINISHED / runs.STATE)["progress"]["epoch"] >= 1
 
 
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):
