@@ -21,14 +21,15 @@ from PIL import Image
 
 from kit import data, draw, runs
 from kit.calibration import recalibrate
-from kit.detector import Detector
+from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_text
 from kit.images import read_image
-from kit.inspection import Inspection, judge_new, sentence, usable
+from kit.inspection import Inspection, findings_folder, fingerprint, judge_new, sentence, usable
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
 from kit.options import refuse_inside
 from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.single import single_file
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
@@ -47,7 +48,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
         tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
-        label = "/".join(file.resolve().parent.parts[-2:])
+        label = "/".join(runs.folder_of(file.resolve()).parts[-2:])
         epoch = runs.epoch_of(file)
         print(f"{label}, epoch {epoch}:", {name: figures[name] for name in lines}, flush=True)
         for name in lines:
@@ -89,8 +90,6 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
 
 def explain(work: Inspection, path: Path) -> None:
     """A picture of what happens to an image, step by step; `out` of the work is its file."""
-    if work.out.resolve() == path.resolve():
-        raise InputError(f"--out {work.out}: is the image itself; give another file")
     model = work.model
     image = read_image(path, model.shape)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -198,15 +197,14 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = runs.checkpoint_of(args.run)
     if args.export:
         if processes.first:
-            export(load(checkpoint, "cpu"), args.export)
+            export(load(checkpoint, "cpu"), single_file(args.export, args.export, "--export", [checkpoint]))
         return None
-    if checkpoint.name == runs.STATE:
-        print(f"{args.run}: its training is not finished; this is its last whole epoch")
+    tell_unfinished(args.run, checkpoint)
     model = load(checkpoint, device)
     work = Inspection(
         model,
         checkpoint,
-        out=args.out or default_out(args, checkpoint, model),
+        out=output(args, checkpoint, model),
         false_alarm=args.false_alarm or model.settings.false_alarm,
         skip_bad=bool(args.skip_bad),
         processes=processes,
@@ -226,19 +224,34 @@ def main(arguments: list[str] | None = None) -> None:
     return judge_new(work, args.images)
 
 
+def tell_unfinished(run: Path, checkpoint: Path) -> None:
+    """A line, if a training is not finished in this run folder. Raises InputError if `checkpoint` is the state of one
+    that has not seen a whole epoch: that detector knows nothing."""
+    if checkpoint.name == runs.STATE:
+        saved = read_checkpoint(checkpoint)
+        if saved["progress"]["epoch"] == 0 and "epochs" in saved["settings"]:
+            raise InputError(f"{run}: its training was stopped before the first epoch; go on with train.py --resume")
+        print(f"{run}: its training is not finished; this is its last whole epoch")
+    elif run.is_dir() and runs.is_unfinished(run):
+        print(f"{run}: a training there is not finished; until it is, the detector of the earlier one judges")
+
+
 def is_test(args: argparse.Namespace) -> bool:
     """Whether a labelled test set is to be measured."""
     return not (args.explain or args.recalibrate or args.images)
 
 
-def default_out(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
-    """Where what is found goes if --out does not say so."""
+def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
+    """Where what is found goes: --out, or what stands for it."""
     if args.explain:
-        return Path("explained.png")
+        return single_file(args.out, Path("explained.png"), "--out", [args.explain, checkpoint])
+    if args.out:
+        return args.out
+    run = runs.folder_of(checkpoint)
     if args.recalibrate:
-        return checkpoint.parent
+        return run
     if args.images:
-        return Path("predictions")
+        return findings_folder(run.resolve().name, args.images, fingerprint(model.state_dict()), bool(args.watch))
     own_data = Path(model.settings.data)
     return results_folder(checkpoint, args.data or own_data, own_data)
 
@@ -246,11 +259,12 @@ def default_out(args: argparse.Namespace, checkpoint: Path, model: Detector) -> 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     """Where the figures go: into the run, if they are those of its last checkpoint on its own category; others stay
     apart, so that nobody takes the one for the other."""
+    run = runs.folder_of(checkpoint)
     if checkpoint.name not in (runs.MODEL, runs.STATE):
-        return checkpoint.parent / "tests" / checkpoint.stem
+        return run / "tests" / checkpoint.stem
     if category.resolve() != own_data:
-        return checkpoint.parent / "tests" / category.resolve().name
-    return checkpoint.parent
+        return run / "tests" / data.category_name(category)
+    return run
 
 
 if __name__ == "__main__":

@@ -1,6 +1,13 @@
-"""Judging new images: a row of scores.csv for each, its regions, its picture, and report.html over all."""
+"""Judging new images: a row of scores.csv for each, its regions, its picture, and report.html over all.
 
+A row is about one image: a name, with the size and the time of its file. It takes the place of an earlier row on the
+same image by the same detector; no other row is ever removed."""
+
+import functools
+import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +19,19 @@ from PIL import Image
 from kit import data, draw, shapes
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, write_text
+from kit.files import (
+    FORMULA_GUARD,
+    GrowingTable,
+    column,
+    fitting,
+    header_of,
+    held,
+    move,
+    plain_cell,
+    rows_of,
+    write_rows,
+    write_text,
+)
 from kit.images import load_image, named, photograph, shape_of, turned
 from kit.options import refuse_inside
 from kit.owned import OwnFiles
@@ -22,9 +41,17 @@ from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
 
-SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1"]
-REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak"]
-UNFINISHED = "unfinished.json"  # tells which call wrote scores.csv, as long as that is not complete
+# Of both tables: size and time of the image's file (ns), so that the same name with another stamp is another image; the
+# fingerprint of the detector, and its threshold.
+COMMON_COLUMNS = ["bytes", "changed", "detector", "threshold"]
+SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1", *COMMON_COLUMNS]
+REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak", *COMMON_COLUMNS]
+TABLE = "scores.csv"
+REGIONS = "regions.csv"
+PAGE = "report.html"
+ABOUT = "judged.json"  # says which images the findings are about
+
+Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
 @dataclass(frozen=True)
@@ -43,15 +70,20 @@ class Inspection:
     def limits(self) -> Thresholds:
         return self.model.thresholds(self.false_alarm)
 
-    def call(self, images: Path) -> dict:
-        """Tells a call on these images from others: with a checkpoint at the same place, but of a later time, it is
-        another one."""
-        return {
-            "checkpoint": str(self.checkpoint.resolve()),
-            "trained": self.checkpoint.stat().st_mtime_ns,
-            "images": str(images.resolve()),
-            "false_alarm": self.false_alarm,
-        }
+    @functools.cached_property
+    def detector(self) -> str:
+        """The fingerprint of the detector."""
+        return fingerprint(self.model.state_dict())
+
+
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Twelve hexadecimal digits that tell detectors apart: a hash of weights, bank and calibration, the "state" of a
+    checkpoint. A copy of a checkpoint has the same."""
+    found = hashlib.sha1()
+    for name, values in state.items():
+        found.update(f"{name} {tuple(values.shape)}".encode())
+        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
@@ -68,72 +100,198 @@ def usable(files: list[Path], skip_bad: bool) -> list[Path]:
     return good
 
 
+# ---------------------------------------------------------------- where findings go
+
+
+def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
+    """Where findings on these `images` go if nobody says so: predictions/<run>/<their name>; if findings of another
+    detector, or on other images, are there, the same with the detector's fingerprint, and a number if need be."""
+    name = Path(os.path.abspath(images)).name or "images"
+    folder = Path("predictions", run)
+    further = (folder / f"{name}-{detector}-{number}" for number in itertools.count(2))
+    candidates = itertools.chain((folder / name, folder / f"{name}-{detector}"), further)
+    return next(out for out in candidates if not obstacle(out, images, detector, watch))
+
+
+def check_findings(out: Path, images: Path, detector: str, watch: bool) -> None:
+    """Raises InputError if findings of this detector on these `images` must not be added to what is in `out`."""
+    if found := obstacle(out, images, detector, watch):
+        raise InputError(f"--out {out}: {found}; give another --out")
+
+
+def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
+    """What forbids that findings of this detector on these `images` are added to those in `out`; None if nothing does.
+    With `watch` another detector's findings do not."""
+    table = out / TABLE
+    OwnFiles(out, "judged").refuse_foreign(TABLE)
+    header = header_of(table)
+    if header is None:
+        return None
+    if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows_of(table)):
+        return f"its {TABLE} was written by an earlier version, or changed by hand"
+    other = images_of(out)
+    if other != str(root_of(images).resolve()):
+        return f"holds findings on other images ({other})"
+    others = set(column(table, "detector")) - {detector}
+    if others and not watch:
+        return f"holds findings of another detector ({', '.join(sorted(others))}; this one is {detector})"
+    return None
+
+
+def is_whole(row: list[str]) -> bool:
+    """Whether a row of scores.csv is as this version writes it."""
+    if len(row) != len(SCORES_COLUMNS):
+        return False
+    cells = dict(zip(SCORES_COLUMNS, row, strict=True))
+    try:
+        float(cells["score"])
+    except ValueError:
+        return False
+    return all(cells[name].removeprefix("-").isdecimal() for name in ("bytes", "changed"))
+
+
+def images_of(out: Path) -> str | None:
+    """The folder of the images that the findings in `out` are about."""
+    try:
+        return json.loads((out / ABOUT).read_text(encoding="utf-8"))["images"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def root_of(images: Path) -> Path:
+    """The folder below which images are named: `images` itself, or that of a single image."""
+    return images if images.is_dir() else images.parent
+
+
+# ---------------------------------------------------------------- what is written
+
+
 class Judgements:
-    """What a call writes into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
+    """What calls write into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
 
-    `call` describes it: if just this one was interrupted, it goes on behind the last whole row; any other begins anew.
-    `more` are further columns of both tables. `done` holds the first cells of the rows that were there."""
+    What is there from earlier calls on the same `images` stays. `seen` are the images that were judged before, by any
+    detector, as the first cells of their rows with their stamps; `done`, those that need not be judged again by this
+    one at this threshold."""
 
-    def __init__(self, work: Inspection, call: dict, more: tuple[str, ...] = ()):
+    def __init__(self, work: Inspection, images: Path):
+        self.work = work
         self.model = work.model
         self.limits = work.limits
         self.own = OwnFiles(work.out, "judged")
-        self.call = call
-        self.scores = open_scores(self.own, call, [*SCORES_COLUMNS, *more])
-        self.done = self.scores.keys
-        columns = [*REGIONS_COLUMNS, *more]
-        regions = self.own.claim("regions.csv")
-        self.regions = GrowingTable(regions, columns, resume=bool(self.done), only=self.done)
+        self.images = images
+        self.tail = [work.detector, f"{self.limits.score:.6f}"]  # of each row
+        self.complaints: list[str] = []  # on pictures that could not be written
+        about = {"images": str(root_of(images).resolve()), "checkpoint": str(work.checkpoint.resolve())}
+        write_text(self.own.claim(ABOUT), json.dumps(about, indent=2) + "\n")
+        rows = rows_of(work.out / TABLE)
+        self.keep_page(rows)
+        self.seen = {stamped(row) for row in rows}
+        self.done = {stamped(row) for row in rows if row[-2:] == self.tail}
+        self.scores = GrowingTable(self.own.claim(TABLE), SCORES_COLUMNS, rows)
+        # A kill may have left regions of an image that has no row yet: it will be judged again.
+        complete = {judged_as(row) for row in rows}
+        regions = [row for row in rows_of(work.out / REGIONS) if judged_as(row) in complete]
+        self.regions = GrowingTable(self.own.claim(REGIONS), REGIONS_COLUMNS, regions)
 
-    def add(self, name: str, photo: Image.Image, verdict: Verdict, more: tuple = ()) -> None:
-        """The `photograph` of an image, and the verdict on it; `more` are further cells of its rows."""
-        draw.save_picture(self.own.claim(f"{name}.png"), draw.verdict_picture(photo, name, verdict, self.limits))
-        save_views(self.own, name, photo, verdict, self.limits)
+    def keep_page(self, rows: list[list[str]]) -> None:
+        """Keep the page of an earlier detector, which has another scale, under another name."""
+        earlier = rows[-1][-2] if rows else self.work.detector
+        if earlier != self.work.detector and (self.own.folder / PAGE).exists():
+            move(self.own.folder / PAGE, self.own.claim(f"report-{earlier}.html"))
+
+    def has(self, name: str, stamp: Stamp) -> bool:
+        """Whether this image was judged by this detector, and its picture is there."""
+        is_judged = (plain_cell(name), str(stamp[0]), str(stamp[1])) in self.done
+        return is_judged and (self.own.folder / f"{fitting(name)}.png").exists()
+
+    def add(self, name: str, photo: Image.Image, verdict: Verdict, stamp: Stamp) -> None:
+        """The `photograph` of an image, and the verdict on it. Pictures that cannot be written cost no row."""
+        try:
+            picture = draw.verdict_picture(photo, name, verdict, self.limits)
+            draw.save_picture(self.own.claim(f"{fitting(name)}.png"), picture)
+            save_views(self.own, name, photo, verdict, self.limits)
+        except InputError as error:
+            self.complaints.append(str(error))
         for row in regions_rows(name, verdict):
-            self.regions.add([*row, *more])
-        self.scores.add([*scores_row(name, verdict), *more])  # last: with it the image is done
+            self.regions.add([*row, *stamp, *self.tail])
+        self.scores.add([*scores_row(name, verdict), *stamp, *self.tail])  # last: with it the image is done
         clear()
         print(f"{name}: {sentence(verdict)}", flush=True)
 
     def write_page(self) -> list[Entry]:
-        """report.html of all that is in scores.csv, and what is on it."""
-        entries = entries_of(self.own.folder, Path(self.call["images"]), Path(self.model.settings.data))
-        facts = {name: str(self.call[name]) for name in ("checkpoint", "images")}
-        facts["calibration"] = basis(self.limits)
+        """report.html of all images in scores.csv that this detector judged, and what is on it."""
+        entries = entries_of(self.own.folder, self.images, Path(self.model.settings.data), self.work.detector)
+        facts = {"checkpoint": str(self.work.checkpoint.resolve()), "detector": self.work.detector}
+        facts |= {"images": str(self.images.resolve()), "calibration": basis(self.limits)}
+        if earlier := [name for name in self.own.names() if name.startswith("report-")]:
+            facts["judged by earlier detectors"] = ", ".join(earlier)
         title = f"{self.model.settings.category}: {len(entries)} images"
         write_page(self.own, title, facts, self.limits.score, entries)
         return entries
 
     def close(self) -> None:
+        """Close the tables; of several rows on one image by this detector the last one stays."""
         self.scores.close()
         self.regions.close()
+        rows, regions = rows_of(self.own.folder / TABLE), rows_of(self.own.folder / REGIONS)
+        latest = {(*stamped(row), row[-2]): row for row in rows}
+        if len(latest) < len(rows):
+            kept = {judged_as(row) for row in latest.values()}
+            write_rows(self.own.claim(TABLE), [SCORES_COLUMNS, *latest.values()])
+            numbered = {(judged_as(row), row[1]): row for row in regions if judged_as(row) in kept}
+            write_rows(self.own.claim(REGIONS), [REGIONS_COLUMNS, *numbered.values()])
+
+
+def stamped(row: list[str]) -> tuple[str, str, str]:
+    """The image that a row of either table is about: its name as the table has it, and its stamp."""
+    return row[0], row[-4], row[-3]
+
+
+def judged_as(row: list[str]) -> tuple[str, ...]:
+    """The image that a row of either table is about, the detector, and its threshold."""
+    return row[0], *row[-4:]
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """Of a file that has gone, or cannot be reached now: None."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def judge_new(work: Inspection, images: Path) -> None:
     """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
-    each of its regions, and <file name>.png.
+    each of its regions, and <file name>.png. Those that this detector has judged already keep their rows.
 
-    Raises InputError at the end if some could not be read (unless `skip_bad`); all others are judged by then."""
+    Raises InputError at the end if some could not be read (unless `skip_bad`), or some pictures not be written; all
+    else is there by then."""
     out = work.out
     files = new_images(images, out)
-    root = images if images.is_dir() else images.parent
+    root = root_of(images)
     print(basis(work.limits))
     if others := shapes.others_among(files, work.model.shape):
         print(shapes.others_told(others, len(files), work.model.shape))
     complaints = []
     with held(out):
-        judgements = Judgements(work, work.call(images))
-        todo = [path for path in files if plain_cell(name_below(root, path)) not in judgements.done]
+        check_findings(out, images, work.detector, watch=False)
+        judgements = Judgements(work, images)
+        stamps = {path: stamp_of(path) or (0, 0) for path in files}
+        todo = [path for path in files if not judgements.has(name_below(root, path), stamps[path])]
         if len(todo) < len(files):
-            print(f"{len(files) - len(todo)} of {len(files)} images were judged before this call was interrupted")
+            print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before")
         judged = judge_files(work.model, todo, work.limits, complaints)
         for path, photo, verdict in counted(judged, "judging images", len(todo)):
-            judgements.add(name_below(root, path), photo, verdict)
+            judgements.add(name_below(root, path), photo, verdict, stamps[path])
         judgements.close()
         entries = judgements.write_page()
-        judgements.own.remove([UNFINISHED])
-    print(f"wrote report.html, scores.csv, regions.csv and {len(entries)} pictures into {out}")
-    print_drift(work.model, np.array([entry.score for entry in entries]))
+    print(f"wrote {PAGE}, {TABLE} and {REGIONS} into {out}: {len(entries)} images by detector {work.detector}")
+    now = {name_below(root, path) for path in files}
+    print_drift(work.model, np.array([entry.score for entry in entries if entry.name in now]))
+    if judgements.complaints:
+        without = f"{len(judgements.complaints)} images were judged, but have no picture"
+        raise InputError(f"{without}: {'; '.join([*judgements.complaints, *complaints])}")
     if complaints and not work.skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
     print_skipped(complaints, len(files))
@@ -158,38 +316,24 @@ def name_below(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def open_scores(own: OwnFiles, call: dict, columns: list[str]) -> GrowingTable:
-    """scores.csv, from the start; or, if just this `call` was interrupted, to go on behind its last whole row."""
-    marker = own.folder / UNFINISHED
-    text = json.dumps(call)
-    if UNFINISHED in own.names() and marker.exists() and marker.read_text() == text:
-        return GrowingTable(own.claim("scores.csv"), columns, resume=True)
-    own.remove_all()  # or the pictures of an earlier call would lie beside a table that lacks them
-    table = GrowingTable(own.claim("scores.csv"), columns, resume=False)
-    write_text(own.claim(UNFINISHED), text)  # last: as long as it is there, the table is this call's
-    return table
-
-
-def entries_of(out: Path, images: Path, trained_on: Path) -> list[Entry]:
-    """For report.html: what is in scores.csv of these `images`, a file or a folder, of one that was judged several
-    times the last row; their kind is their subfolder. `trained_on` is the category of the detector."""
-    root = images if images.is_dir() else images.parent
+def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list[Entry]:
+    """For report.html: the `images`, a file or a folder, that this detector judged, as scores.csv has them; of one that
+    was judged several times the last row; their kind is their subfolder. `trained_on` is the category of the
+    detector."""
+    root = root_of(images)
     good_folders = [trained_on, *(trained_on / "train" / name for name in data.GOOD_NAMES)]
-    table = out / "scores.csv"
     scores: dict[str, float] = {}
-    for name, score in zip(names_in(table), column(table, "score"), strict=True):
-        scores.pop(name, None)  # in the order in which they were judged last
-        scores[name] = float(score)
+    for row in rows_of(out / TABLE):
+        cells = dict(zip(SCORES_COLUMNS, row, strict=True))
+        if cells["detector"] == detector:
+            name = cells["file"].removeprefix(FORMULA_GUARD)
+            scores.pop(name, None)  # in the order in which they were judged last
+            scores[name] = float(cells["score"])
     entries = []
     for name, score in scores.items():
         path = root / name
         entries.append(Entry(name, str(Path(name).parent), None, score, path, path.parent in good_folders))
     return entries
-
-
-def names_in(table: Path) -> list[str]:
-    """The images in a table, as their files are called."""
-    return [cell.removeprefix(FORMULA_GUARD) for cell in column(table, "file")]
 
 
 @dataclass(frozen=True)

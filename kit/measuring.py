@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics, shapes, sizes
+from kit import data, draw, metrics, runs, shapes, sizes
 from kit.defects import is_among
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import held, write_text
+from kit.files import fitting, held, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
 from kit.inspection import Inspection, usable
+from kit.options import is_inside
 from kit.owned import OwnFiles
 from kit.processes import Processes
 from kit.progress import counted
@@ -118,10 +119,12 @@ def report(work: Inspection, category: Path) -> None:
         print(shapes.others_told(others, len(judged.tests), model.shape))
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
+    refuse_other_figures(work, category)
     settings = model.settings
     figures = {
         "checkpoint": work.checkpoint.name,
-        "category": category.resolve().name,
+        "detector": work.detector,
+        "category": data.category_name(category),
         "data": str(category.resolve()),
         "method": settings.method,
         "backbone": settings.backbone,
@@ -147,6 +150,19 @@ def report(work: Inspection, category: Path) -> None:
         draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
         write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
     print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
+
+
+def refuse_other_figures(work: Inspection, category: Path) -> None:
+    """Raises InputError if the folder for the figures holds those of other test images, or, unless it belongs to the
+    run, of another detector."""
+    OwnFiles(work.out, "measured").refuse_foreign("metrics.json")
+    path = work.out / "metrics.json"
+    there = json.loads(path.read_text()) if path.exists() else {}
+    if there.get("data", str(category.resolve())) != str(category.resolve()):
+        raise InputError(f"--out {work.out}: holds the figures of {there['data']}; give another --out, and --data")
+    is_of_run = is_inside(work.out, runs.folder_of(work.checkpoint))
+    if not is_of_run and there.get("detector", work.detector) != work.detector:
+        raise InputError(f"--out {work.out}: holds the figures of another detector; give another --out")
 
 
 def size_of(settings: Settings) -> int | str:
@@ -183,9 +199,12 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
-        picture = draw.verdict_picture(photo, title, verdict, limits, mask)
-        draw.save_picture(own.claim(f"pictures/{name}.png"), picture)
-        save_views(own, name, photo, verdict, limits, mask)
+        try:
+            picture = draw.verdict_picture(photo, title, verdict, limits, mask)
+            draw.save_picture(own.claim(f"pictures/{fitting(name)}.png"), picture)
+            save_views(own, name, photo, verdict, limits, mask)
+        except InputError as error:  # one picture is no reason to lose the figures
+            print(f"no picture of {name}: {error}", flush=True)
         entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
@@ -207,11 +226,11 @@ def results_table(rows: list[dict]) -> str:
     lines = [["category", "seeds", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
     means = []
     for category in dict.fromkeys(row["category"] for row in rows):
-        runs = [row for row in rows if row["category"] == category]
-        values = np.array([[row[name] for name in COLUMNS] for row in runs], dtype=float)  # None becomes nan
+        seeds = [row for row in rows if row["category"] == category]
+        values = np.array([[row[name] for name in COLUMNS] for row in seeds], dtype=float)  # None becomes nan
         mean = values.mean(axis=0)
-        spread = values.std(axis=0, ddof=1) if len(runs) > 1 else [None] * len(COLUMNS)
-        lines.append([category, str(len(runs)), *map(cell, mean, spread)])
+        spread = values.std(axis=0, ddof=1) if len(seeds) > 1 else [None] * len(COLUMNS)
+        lines.append([category, str(len(seeds)), *map(cell, mean, spread)])
         means.append(mean)
     lines.append(["mean", "", *map(cell, np.mean(means, axis=0), [None] * len(COLUMNS))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

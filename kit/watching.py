@@ -10,8 +10,17 @@ import numpy as np
 
 from kit import data, shapes
 from kit.errors import InputError
-from kit.files import column, held, plain_cell
-from kit.inspection import Inspection, Judgements, judge_files, name_below, print_drift
+from kit.files import held, plain_cell
+from kit.inspection import (
+    Inspection,
+    Judgements,
+    Stamp,
+    check_findings,
+    judge_files,
+    name_below,
+    print_drift,
+    stamp_of,
+)
 from kit.options import refuse_inside
 from kit.verdict import basis
 
@@ -20,25 +29,23 @@ PAGE_EVERY = 30.0
 IN_TURN = 2000  # known files whose stamps are asked at each look
 SETTLED_NS = 2_000_000_000  # after which a directory's time tells all that was done in it before
 RECENT = 50  # images that are asked, together, whether their scores have moved
-STAMP_COLUMNS = ("bytes", "changed")  # the tables have them here: the same name with another stamp is another image
-
-Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 
 def watch(work: Inspection, folder: Path) -> None:
     """Judge the images in `folder` and its subfolders, and those that come, until Ctrl-C or SIGTERM.
 
     An image counts as whole when it has not changed between two looks, and can be read; one that cannot is named, and
-    looked at again when it changes. A call that was stopped or killed goes on when it is made again: a row of
-    scores.csv holds the stamp of its image."""
+    looked at again when it changes. A call that was stopped or killed goes on when it is made again, with whichever
+    detector: a row of scores.csv holds the stamp of its image, and the fingerprint of the detector that judged it."""
     if not folder.is_dir():
         raise InputError(f"--images {folder}: no such folder; --watch needs one")
     out = work.out
     refuse_inside(out, folder)
     print(basis(work.limits))
     with held(out):
-        judgements = Judgements(work, work.call(folder) | {"watch": True}, STAMP_COLUMNS)
-        seen = seen_before(out / "scores.csv")
+        check_findings(out, folder, work.detector, watch=True)
+        judgements = Judgements(work, folder)
+        seen = {(cell, (int(size), int(changed))) for cell, size, changed in judgements.seen}
         print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
         try:
             judge_what_comes(folder, seen, judgements)
@@ -46,12 +53,6 @@ def watch(work: Inspection, folder: Path) -> None:
             judgements.close()
             judgements.write_page()
             print(f"wrote report.html, scores.csv and regions.csv into {out}", flush=True)
-
-
-def seen_before(table: Path) -> set[tuple[str, Stamp]]:
-    """The images in scores.csv, as the first cells of their rows, and their stamps."""
-    stamps = zip(map(int, column(table, "bytes")), map(int, column(table, "changed")), strict=True)
-    return set(zip(column(table, "file"), stamps, strict=True))
 
 
 def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Judgements) -> None:
@@ -75,6 +76,9 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
                     is_told = True  # of the first one: a camera makes many
         for complaint in complaints:
             print(f"not judged: {complaint}", flush=True)
+        for complaint in judgements.complaints:
+            print(f"judged, but no picture: {complaint}", flush=True)
+        judgements.complaints.clear()
         # What cannot be read is seen, too, until it changes.
         seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
         if is_page_old and time.monotonic() > page_is_due:
@@ -126,6 +130,8 @@ class Listing:
         with os.scandir(directory) as entries:  # tells folders from files without asking for each
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
+                    if data.is_hidden(entry.name):
+                        continue
                     self.times.setdefault(directory / entry.name, -1)
                 elif entry.name not in names:
                     names.add(entry.name)
@@ -149,12 +155,3 @@ def unseen(folder: Path, files: Iterable[Path], seen: set[tuple[str, Stamp]]) ->
         for path, stamp in stamps.items()
         if stamp is not None and (plain_cell(name_below(folder, path)), stamp) not in seen
     }
-
-
-def stamp_of(path: Path) -> Stamp | None:
-    """Of a file that has gone, or cannot be reached now: None."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns

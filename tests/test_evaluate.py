@@ -14,7 +14,10 @@ from helpers import SMALL, call, mask_of, refuse, script, visible
 from PIL import Image
 
 import evaluate
+import synth
 from kit import data, files, owned
+from kit.detector import read_checkpoint
+from kit.inspection import SCORES_COLUMNS, fingerprint
 from kit.measuring import judge_tests
 from kit.processes import ALONE
 from methods import load
@@ -32,7 +35,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     call(evaluate.main, run)
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == [
-        *("checkpoint", "category", "data", "method", "backbone", "size", "seed", "epochs"),
+        *("checkpoint", "detector", "category", "data", "method", "backbone", "size", "seed", "epochs"),
         *("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "aupro", "ms_per_image", "parameters"),
         *("false_alarm", "threshold", "at_most", "recall", "precision", "false_alarms", "operating_points"),
     ]
@@ -94,7 +97,8 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     call(evaluate.main, run / "model.pt", "--images", images, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     assert list(rows) == ["chip.bmp", "chip.png", "größer.tiff", "tray 2/=chip.png"]
-    assert {**rows["chip.bmp"], "file": ""} == {**rows["chip.png"], "file": ""} and rows["chip.png"]["anomalous"] == "1"
+    both = [{**rows[name], "file": "", "bytes": "", "changed": ""} for name in ("chip.bmp", "chip.png")]
+    assert both[0] == both[1] and rows["chip.png"]["anomalous"] == "1"
     x0, y0, x1, y1 = (int(rows["chip.png"][k]) for k in ("x0", "y0", "x1", "y1"))
     assert mask_of(chip)[y0:y1, x0:x1].sum() > 0.5 * mask_of(chip).sum() and (x1 - x0) * (y1 - y0) < 100**2
     assert float(rows["chip.png"]["score"]) == pytest.approx(load(run / "model.pt").inspect(chip).score, abs=1e-4)
@@ -104,6 +108,7 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     call(evaluate.main, run, "--images", images / "chip.png", "--out", tmp_path / "one", "--false-alarm", 0.3)
     assert visible(tmp_path / "one") == [
         "chip.png.png",
+        "judged.json",
         "regions.csv",
         "report.html",
         "report_files",
@@ -134,12 +139,12 @@ def test_broken_images_cost_no_other_and_are_named_at_the_end(run, category, tmp
     assert "skipped 2 of 6 images" in capsys.readouterr().out
 
 
-def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_call_goes_on(run, category, tmp_path, monkeypatch, capsys):
     images, out = category / "test" / "chip", tmp_path / "out"
     add, added = files.GrowingTable.add, []
 
     def interrupted(self, row):
-        if len(row) > 7:  # of regions.csv
+        if len(row) > len(SCORES_COLUMNS):  # of regions.csv
             return add(self, row)
         if len(added) == 2:
             self.file.write("002.png,0.")
@@ -158,16 +163,144 @@ def test_an_interrupted_call_goes_on_and_another_begins_anew(run, category, tmp_
     call(evaluate.main, run, "--images", images, "--out", out)
     said = capsys.readouterr().out
     assert "2 of 4 images were judged" in said and "000.png:" not in said and "003.png:" in said
-    whole, regions = ((out / name).read_text() for name in ("scores.csv", "regions.csv"))
     assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
-    assert sorted(Path(name).suffix for name in visible(out)) == ["", ".csv", ".csv", ".html", *[".png"] * 4]
-    call(evaluate.main, run, "--images", category / "test" / "crack" / "000.png", "--out", out)  # another call
-    assert list(rows_of(out)) == ["000.png"]
-    names = ["000.png.png", "regions.csv", "report.html", "report_files", "scores.csv"]
-    assert visible(out) == names  # no picture without a row
-    assert len({p.name[:16] for p in (out / "report_files").iterdir()}) == 1
-    call(evaluate.main, run, "--images", images, "--out", out)
-    assert (out / "scores.csv").read_text() == whole and (out / "regions.csv").read_text() == regions
+    assert sorted(Path(name).suffix for name in visible(out)) == ["", ".csv", ".csv", ".html", ".json", *[".png"] * 4]
+    call(evaluate.main, run, "--images", images, "--out", tmp_path / "whole")
+    for name in ("scores.csv", "regions.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def lines_of(table: Path) -> list[str]:
+    return table.read_text().splitlines()
+
+
+def test_findings_on_images_that_are_gone_stay_and_no_row_is_there_twice(run, category, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(category / "test" / "chip", images)
+    command = [run, "--images", images, "--out", out]
+    call(evaluate.main, *command)
+    before = lines_of(out / "scores.csv")
+    (images / "000.png").unlink()
+    shutil.copy(category / "test" / "good" / "000.png", images / "new.png")
+    (out / "001.png.png").unlink()  # so this one is judged again
+    capsys.readouterr()
+    call(evaluate.main, *command)
+    said = capsys.readouterr().out
+    assert "2 of 4 images were judged by this detector before" in said and "001.png:" in said
+    after = lines_of(out / "scores.csv")
+    assert set(before) < set(after) and len(after) == len(before) + 1 and (out / "000.png.png").exists()
+    assert len(set(lines_of(out / "regions.csv"))) == len(lines_of(out / "regions.csv"))
+    call(evaluate.main, *command, "--false-alarm", 0.3)  # another threshold: judged again, in place of the rows before
+    assert len(lines_of(out / "scores.csv")) == len(after)
+    assert len({row["threshold"] for row in rows_of(out).values()}) == 2  # that of the image that is gone stays
+
+
+def other_detector(run: Path) -> Path:
+    """The same run with another calibration, and so another detector."""
+    other = Path(shutil.copytree(run, run.with_name("other")))
+    saved = read_checkpoint(other / "model.pt")
+    saved["state"]["normal"] += 0.5
+    torch.save(saved, other / "model.pt")
+    return other
+
+
+def test_findings_of_another_detector_or_on_other_images_are_not_written_over(run, category, tmp_path, capsys):
+    out, chips = tmp_path / "out", category / "test" / "chip"
+    call(evaluate.main, run, "--images", chips, "--out", out)
+    copied = Path(shutil.copy(run / "model.pt", tmp_path / "copy.pt"))
+    call(evaluate.main, copied, "--images", chips, "--out", out)  # the same detector
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "judged.json"}
+    words = ["holds findings of another detector", "another --out"]
+    refuse(evaluate.main, capsys, other_detector(run), "--images", chips, "--out", out, words=words)
+    words = ["holds findings on other images", "chip", "another --out"]
+    refuse(evaluate.main, capsys, run, "--images", category / "test" / "good", "--out", out, words=words)
+    assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}.items()
+    old = tmp_path / "old"
+    files.write_text(owned.OwnFiles(old, "judged").claim("scores.csv"), "file,score,anomalous\na.png,1,0\n")
+    words = ["an earlier version", "another --out"]
+    refuse(evaluate.main, capsys, run, "--images", chips, "--out", old, words=words)
+    assert "a.png" in (old / "scores.csv").read_text()
+
+
+def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, category, tmp_path, monkeypatch, capsys):
+    """Without --out, from one working folder: five calls, and no finding is lost."""
+    monkeypatch.chdir(tmp_path)
+    for day in ("a", "b"):
+        shutil.copytree(category / "test" / "chip", tmp_path / day / "new")
+    shutil.copytree(category / "test" / "good", tmp_path / "good")
+    detector_print = fingerprint(read_checkpoint(run / "model.pt")["state"])
+    calls = [(run, "a/new"), (run, "good"), (run, "b/new"), (run, "a/new")]
+    for detector, images in calls:
+        call(evaluate.main, detector, "--images", images)
+    assert "into predictions/run/new:" in capsys.readouterr().out
+    found = {path.parent.name: len(lines_of(path)) - 1 for path in Path("predictions/run").glob("*/scores.csv")}
+    assert found == {"new": 4, "good": 8, f"new-{detector_print}": 4}
+    other = other_detector(run)
+    shutil.copy(other / "model.pt", run / "model.pt")  # as after a retraining
+    call(evaluate.main, run, "--images", "a/new")
+    assert len(list(Path("predictions/run").glob("new*/scores.csv"))) == 3
+
+
+def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_path, capsys):
+    """Two folders of one name, and an --out of another detector."""
+    for place in "ab":
+        shutil.copytree(category / "test", tmp_path / place / "set" / "test")
+    call(evaluate.main, run, "--data", tmp_path / "a" / "set")
+    before = (run / "tests" / "set" / "metrics.json").read_bytes()
+    words = ["holds the figures of", "a/set", "another --out"]
+    refuse(evaluate.main, capsys, run, "--data", tmp_path / "b" / "set", words=words)
+    assert (run / "tests" / "set" / "metrics.json").read_bytes() == before
+    out = tmp_path / "figures"
+    call(evaluate.main, run, "--data", tmp_path / "a" / "set", "--out", out)
+    command = [other_detector(run), "--data", tmp_path / "a" / "set", "--out", out]
+    refuse(evaluate.main, capsys, *command, words=["figures of another detector", "another --out"])
+
+
+def test_a_name_of_250_letters_costs_no_other_image(run, category, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(category / "test" / "chip", images)
+    long = ["a" * 246 + ".png", "\u00e4" * 123 + ".png"]
+    for name in long:
+        shutil.copy(images / "000.png", images / name)
+    call(evaluate.main, run, "--images", images, "--out", tmp_path / "out")
+    assert set(rows_of(tmp_path / "out")) == {"000.png", "001.png", "002.png", "003.png", *long}
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    category = tmp_path / "data"
+    shutil.copytree(images, category / "test" / "chip")
+    call(evaluate.main, run, "--data", category)
+    assert len(list((run / "tests/data/pictures/chip").iterdir())) == 6
+
+
+def test_a_picture_that_cannot_be_written_costs_no_other_image(run, category, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / "001.png.png").mkdir(parents=True)
+    command = [run, "--images", category / "test" / "chip", "--out", out]
+    refuse(evaluate.main, capsys, *command, words=["1 images were judged, but have no picture", "001.png.png"])
+    assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
+    assert (out / "003.png.png").exists() and (out / "report.html").exists()
+
+
+def test_a_single_file_takes_the_place_of_no_checkpoint_and_no_foreign_file(
+    run, category, tmp_path, monkeypatch, capsys
+):
+    before = (run / "model.pt").read_bytes()
+    refuse(evaluate.main, capsys, run, "--export", run / "model.pt", words=["--export", "model.pt", "another file"])
+    assert (run / "model.pt").read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    for name in ("explained.png", "synthetic.png"):
+        Path(name).write_text("mine")
+    image = category / "test" / "chip" / "000.png"
+    call(evaluate.main, run, "--explain", image)
+    good = tmp_path / "good"
+    shutil.copytree(category / "train" / "good", good)
+    call(synth.main, good, "--size", 64)
+    for name in ("explained", "synthetic"):
+        assert Path(f"{name}.png").read_text() == "mine" and Image.open(f"{name}-2.png").width > 64
+    words = ["--out", "000.png", "files that are read"]
+    one = (good / "000.png").read_bytes()
+    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "000.png", words=words)
+    assert (good / "000.png").read_bytes() == one
+    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "sheet.png", words=["images are read"])
 
 
 # ---------------------------------------------------------------- new good images
@@ -192,7 +325,7 @@ def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, t
     again = [new.inspect(path).anomalous for path in data.list_images(tmp_path / "test/good")]
     assert sum(again) <= 2
     assert load(run / "model.pt").thresholds() == old.thresholds()
-    call(evaluate.main, run / "recalibrated.pt", "--images", tmp_path / "test/good", "--out", tmp_path / "out")
+    call(evaluate.main, run / "recalibrated.pt", "--images", tmp_path / "test/good", "--out", tmp_path / "again")
     assert "drift" not in capsys.readouterr().out
 
 
@@ -271,7 +404,7 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--images", tmp_path / "junk.pt", "--out", tmp_path / "out"], ["junk.pt"]),
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),
-        ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "the image itself"]),
+        ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "files that are read"]),
         ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "at least 2"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
@@ -314,18 +447,24 @@ def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, category, 
         assert (folder / name).exists()
 
 
-def test_no_name_in_a_table_or_list_leads_out_of_the_folder(run, category, tmp_path):
+def test_no_name_in_a_list_leads_out_of_the_folder(run, category, tmp_path):
     outside = tmp_path / "outside.png"
     outside.touch()
     out = tmp_path / "out"
-    chip = data.list_images(category / "test" / "chip")[0]
+    for _ in range(2):  # the second one removes the pictures of the first
+        call(evaluate.main, run, "--data", category, "--out", out)
+        with open(out / owned.LIST, "a") as file:
+            file.write(f'["measured", "../outside.png"]\n["measured", "{outside}"]\n')
+    assert outside.exists()
+
+
+def test_a_table_that_was_changed_by_hand_is_not_written_over(run, category, tmp_path, capsys):
+    out, chip = tmp_path / "out", data.list_images(category / "test" / "chip")[0]
     call(evaluate.main, run, "--images", chip, "--out", out)
     with open(out / "scores.csv", "a") as file:
-        file.write(f"../outside,1,0,,,,\n{tmp_path / 'outside'},1,0,,,,\n")
-    with open(out / owned.LIST, "a") as file:
-        file.write(f'["judged", "../outside.png"]\n["judged", "{outside}"]\n')
-    call(evaluate.main, run, "--images", chip, "--out", out)
-    assert outside.exists() and len((out / "scores.csv").read_text().splitlines()) == 2
+        file.write("mine,1,0,,,,\n")
+    refuse(evaluate.main, capsys, run, "--images", chip, "--out", out, words=["changed by hand", "another --out"])
+    assert "mine" in (out / "scores.csv").read_text()
 
 
 def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, capsys):

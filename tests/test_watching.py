@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers import ROOT, refuse
 
 import evaluate
 from kit import data, inspection, watching
+from kit.detector import read_checkpoint
 
 
 def rows_of(out, table="scores.csv") -> list[dict]:
@@ -115,11 +117,47 @@ def test_few_files_are_asked_each_time_and_none_is_forgotten(tmp_path, monkeypat
     assert tmp_path / "tray" / "new.png" in listing.look()
 
 
+def test_hidden_files_and_folders_are_not_watched(tmp_path):
+    (tmp_path / ".thumbs").mkdir()
+    for name in ("a.png", "._a.png", ".thumbs/a.png"):
+        (tmp_path / name).touch()
+    assert watching.Listing(tmp_path).look() == [tmp_path / "a.png"]
+
+
 def test_the_last_fifty_are_the_last_judged(tmp_path):
-    """A camera that uses names again: a.png was judged twice, and last."""
-    (tmp_path / "scores.csv").write_text("file,score\na.png,1\nb.png,2\na.png,3\n")
-    entries = inspection.entries_of(tmp_path, tmp_path, tmp_path)
+    """A camera that uses names again: a.png was judged twice, and last; c.png by an earlier detector."""
+    rows = ["c.png,9,0,,,,,5,1,old,1", "a.png,1,0,,,,,5,1,new,1", "b.png,2,0,,,,,5,2,new,1", "a.png,3,0,,,,,6,3,new,1"]
+    header = ",".join(inspection.SCORES_COLUMNS)
+    (tmp_path / "scores.csv").write_text("\n".join([header, *rows, ""]))
+    entries = inspection.entries_of(tmp_path, tmp_path, tmp_path, "new")
     assert [(entry.name, entry.score) for entry in entries] == [("b.png", 2), ("a.png", 3)]
+
+
+def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path):
+    """The same call without --out, with another detector in the same place."""
+    inbox = tmp_path / "inbox"
+    shutil.copytree(category / "test" / "chip", inbox)
+    out = tmp_path / "predictions" / "run" / "inbox"
+    command = [sys.executable, str(ROOT / "evaluate.py"), str(run), "--images", str(inbox), "--watch"]
+
+    def watch_until(count):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        watcher = subprocess.Popen(command, cwd=tmp_path, **pipes)
+        wait_for(lambda: len(rows_of(out)) == count)
+        watcher.send_signal(signal.SIGTERM)
+        return watcher.communicate(timeout=30)[0]
+
+    watch_until(4)
+    before, page = rows_of(out), (out / "report.html").read_bytes()
+    saved = read_checkpoint(run / "model.pt")
+    saved["state"]["normal"] += 0.5
+    torch.save(saved, run / "model.pt")
+    shutil.copy(category / "test" / "good" / "000.png", inbox / "new.png")
+    assert "4 images judged so far" in watch_until(5)
+    after = rows_of(out)
+    assert after[:4] == before and after[4]["file"] == "new.png"
+    assert after[4]["detector"] == inspection.fingerprint(saved["state"]) != before[0]["detector"]
+    assert (out / f"report-{before[0]['detector']}.html").read_bytes() == page
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
