@@ -95,14 +95,6 @@ def plain_cell(text: str) -> str:
     return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t", FORMULA_GUARD)) else text
 
 
-def column(path: Path, name: str) -> list[str]:
-    """The cells of this column of a CSV file, less its header; none if there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
-
-
 def read_as_is(path: Path) -> str:
     """A file's text, its line ends untouched."""
     return path.read_bytes().decode("utf-8", errors="surrogateescape")

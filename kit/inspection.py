@@ -22,7 +22,6 @@ from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
     GrowingTable,
-    column,
     fitting,
     header_of,
     held,
@@ -127,12 +126,13 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
     header = header_of(table)
     if header is None:
         return None
-    if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows_of(table)):
+    rows = rows_of(table)
+    if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows):
         return f"its {TABLE} was written by an earlier version, or changed by hand"
     other = images_of(out)
     if other != str(root_of(images).resolve()):
         return f"holds findings on other images ({other})"
-    others = set(column(table, "detector")) - {detector}
+    others = {row[-2] for row in rows} - {detector}
     if others and not watch:
         return f"holds findings of another detector ({', '.join(sorted(others))}; this one is {detector})"
     return None

@@ -109,6 +109,7 @@ def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[da
 def report(work: Inspection, category: Path) -> None:
     """Measure a detector on a category's test images; its folder gets metrics.json, report.html and pictures/."""
     model, out = work.model, work.out
+    refuse_other_figures(work, category)
     tests = left_to_measure(model, readable_tests(category, work.skip_bad))
     judged = judge_tests(model, tests, work.processes)
     if not work.processes.first:
@@ -119,7 +120,6 @@ def report(work: Inspection, category: Path) -> None:
         print(shapes.others_told(others, len(judged.tests), model.shape))
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
-    refuse_other_figures(work, category)
     settings = model.settings
     figures = {
         "checkpoint": work.checkpoint.name,
