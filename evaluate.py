@@ -232,8 +232,8 @@ def tell_unfinished(run: Path, checkpoint: Path) -> None:
         if saved["progress"]["epoch"] == 0 and "epochs" in saved["settings"]:
             raise InputError(f"{run}: its training was stopped before the first epoch; go on with train.py --resume")
         print(f"{run}: its training is not finished; this is its last whole epoch")
-    elif run.is_dir() and runs.is_unfinished(run):
-        print(f"{run}: a training there is not finished; until it is, the detector of the earlier one judges")
+    elif checkpoint == run / runs.MODEL and runs.is_unfinished(run):
+        print(f"{run}: a training there is not finished; until it is, the earlier detector judges")
 
 
 def is_test(args: argparse.Namespace) -> bool:

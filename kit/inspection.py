@@ -104,9 +104,14 @@ def usable(files: list[Path], skip_bad: bool) -> list[Path]:
 
 def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
     """Where findings on these `images` go if nobody says so: predictions/<run>/<their name>; if findings of another
-    detector, or on other images, are there, the same with the detector's fingerprint, and a number if need be."""
+    detector, or on other images, are there, the same with the detector's fingerprint, and a number if need be. A folder
+    that such a call made before is taken again."""
     name = Path(os.path.abspath(images)).name or "images"
     folder = Path("predictions", run)
+    root = str(root_of(images).resolve())
+    for out in sorted(path.parent for path in folder.glob(f"*/{ABOUT}")):
+        if out.name.startswith(name) and images_of(out) == root and not obstacle(out, images, detector, watch):
+            return out
     further = (folder / f"{name}-{detector}-{number}" for number in itertools.count(2))
     candidates = itertools.chain((folder / name, folder / f"{name}-{detector}"), further)
     return next(out for out in candidates if not obstacle(out, images, detector, watch))
@@ -223,7 +228,7 @@ class Judgements:
         entries = entries_of(self.own.folder, self.images, Path(self.model.settings.data), self.work.detector)
         facts = {"checkpoint": str(self.work.checkpoint.resolve()), "detector": self.work.detector}
         facts |= {"images": str(self.images.resolve()), "calibration": basis(self.limits)}
-        if earlier := [name for name in self.own.names() if name.startswith("report-")]:
+        if earlier := [name for name in self.own.names() if name.startswith("report-") and name.endswith(".html")]:
             facts["judged by earlier detectors"] = ", ".join(earlier)
         title = f"{self.model.settings.category}: {len(entries)} images"
         write_page(self.own, title, facts, self.limits.score, entries)

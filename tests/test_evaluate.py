@@ -15,7 +15,7 @@ from PIL import Image
 
 import evaluate
 import synth
-from kit import data, files, owned
+from kit import data, files, inspection, owned
 from kit.detector import read_checkpoint
 from kit.inspection import SCORES_COLUMNS, fingerprint
 from kit.measuring import judge_tests
@@ -239,6 +239,11 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     shutil.copy(other / "model.pt", run / "model.pt")  # as after a retraining
     call(evaluate.main, run, "--images", "a/new")
     assert len(list(Path("predictions/run").glob("new*/scores.csv"))) == 3
+    # A camera goes on in its own folder, though the name of that has the fingerprint of an earlier detector.
+    found = inspection.findings_folder(
+        "run", Path("b/new"), fingerprint(read_checkpoint(other / "model.pt")["state"]), True
+    )
+    assert found == Path("predictions/run", f"new-{detector_print}")
 
 
 def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_path, capsys):
