@@ -449,7 +449,7 @@ def painted_rows(model: CLFlow, painter: Painter) -> Rows:
         files = torch.from_numpy(painter.file_number(numbers))
         images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
-            before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))
+            before = to_tensor(np.stack([painter.surrounded(number)[0] for number in numbers]))
             untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
     images = torch.cat(images)
     order = images.argsort(stable=True)
