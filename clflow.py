@@ -49,6 +49,7 @@ TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees 
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
+ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
@@ -308,9 +309,14 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed)
+    check_rows(len(some[0]), model)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
-    alike = alike_in_order(model, good.trained_on, *some) if settings.local else 1.0
+    alike = 1.0
+    if settings.local:
+        alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, *some)
+    as_new = AsNew(good, settings.seed, alike)
+    as_new.check_processes()
 
     # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
     feed = Feed(model, normal, painted_rows(model, painter))
@@ -328,7 +334,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    calibrate_as_new(model, feed, held_out, AsNew(good, settings.seed, alike))
+    calibrate_as_new(model, feed, held_out, as_new)
 
 
 def epochs(
@@ -420,6 +426,16 @@ def good_rows(model: CLFlow, painter: Painter) -> Rows:
     if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
     return Rows(rows, origins(rows, mine), is_inside)
+
+
+def check_rows(count: int, model: CLFlow) -> None:
+    """Raises InputError if there are too few rows to fit the whitening on."""
+    least = ROWS_PER_CHANNEL * model.backbone.channels
+    if count < least:
+        raise InputError(
+            f"--data: the images to train on have {count} positions in all, and {model.settings.backbone} takes "
+            f"{least}; give more good images, or a larger --size"
+        )
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
@@ -570,8 +586,8 @@ class Feed:
 
 
 def where(is_allowed: Tensor) -> Tensor:
-    """The numbers of the rows that are allowed; of all, if none is: of too few images there are no others."""
-    return torch.nonzero(is_allowed if is_allowed.any() else torch.ones_like(is_allowed))[:, 0]
+    """The numbers of the rows that are allowed."""
+    return torch.nonzero(is_allowed)[:, 0]
 
 
 def drawn(index: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@ here: the command line is read with it. The methods themselves stand in methods.
 
 from dataclasses import dataclass, field, fields
 
-from kit.settings import Settings
+from kit.settings import LEAST_IMAGES, Settings
 from kit.sizes import Shape
 
 
@@ -72,6 +72,7 @@ class Options:
 
     settings: type[Settings]
     demo: dict[str, object] = field(default_factory=dict)
+    least_images: int = LEAST_IMAGES  # good ones that training takes, for a threshold
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -91,5 +92,6 @@ OPTIONS = {
     "autoencoder": Options(
         AutoencoderSettings,
         {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
+        least_images=4 * LEAST_IMAGES,  # it is calibrated on held-out ones alone: a quarter of few images
     ),
 }
