@@ -36,6 +36,11 @@ class CLFlowSettings(Settings):
         return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
 
     @property
+    def needs_painted(self) -> bool:
+        """Whether there is a loss that learns from defects."""
+        return self.classification_weight > 0 or self.contrast_weight > 0
+
+    @property
     def needs_untouched(self) -> bool:
         """Whether a loss compares rows of defects with those of the same places without them."""
         return self.contrast_weight > 0 and self.contrast == "cosine"

@@ -208,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint.name == runs.STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     model = load(checkpoint, device)
+    tell_precision(model, args, processes)
     work = Inspection(
         model,
         checkpoint,
@@ -229,6 +230,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.watch:
         return watch(work, args.images)
     return judge_new(work, args.images)
+
+
+def tell_precision(model: Detector, args: argparse.Namespace, processes: Processes) -> None:
+    """A line if scores are compared with a threshold of another precision. --recalibrate takes a new threshold."""
+    line = model.precision_warning()
+    if line and processes.first and not args.recalibrate:
+        print(line)
+    model.is_precision_told = True
 
 
 def is_test(args: argparse.Namespace) -> bool:

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import QUICK, call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clflow
 import synth
+import train
 from defaults import CLFlowSettings
 from flows import Flow2D
 from kit.backbone import as_rows
+from kit.data import list_images, read_batch
 from kit.errors import InputError
 from kit.processes import Processes
+from methods import load
 from nearest import origins, spread
 
 
@@ -426,7 +430,7 @@ def test_without_a_loss_that_trains_a_classifier_there_is_one_expert():
 
 
 def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
-    """As from a bank that never knew the image, by a loop; also where it is the only image there is."""
+    """As from a bank that never knew the image, by a loop; where it is the only image there is, it is refused."""
     bank, spacing = model.prototypes.bank + model.prototypes.centre, model.prototypes.spacing
     origin = model.prototypes.origin.clone()
     rows, images = as_rows(features(5)), origins(as_rows(features(5)), range(5))
@@ -440,8 +444,8 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
     with_own = model.relative(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
-    alone = torch.cat(list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long))))
-    assert torch.allclose(alone, with_own, atol=1e-3)
+    with pytest.raises(InputError, match="copies of one"):
+        list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
@@ -493,8 +497,8 @@ class Painted:
     def file_number(self, number):
         return number % 2
 
-    def untouched(self, number):
-        return np.full((64, 64, 3), number, dtype=np.float32)
+    def surrounded(self, number):
+        return np.full((64, 64, 3), number, dtype=np.float32), None, None
 
 
 @pytest.mark.parametrize("contrast", ["energy", "cosine"])
@@ -535,5 +539,26 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
         torch.isin(normal, feed.normal[:64].float()).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
     )
     assert not torch.isin(feed.draw(500)[0], feed.normal[:64].float()).all()  # the whole feed is as it was
-    nothing_left = feed.only(torch.tensor([False, False])).draw(5)
-    assert len(nothing_left[0]) == 5
+
+
+def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clflow, "painted_rows", None)
+    options = [*QUICK, "--classification-weight", 0, "--contrast-weight", 0]
+    call(train.main, "--data", category, "--out", tmp_path / "run", *options)
+    said = capsys.readouterr().out
+    assert "painting" not in said and "nll" in said and "loss nan" not in said
+    assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)
+
+
+def test_held_out_images_that_do_not_fit_into_memory_are_encoded_anew(category, monkeypatch):
+    torch.manual_seed(0)
+    model = clflow.CLFlow(SETTINGS).eval()
+    files = list_images(category / "train/good")[:11]
+    rows = model.features(read_batch(files[:5], model.shape))
+    model.fit(as_rows(rows), origins(as_rows(rows), range(5)), rows[0, 0].numel())
+    kept = list(clflow.HeldOut(model, files))
+    monkeypatch.setattr(clflow, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
+    bounded = clflow.HeldOut(model, files)
+    assert len(bounded.codes) == 1 and sum(len(code) for code in bounded.codes) == 8
+    for _ in range(2):  # as often as it is asked
+        assert torch.equal(torch.cat(list(bounded)), torch.cat(kept))
