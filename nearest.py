@@ -1,6 +1,7 @@
 """The nearest neighbour, the honest rival: a bank of prototypes, normal features that cover all others, and how far an
 image's features are from it, in units of the bank's spacing there. Nothing is trained. What a flow learns has to beat
-this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore (arXiv 2106.08265).
+this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore's distance (arXiv
+2106.08265), without its reweighting of the image score.
 
 Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone; rows y (N, C): one feature for each
 position of each image. A bank has P prototypes p."""

@@ -30,8 +30,8 @@ SUSPECTS = "suspects.png"
 
 class AsNew:
     """The good images that a detector was trained on, each to be judged as if it were new: so all of them calibrate the
-    threshold, and not the held-out ones alone. This is cross-validation, as in CV+ (Barber, Candes, Ramdas, Tibshirani,
-    arXiv 1905.02928).
+    threshold, and not the held-out ones alone. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas,
+    Tibshirani, arXiv 1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
     `numbers` are those that are judged, at most LIMIT, drawn at random. `fold` (n,) divides all n into FOLDS blocks, in
     the order of their names: what is trained is trained without the image's block. The bank leaves out the image's own

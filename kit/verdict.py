@@ -74,9 +74,15 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     """What a share `rate` of values like these n exceeds, which `different` images gave, n if it is not given. Raises
     InputError if these are fewer than LEAST_IMAGES.
 
-    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10: conformal prediction, which assumes
-    nothing. Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of
-    the logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
+    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10. This is the quantile of split conformal
+    prediction. Its guarantee needs exchangeability: values and new scores come from one detector, and any order of them
+    is equally likely. Most values here come from detectors that were trained on other thirds of the images, so the
+    guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that compares each new image with
+    each of these detectors, and this program does not. Scores of thirds tend to be higher than those of the final
+    detector, so the threshold tends to be cautious.
+
+    Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
+    logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
     deviations from the median, above or below, counts as if it lay there. And few images do not decide alone how widely
     good ones scatter: USUAL, a scatter that others had, counts as much as BELIEVED images do."""
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST))
