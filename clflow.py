@@ -200,7 +200,8 @@ class CLFlow(Detector):
     @torch.no_grad()
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
-        without the prototypes of its own image, as those of a new image will be."""
+        without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes stay,
+        so there these rows lie nearer to the bank than those of a new image will."""
         count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
@@ -252,8 +253,8 @@ class Losses(nn.Module):
     noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
     DistributedDataParallel wraps.
 
-    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K); rows of synthetic defects (A, K), with
-    A = N / 4 rounded up, or A = 0 if no loss learns from them; and, if the contrast asks for them, rows of x+ at the
+    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K); rows of synthetic defects (A, K), none
+    if no loss learns from them; and, if the contrast asks for them, rows of x+ at the
     same places, (A, K). Returns the losses of the batch by name;
     "loss" is the one to descend."""
 
@@ -263,7 +264,8 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal[: math.ceil(len(normal) / 4)])
+        count = len(anomalous) or math.ceil(len(normal) / 4)  # the same where no defects are painted
+        z, log_det = self.model.latents(normal[:count])
         e = energy(z, log_det)
         losses = {"nll": e.mean()}
         loss = losses["nll"]
@@ -321,7 +323,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     as_new = AsNew(good, settings.seed, alike)
     as_new.check_processes()
 
-    # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
+    # Rows of painted defects. All rows are seen from the bank without their own image's prototypes, and whitened.
     feed = Feed(model, normal, painted_rows(model, painter) if settings.needs_painted else None)
     del normal, some  # the feed has what it needs of them: up to a gigabyte
 

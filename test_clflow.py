@@ -8,19 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import QUICK, call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clflow
 import synth
-import train
 from defaults import CLFlowSettings
 from flows import Flow2D
 from kit.backbone import as_rows
-from kit.data import list_images, read_batch
 from kit.errors import InputError
 from kit.processes import Processes
-from methods import load
 from nearest import origins, spread
 
 
@@ -539,26 +535,3 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
         torch.isin(normal, feed.normal[:64].float()).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
     )
     assert not torch.isin(feed.draw(500)[0], feed.normal[:64].float()).all()  # the whole feed is as it was
-
-
-def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(clflow, "painted_rows", None)
-    options = [*QUICK, "--classification-weight", 0, "--contrast-weight", 0]
-    call(train.main, "--data", category, "--out", tmp_path / "run", *options)
-    said = capsys.readouterr().out
-    assert "painting" not in said and "nll" in said and "loss nan" not in said
-    assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)
-
-
-def test_held_out_images_that_do_not_fit_into_memory_are_encoded_anew(category, monkeypatch):
-    torch.manual_seed(0)
-    model = clflow.CLFlow(SETTINGS).eval()
-    files = list_images(category / "train/good")[:11]
-    rows = model.features(read_batch(files[:5], model.shape))
-    model.fit(as_rows(rows), origins(as_rows(rows), range(5)), rows[0, 0].numel())
-    kept = list(clflow.HeldOut(model, files))
-    monkeypatch.setattr(clflow, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
-    bounded = clflow.HeldOut(model, files)
-    assert len(bounded.codes) == 1 and sum(len(code) for code in bounded.codes) == 8
-    for _ in range(2):  # as often as it is asked
-        assert torch.equal(torch.cat(list(bounded)), torch.cat(kept))

@@ -4,13 +4,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import QUICK, call
 
+import clflow
 import kit.good
+import train
 from kit.data import list_images
 from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor, widened
 from kit.images import read_image
 from kit.processes import Processes
 from kit.sizes import UNIT
+from methods import load
 from synth import synthesize
 
 
@@ -146,3 +150,12 @@ def test_a_patch_gets_its_surroundings_from_the_grid_of_the_whole_image():
     assert widened(slice(0, 512), 192, 4096) == slice(0, 704)
     assert widened(slice(488, 1000), 192, 1000) == slice(288, 1000)
     assert widened(slice(300, 812), None, 1000) == slice(0, 1000)
+
+
+def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clflow, "painted_rows", None)
+    options = [*QUICK, "--classification-weight", 0, "--contrast-weight", 0]
+    call(train.main, "--data", category, "--out", tmp_path / "run", *options)
+    said = capsys.readouterr().out
+    assert "painting" not in said and "nll" in said and "loss nan" not in said
+    assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)

@@ -10,10 +10,11 @@ import kit.good
 import kit.windows
 import train
 from defaults import CLFlowSettings
-from kit.backbone import BACKBONES
-from kit.data import list_images
+from kit.backbone import BACKBONES, as_rows
+from kit.data import list_images, read_batch
 from kit.windows import at_once, cuts, in_windows, overlapping_parts
 from methods import load
+from nearest import origins
 from synth import synthesize
 
 
@@ -124,3 +125,17 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     assert len(parts) == 4
     for one, other in zip(whole, in_parts, strict=True):
         assert (one - other).abs().max() < 1e-3 * one.abs().max()
+
+
+def test_held_out_images_that_do_not_fit_into_memory_are_encoded_anew(category, monkeypatch):
+    torch.manual_seed(0)
+    model = clflow.CLFlow(CLFlowSettings(images=5, held_out=1, size=64, backbone=LITE[1], bank=40)).eval()
+    files = list_images(category / "train/good")[:11]
+    rows = model.features(read_batch(files[:5], model.shape))
+    model.fit(as_rows(rows), origins(as_rows(rows), range(5)), rows[0, 0].numel())
+    kept = list(clflow.HeldOut(model, files))
+    monkeypatch.setattr(clflow, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
+    bounded = clflow.HeldOut(model, files)
+    assert len(bounded.codes) == 1 and sum(len(code) for code in bounded.codes) == 8
+    for _ in range(2):  # as often as it is asked
+        assert torch.equal(torch.cat(list(bounded)), torch.cat(kept))
