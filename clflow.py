@@ -200,8 +200,8 @@ class CLFlow(Detector):
     @torch.no_grad()
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
-        without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes stay,
-        so there these rows lie nearer to the bank than those of a new image will."""
+        without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes
+        stay, so there these rows lie nearer to the bank than those of a new image will."""
         count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
