@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from synth import synthesize
 
 HIDDEN = 1024  # units of the classifier
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
+HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 384 x 384, or 13 of 13 megapixels
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
 SEEN = 2**14  # rows of a training that are seen from the bank at once, where it is searched in cells
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
@@ -49,6 +51,7 @@ TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees 
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
+ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
@@ -197,7 +200,8 @@ class CLFlow(Detector):
     @torch.no_grad()
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
-        without the prototypes of its own image, as those of a new image will be."""
+        without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes
+        stay, so there these rows lie nearer to the bank than those of a new image will."""
         count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
@@ -249,8 +253,9 @@ class Losses(nn.Module):
     noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
     DistributedDataParallel wraps.
 
-    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K), of synthetic defects (A, K), and, if
-    the contrast asks for them, of x+ at the same places as those, (A, K). Returns the losses of the batch by name;
+    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K); rows of synthetic defects (A, K), none
+    if no loss learns from them; and, if the contrast asks for them, rows of x+ at the
+    same places, (A, K). Returns the losses of the batch by name;
     "loss" is the one to descend."""
 
     def __init__(self, model: CLFlow):
@@ -259,7 +264,8 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
         settings = self.model.settings
-        z, log_det = self.model.latents(normal[: len(anomalous)])
+        count = len(anomalous) or math.ceil(len(normal) / 4)  # the same where no defects are painted
+        z, log_det = self.model.latents(normal[:count])
         e = energy(z, log_det)
         losses = {"nll": e.mean()}
         loss = losses["nll"]
@@ -308,16 +314,21 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed)
+    check_rows(len(some[0]), model)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
-    alike = alike_in_order(model, good.trained_on, *some) if settings.local else 1.0
+    alike = 1.0
+    if settings.local:
+        alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, *some)
+    as_new = AsNew(good, settings.seed, alike)
+    as_new.check_processes()
 
-    # Rows of painted defects. All rows are seen from the bank, and whitened, as those of a new image will be.
-    feed = Feed(model, normal, painted_rows(model, painter))
+    # Rows of painted defects. All rows are seen from the bank without their own image's prototypes, and whitened.
+    feed = Feed(model, normal, painted_rows(model, painter) if settings.needs_painted else None)
     del normal, some  # the feed has what it needs of them: up to a gigabyte
 
     # Rows of real defects, if any are given.
-    held_out = held_out_codes(model, good)
+    held_out = HeldOut(model, good.held_out)
     if good.defects:
         feed = feed.beside(real_rows(model, feed, held_out, good))
 
@@ -328,7 +339,7 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    calibrate_as_new(model, feed, held_out, AsNew(good, settings.seed, alike))
+    calibrate_as_new(model, feed, held_out, as_new)
 
 
 def epochs(
@@ -350,7 +361,7 @@ def epochs(
         yield descent.epoch(number, steps, processes)
 
 
-def learn_anew(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages, number: int, what: str) -> None:
+def learn_anew(model: CLFlow, feed: "Feed", held_out: "HeldOut", good: GoodImages, number: int, what: str) -> None:
     """Another training, which has this number, in place of the present one, and the calibration after it."""
     seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
     model.renew_experts()
@@ -362,20 +373,39 @@ def learn_anew(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodIm
 # ---------------------------------------------------------------- the calibration
 
 
-def held_out_codes(model: CLFlow, good: GoodImages) -> list[Tensor]:
-    """Maps w (B, K, h, w) of the held-out images, with half the bits, batch by batch."""
-    codes = []
-    for images in data.batches(good.held_out, model.shape):
-        codes += model.in_windows(lambda part: [model.encode(part).half()], images)
-    return codes
+class HeldOut:
+    """Maps w (B, K, h, w) of the held-out images in float16, batch by batch, as often as they are asked for. Training
+    never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
+
+    def __init__(self, model: CLFlow, files: list[Path]):
+        self.model = model
+        self.files = files
+        self.codes: list[Tensor] = []
+        kept_bytes = 0
+        for code in self.encoded(files):
+            kept_bytes += code.numel() * code.element_size()
+            if kept_bytes > HELD_OUT_BYTES:
+                break
+            self.codes.append(code)
+
+    def encoded(self, files: list[Path]) -> Iterator[Tensor]:
+        """Maps of these files."""
+        model = self.model
+        for images in data.batches(files, model.shape):
+            yield from model.in_windows(lambda part: [model.encode(part).half()], images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.codes
+        kept_images = sum(len(code) for code in self.codes)
+        yield from self.encoded(self.files[kept_images:])
 
 
-def calibrate(model: CLFlow, held_out: list[Tensor], good: GoodImages) -> None:
+def calibrate(model: CLFlow, held_out: "HeldOut", good: GoodImages) -> None:
     """The calibration on the held-out images, from their maps w."""
     model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
 
 
-def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], as_new: AsNew) -> None:
+def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: HeldOut, as_new: AsNew) -> None:
     """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
     classifier that the others have taught."""
     trained = model.flow, model.classifier
@@ -422,6 +452,16 @@ def good_rows(model: CLFlow, painter: Painter) -> Rows:
     return Rows(rows, origins(rows, mine), is_inside)
 
 
+def check_rows(count: int, model: CLFlow) -> None:
+    """Raises InputError if there are too few rows to fit the whitening on."""
+    least = ROWS_PER_CHANNEL * model.backbone.channels
+    if count < least:
+        raise InputError(
+            f"--data: the images to train on have {count} positions in all, and {model.settings.backbone} takes "
+            f"{least}; give more good images, or a larger --size"
+        )
+
+
 def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
     """Some of the rows y (N, C) of all processes, with the numbers (N,) of their images: CANDIDATES in all, at
     random."""
@@ -449,7 +489,7 @@ def painted_rows(model: CLFlow, painter: Painter) -> Rows:
         files = torch.from_numpy(painter.file_number(numbers))
         images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
         if model.settings.needs_untouched:
-            before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))
+            before = to_tensor(np.stack([painter.surrounded(number)[0] for number in numbers]))
             untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
     images = torch.cat(images)
     order = images.argsort(stable=True)
@@ -458,7 +498,7 @@ def painted_rows(model: CLFlow, painter: Painter) -> Rows:
     return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
 
 
-def real_rows(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> Tensor:
+def real_rows(model: CLFlow, feed: "Feed", held_out: HeldOut, good: GoodImages) -> Tensor:
     """Rows w (A, K) of real defects: where their masks are, or where they stand out after a first training."""
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in good.defects):
@@ -518,15 +558,17 @@ class Feed:
     and a quarter as many anomalous ones; drawn with replacement, so that few defects will do. With rows of real defects
     beside them, half of the anomalous ones are real."""
 
-    def __init__(self, model: CLFlow, normal: Rows, painted: Rows):
+    def __init__(self, model: CLFlow, normal: Rows, painted: Rows | None):
         self.device = model.device
         self.normal = whitened(model, normal.y, normal.images)
-        self.anomalous = whitened(model, painted.y, painted.images)
+        self.anomalous, painted_images = self.normal[:0], normal.images[:0]
+        if painted is not None:
+            self.anomalous, painted_images = whitened(model, painted.y, painted.images), painted.images
         self.untouched = None
-        if painted.untouched is not None:
+        if painted is not None and painted.untouched is not None:
             self.untouched = whitened(model, painted.untouched, painted.images)
         self.real = None
-        self.images = normal.images, painted.images
+        self.images = normal.images, painted_images
         self.inside = normal.inside
         # The rows that are drawn from: all.
         self.normal_index = torch.arange(len(self.normal))
@@ -559,7 +601,7 @@ class Feed:
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
-        count = math.ceil(batch / 4)
+        count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
         real = count // 2 if self.real is not None else 0
         painted = drawn(self.anomalous_index, count - real)
         anomalous = self.anomalous[painted]
@@ -570,13 +612,13 @@ class Feed:
 
 
 def where(is_allowed: Tensor) -> Tensor:
-    """The numbers of the rows that are allowed; of all, if none is: of too few images there are no others."""
-    return torch.nonzero(is_allowed if is_allowed.any() else torch.ones_like(is_allowed))[:, 0]
+    """The numbers of the rows that are allowed."""
+    return torch.nonzero(is_allowed)[:, 0]
 
 
 def drawn(index: Tensor, count: int) -> Tensor:
     """Some of `index` (N,), at random, with replacement: (count,)."""
-    return index[torch.randint(len(index), (count,))]
+    return index[torch.randint(len(index), (count,))] if count else index[:0]
 
 
 @torch.no_grad()

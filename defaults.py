@@ -3,7 +3,7 @@ here: the command line is read with it. The methods themselves stand in methods.
 
 from dataclasses import dataclass, field, fields
 
-from kit.settings import Settings
+from kit.settings import LEAST_IMAGES, Settings
 from kit.sizes import Shape
 
 
@@ -34,6 +34,11 @@ class CLFlowSettings(Settings):
     def has_classifier(self) -> bool:
         """Whether there is a loss that trains one."""
         return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
+
+    @property
+    def needs_painted(self) -> bool:
+        """Whether there is a loss that learns from defects."""
+        return self.classification_weight > 0 or self.contrast_weight > 0
 
     @property
     def needs_untouched(self) -> bool:
@@ -72,6 +77,7 @@ class Options:
 
     settings: type[Settings]
     demo: dict[str, object] = field(default_factory=dict)
+    least_images: int = LEAST_IMAGES  # good ones that training takes, for a threshold
 
     @property
     def defaults(self) -> dict[str, object]:
@@ -91,5 +97,6 @@ OPTIONS = {
     "autoencoder": Options(
         AutoencoderSettings,
         {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
+        least_images=4 * LEAST_IMAGES,  # it is calibrated on held-out ones alone: a quarter of few images
     ),
 }

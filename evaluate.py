@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from kit import data, draw, runs
-from kit.calibration import recalibrate
+from kit.calibration import LIMIT, recalibrate, unseen
 from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_text
 from kit.images import read_image
@@ -29,10 +29,12 @@ from kit.measuring import judge_tests, left_to_measure, measure, readable_tests,
 from kit.options import refuse_inside
 from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.settings import LEAST_IMAGES
 from kit.single import single_file
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
+from nearest import alike_among
 
 COMPARED = 100  # good images, to tell what another precision does to scores
 
@@ -71,12 +73,15 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
     model = work.model
-    files = usable(data.list_images(folder, subfolders=True), work.skip_bad)
-    if len(files) < 2:
-        raise InputError(f"--recalibrate {folder}: {len(files)} images there; give at least 2 good ones, better 50")
-    taken = recalibrate(model, files)
-    if len(taken) < len(files):
-        print(f"took {len(taken)} of {len(files)} images, drawn at random")
+    files = unseen(model, usable(data.list_images(folder, subfolders=True), work.skip_bad))
+    if len(files) < LEAST_IMAGES:
+        raise InputError(f"--recalibrate {folder}: {len(files)} new images; it takes {LEAST_IMAGES}, better 50")
+    taken = files
+    if len(files) > LIMIT:
+        order = np.random.default_rng(0).permutation(len(files))[:LIMIT]
+        taken = [files[i] for i in order]
+        print(f"took {LIMIT} of {len(files)} images, drawn at random")
+    recalibrate(model, taken, alike_among(model, taken))
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
     with held(work.out):
@@ -201,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
         return None
     tell_unfinished(args.run, checkpoint)
     model = load(checkpoint, device)
+    tell_precision(model, args, processes)
     work = Inspection(
         model,
         checkpoint,
@@ -234,6 +240,14 @@ def tell_unfinished(run: Path, checkpoint: Path) -> None:
         print(f"{run}: its training is not finished; this is its last whole epoch")
     elif checkpoint == run / runs.MODEL and runs.is_unfinished(run):
         print(f"{run}: a training there is not finished; until it is, the earlier detector judges")
+
+
+def tell_precision(model: Detector, args: argparse.Namespace, processes: Processes) -> None:
+    """A line if scores are compared with a threshold of another precision. --recalibrate takes a new threshold."""
+    line = model.precision_warning()
+    if line and processes.first and not args.recalibrate:
+        print(line)
+    model.is_precision_told = True
 
 
 def is_test(args: argparse.Namespace) -> bool:

@@ -1,6 +1,7 @@
 """The nearest neighbour, the honest rival: a bank of prototypes, normal features that cover all others, and how far an
 image's features are from it, in units of the bank's spacing there. Nothing is trained. What a flow learns has to beat
-this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore (arXiv 2106.08265).
+this, and stands on the same bank. With one scale for all (--no-local) it is PatchCore's distance (arXiv
+2106.08265), without its reweighting of the image score.
 
 Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone; rows y (N, C): one feature for each
 position of each image. A bank has P prototypes p."""
@@ -38,6 +39,7 @@ LOOKED_INTO = 4  # cells
 LOOKED_INTO_IF_FAR = 16  # cells, of a row that is far from what it finds in the first few
 TENTHS = 10
 ASKED = 40  # images, whether those that follow each other are alike
+BANK = 4000  # prototypes, to ask new images whether those that follow each other are alike
 FAR = -1e30  # what no row is near to; infinity times zero would not be a number
 
 
@@ -135,7 +137,8 @@ class Prototypes(nn.Module):
         """What does not count for so many rows; see `nearest`."""
         kinds, kind = without.to(self.origin.device).view(-1, without.shape[-1]).unique(dim=0, return_inverse=True)
         is_out = (self.origin == kinds[:, :, None]).any(dim=1)
-        is_out[is_out.all(dim=1)] = False  # there is but one training image, and nothing else to see it from
+        if is_out.all(dim=1).any():  # nothing else is there to see the image from
+            raise InputError("--data: its good images are copies of one; give different photographs")
         return LeftOut(is_out, kind.expand(rows))
 
     def keys(self, dtype: torch.dtype) -> Tensor:
@@ -298,18 +301,32 @@ def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def alike_in_order(model: Detector, files: Sequence[Path], rows: Tensor, images: Tensor) -> float:
+def alike_among(model: Detector, files: Sequence[Path]) -> float:
+    """`alike_in_order` of images that the model has not seen, with a bank of their own features."""
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    maps = map(model.features, data.batches(files, model.shape))
+    rows, _ = spread(maps, len(files), model, math.ceil(CANDIDATES / len(files)), generator)
+    images = origins(rows, range(len(files)))
+    prototypes = Prototypes(rows.shape[1]).to(rows.device)
+    prototypes.fit(rows, images, min(BANK, math.ceil(len(rows) / 10)), generator)
+    return alike_in_order(prototypes, model.dtype, files, rows, images)
+
+
+@torch.no_grad()
+def alike_in_order(
+    prototypes: Prototypes, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
+) -> float:
     """How much more alike good images are that follow each other by name: how many times as often as by chance the
     prototypes that are nearest to an image, its own left out, come from its own tenth of the `files`. 1 where the names
     tell nothing. Some of the images are asked, by those of the rows y (N, C) that have their numbers (N,)."""
     tenth = blocks(files, TENTHS)
-    origin = model.prototypes.origin.cpu()
+    origin = prototypes.origin.cpu()
     found, expected = 0.0, 0.0
     for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
         mine = rows[(images == number).to(rows.device)].float()
         if not len(mine):  # of very many images
             continue
-        index = model.prototypes.nearest(mine, 1, model.dtype, torch.tensor([number])).cpu()
+        index = prototypes.nearest(mine, 1, dtype, torch.tensor([number])).cpu()
         is_near = tenth[origin] == tenth[number]
         others = origin != number
         found += float(is_near[index].float().mean())
@@ -359,7 +376,8 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     held_out = data.batches(good.held_out, model.shape)
     model.calibrate((model.judge(images) for images in held_out), good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
-    as_new = AsNew(good, model.settings.seed, alike_in_order(model, good.trained_on, candidates, origin))
+    alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
+    as_new = AsNew(good, model.settings.seed, alike)
     scores = {}
     for fold in range(FOLDS):
         scores |= as_new.scores(model, fold)

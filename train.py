@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from kit import data, draw, runs, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
 from kit.corrections import Corrections, read_corrections
-from kit.defects import Defect, fingerprints, list_defects
+from kit.defects import Defect, fingerprint, fingerprints, list_defects
 from kit.demo import draw_demo
 from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_table, write_text
@@ -78,6 +78,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         raise InputError(f"{processes.count} processes, and {len(good.trained_on)} images to train on: start fewer")
     beside = f", and {len(run.defects)} real defects" if run.defects else ""
     print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out{beside}", flush=True)
+    if processes.first:  # it is the one that writes checkpoints
+        model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if line := shapes.told(run.files, model.shape):
         print(line)
     if others := shapes.others_among(run.files, model.shape):
@@ -170,7 +172,7 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
     """Raises InputError if the run had other settings or, as far as the checkpoint still tells, other images."""
     then = checkpoint["settings"]
     for name, value in asdict(run.settings).items():
-        if name not in ("images", "held_out", "taught") and then.get(name) != value:
+        if name not in ("images", "held_out", "taught", "good") and then.get(name) != value:
             was = then.get(name)
             raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
     if then.get("taught", ()) != run.settings.taught:
@@ -209,8 +211,9 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(data.list_images(folder), [defect.path for defect in defects])
         files = usable(files, args.skip_bad)
-        if len(files) < 2:
-            raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
+        least = OPTIONS[args.method].least_images
+        if len(files) < least:
+            raise InputError(f"--data {category}: {len(files)} good images; training takes {least}, better {4 * least}")
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / name / f"seed{seed}" if several else out
             refuse_shared(target, category, planned)

@@ -4,8 +4,8 @@ python benchmarks/ablation.py mvtec/bottle mvtec/screw --weights FILE --seeds 3 
 python benchmarks/ablation.py mvtec/bottle mvtec/screw --out ablation --compare "the default" "8 epochs"
 
 OUT/<category>.pt are the features, OUT/<category>.jsonl the results, a line as each comes. Called again, it goes on.
---compare reads the results: mean gain of the second variant over the first, over all pairs of category and seed, with
-the t and p of a paired test."""
+--compare reads the results: mean gain of the second variant over the first, and the t and p of a paired test over the
+categories, each of which counts once, with its mean over the seeds. Seeds of one category are not independent."""
 
 import argparse
 import itertools
@@ -183,8 +183,8 @@ def read_results(file: Path) -> list[dict]:
 
 
 def compare(categories: list[Path], out: Path, before: str, after: str) -> None:
-    """A line a category, then the paired test over all pairs of category and seed."""
-    gains, means = [], []
+    """A line a category, then the paired test over the categories."""
+    means = []
     for category in categories:
         name = category.resolve().name
         found = {(row["variant"], row["seed"]): row["image_auroc"] for row in read_results(out / f"{name}.jsonl")}
@@ -192,13 +192,13 @@ def compare(categories: list[Path], out: Path, before: str, after: str) -> None:
         if not seeds:
             continue
         pairs = np.array([(found[before, seed], found[after, seed]) for seed in seeds])
-        gains += list(pairs[:, 1] - pairs[:, 0])
         means.append(pairs.mean(axis=0))
         print(f"{name}: {pairs[:, 0].mean():.4f} -> {pairs[:, 1].mean():.4f}, {len(seeds)} seeds")
+    gains = np.diff(means, axis=1)[:, 0]
     t, p = stats.ttest_1samp(gains, 0)
     first, second = np.mean(means, axis=0)
     print(
-        f"mean {first:.4f} -> {second:.4f}; gain {np.mean(gains):+.4f} over {len(gains)} pairs, "
+        f"mean {first:.4f} -> {second:.4f}; gain {gains.mean():+.4f} over {len(gains)} categories, "
         f"t = {t:.2f}, p = {p:.3f}"
     )
 

@@ -525,6 +525,11 @@ for name, trained in kinds.items():
 # flagged*. It needs the scores of good images as if they were new. The generator does this last: it divides the good
 # images in thirds, and has each judged by a flow and a classifier that were trained on the two others. We left it
 # waiting after its last epoch in part 6; let it go on.
+#
+# The promise has a condition: new good images are *exchangeable* with the old ones, so that any order of them is
+# equally likely. And it is an estimate, not a theorem. The scores come from models of two thirds of the images, and the
+# threshold is applied to the model of all. CV+ ([arXiv 1905.02928](https://arxiv.org/abs/1905.02928)) guarantees
+# 1 − 2α, but for a rule that compares a new image with each of these models.
 
 # %%
 for _ in loop:

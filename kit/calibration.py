@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from kit import data, draw
+from kit.defects import fingerprint
 from kit.detector import Detector
+from kit.errors import InputError
 from kit.good import GoodImages
 from kit.images import load_image, photograph
 from kit.owned import OwnFiles
 from kit.progress import counted
-from kit.verdict import odd_ones
+from kit.settings import LEAST_IMAGES
+from kit.verdict import drift, odd_ones
 
 FOLDS = 3  # in which the good images are divided for the calibration
 ALIKE = 2.5  # times as alike as others, from which on images that follow each other are a series
@@ -27,8 +30,8 @@ SUSPECTS = "suspects.png"
 
 class AsNew:
     """The good images that a detector was trained on, each to be judged as if it were new: so all of them calibrate the
-    threshold, and not the held-out ones alone. This is cross-validation, as in CV+ (Barber, Candes, Ramdas, Tibshirani,
-    arXiv 1905.02928).
+    threshold, and not the held-out ones alone. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas,
+    Tibshirani, arXiv 1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
     `numbers` are those that are judged, at most LIMIT, drawn at random. `fold` (n,) divides all n into FOLDS blocks, in
     the order of their names: what is trained is trained without the image's block. The bank leaves out the image's own
@@ -43,7 +46,20 @@ class AsNew:
         self.fold = blocks(good.trained_on, FOLDS)
         self.fifth = blocks(good.trained_on, 5)
         self.is_series = alike >= ALIKE and count >= FEW
-        self.different = max(2, round(count / alike)) if self.is_series else count
+        self.different = max(1, round(count / alike)) if self.is_series else count
+        if self.is_series and self.different < LEAST_IMAGES:
+            raise InputError(
+                f"--data: a series: its images that follow each other by name are alike, and these {count} show about "
+                f"{self.different} different ones; training takes {LEAST_IMAGES}. Give good images from other days"
+            )
+
+    def check_processes(self) -> None:
+        """Raises InputError if one of the processes that share the images has no images of two thirds: it could not
+        teach what judges the other one."""
+        count = self.good.processes.count
+        for rank in range(count):
+            if len(set(self.fold[rank::count].tolist())) < 2:
+                raise InputError(f"{count} processes, and {len(self.fold)} images to train on: start fewer")
 
     def left_out(self, number: int) -> Tensor:
         """The numbers of the images whose prototypes do not count when this one is judged."""
@@ -106,14 +122,42 @@ def natural(path: Path) -> list:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.as_posix())]
 
 
-def recalibrate(model: Detector, files: list[Path]) -> list[Path]:
-    """Give `model` the scale and the thresholds that these new good images ask for, of which there are at least two;
-    returns those that it took, at most LIMIT of them, drawn at random."""
-    order = np.random.default_rng(0).permutation(len(files))[:LIMIT]
-    taken = [files[i] for i in order]
-    with torch.no_grad():
-        model.calibrate(model.judge(images) for images in data.batches(taken, model.shape))
-    return taken
+def unseen(model: Detector, files: list[Path]) -> list[Path]:
+    """Those of these files that the training of `model` had no part of: neither good images, be they held out or not,
+    nor defects. Copies are known by their bytes. A line says how many others there are."""
+    known = set(model.settings.good) | {value for _, value in model.settings.taught}
+    new = [path for path in files if fingerprint(path) not in known]
+    if len(new) < len(files):
+        print(
+            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, and judges "
+            "them too kindly"
+        )
+    return new
+
+
+@torch.no_grad()
+def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
+    """Give `model` the scale and the thresholds that these new good images ask for, of which those that follow each
+    other are `alike` times as alike as others. Raises InputError if they are too few."""
+    different = len(files)
+    is_series = alike >= ALIKE and len(files) >= FEW
+    if is_series:
+        different = round(len(files) / alike)
+        print(
+            f"a series: images that follow each other by name are alike, and these {len(files)} show about "
+            f"{different} different ones; the threshold is no surer than {different} images make it"
+        )
+    if different < LEAST_IMAGES:
+        raise InputError(f"--recalibrate: {different} different new images; it takes {LEAST_IMAGES}, better 50")
+    energies = [model.judge(images) for images in data.batches(files, model.shape)]
+    scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
+    if drift(scores, model.normal[0].cpu().numpy()) == "lower":
+        print(
+            "warning: three quarters of these images score lower than three quarters of the good images did that the "
+            "threshold comes from. Are they copies of what the detector was trained with? Then it promises too much"
+        )
+    model.calibrate(energies)
+    model.different = torch.tensor(different, device=model.device)
 
 
 @torch.no_grad()

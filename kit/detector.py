@@ -5,6 +5,7 @@ Shapes: images (B, 3, H, W) in [0, 1], H x W being the detector's; energies (B, 
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,8 @@ from kit.sizes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
-FORMAT = 11  # of the checkpoint
+FORMAT = 12  # of the checkpoint
+PART = 512  # positions along an axis whose weights are held at once
 SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
 
 
@@ -31,9 +33,30 @@ def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
     """Energies (B, h, w) of single positions -> map (B, *shape), Gaussian-filtered. Along each axis that is linear: two
     products of matrices, in a fifth of the time that filters take."""
     sigma = side_of(math.prod(shape)) / 128
+    if max(e.shape[1:]) > PART:
+        lines = along_rows(e.transpose(1, 2), shape[0], sigma).transpose(1, 2)
+        return along_rows(lines, shape[1], sigma)
     down = weights_along(e.shape[1], shape[0], sigma, e.device)
     across = weights_along(e.shape[2], shape[1], sigma, e.device)
     return down @ e @ across.T
+
+
+def along_rows(e: Tensor, length: int, sigma: float) -> Tensor:
+    """Energies (B, n, positions), interpolated and Gaussian-filtered along the last axis: (B, n, length). A long axis
+    is divided into parts, which see some positions beside them: memory for weights does not grow with the image."""
+    positions = e.shape[2]
+    if positions <= PART or length % positions:  # parts need a whole number of pixels a position
+        return e @ weights_along(positions, length, sigma, e.device).T
+    stride = length // positions
+    beside = math.ceil((3 * sigma + 1) / stride) + 1
+    parts = []
+    for start in range(0, positions, PART):
+        stop = min(start + PART, positions)
+        first, last = max(0, start - beside), min(stop + beside, positions)
+        weights = weights_along(last - first, (last - first) * stride, sigma, e.device)
+        inner = weights[(start - first) * stride : (stop - first) * stride]
+        parts.append(e[..., first:last] @ inner.T)
+    return torch.cat(parts, dim=2)
 
 
 def weights_along(positions: int, length: int, sigma: float, device: torch.device) -> Tensor:
@@ -91,6 +114,7 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.register_buffer("roi", torch.ones(self.shape, dtype=torch.bool))
         self.pixels = math.prod(self.shape)  # of the region of interest
+        self.is_precision_told = False  # whether a warning said so
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
@@ -154,6 +178,18 @@ class Detector(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def precision_warning(self) -> str:
+        """A line if the detector judges in another precision than it was calibrated in; else ""."""
+        judges_halved = self.dtype != torch.float32
+        if judges_halved == bool(self.halved):
+            return ""
+        names = {True: "bfloat16", False: "float32"}
+        return (
+            f"the threshold comes from scores in {names[bool(self.halved)]}, and this machine judges in "
+            f"{names[judges_halved]}: scores can be some hundredths off. Calibrate here: --recalibrate FOLDER with new "
+            "good images, or train again"
+        )
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,), each of its image alone."""
         maps = self.maps(self.judge(images))
@@ -206,8 +242,12 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
-        """Judge one image: a path, a PIL image, or an array (H, W, 3) or tensor (3, H, W), uint8 in 0..255,
-        uint16 in 0..65535, or float in 0..1. Raises InputError for anything else."""
+        """Judge one image: a path, a PIL image, or an RGB array (H, W, 3) or tensor (3, H, W), uint8 in 0..255,
+        uint16 in 0..65535, or float in 0..1. OpenCV's arrays are BGR: give `image[..., ::-1]`. Raises InputError for
+        anything else. Warns once if the threshold was calibrated in another precision (see `precision_warning`)."""
+        if not self.is_precision_told and (line := self.precision_warning()):
+            warnings.warn(line, stacklevel=2)
+            self.is_precision_told = True
         small, shape = read_any(image, self.shape)
         maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
         return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))

@@ -19,7 +19,7 @@ from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import ALONE, Processes
 from kit.progress import counted
-from kit.sizes import part_shape
+from kit.sizes import UNIT, part_shape
 from kit.windows import at_once
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
@@ -60,8 +60,8 @@ class Painter:
 
     What is painted depends on the seed, the epoch and the number of x- alone, whatever the processes and the order; it
     lies in the model's region of interest. Of images with more pixels than two patches, x+ and x- are a patch each,
-    somewhere. Decoded images are kept in memory with half the bits, up to CACHE_BYTES; of the others only the last
-    ones."""
+    somewhere; `surrounded` adds what the backbone sees around it. Decoded images are kept in memory with half the bits,
+    up to CACHE_BYTES; of the others only the last ones."""
 
     def __init__(self, good: GoodImages, paint: Paint, model: Detector):
         self.files = good.trained_on
@@ -70,6 +70,7 @@ class Painter:
         self.paint = paint
         self.shape = model.shape
         self.patch = part_shape(model.shape, PATCH)
+        self.reach = model.backbone.reach if model.backbone else 0
         self.roi = model.roi.cpu().numpy()
         self.seed = model.settings.seed
         self.epoch = 0
@@ -118,6 +119,24 @@ class Painter:
         painted, mask, _ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
         return image, painted, mask
 
+    def surroundings(self, number: int) -> tuple[slice, slice]:
+        """Where on its image the patch of x- with this number is, with all that the backbone sees around it."""
+        rows, columns = self.place(number)
+        return widened(rows, self.reach, self.shape[0]), widened(columns, self.reach, self.shape[1])
+
+    def surrounded(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x+ and x- of this number with their `surroundings`, (H, W, 3), and the mask (H, W) of where they differ.
+
+        A patch alone would teach the wrong thing: features near its rim see the padding of convolutions, which those of
+        good images do not."""
+        _, painted, changed = self.anomalous(number)
+        place, around = self.place(number), self.surroundings(number)
+        image = self.image(self.files[self.file_number(number)], around)
+        patch = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(place, around, strict=True))
+        anomalous, mask = image.copy(), np.zeros(image.shape[:2], dtype=bool)
+        anomalous[patch], mask[patch] = painted, changed
+        return image, anomalous, mask
+
     def normal(self) -> Iterator[Tensor]:
         """This process's part of the files x+, each once, as (<= 8, 3, H, W) tensors; the larger, the less of them."""
         batch = at_once(self.shape)
@@ -126,18 +145,20 @@ class Painter:
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
     def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        """x- (A, 3, H, W), their masks (A, 1, H, W), and their numbers (A,): this process's part of `count` of them in
-        all, on as many files as there are, one after the other."""
+        """x- (A, 3, H, W), `surrounded`, their masks (A, 1, H, W), and their numbers (A,): this process's part of
+        `count` of them in all, on as many files as there are, one after the other."""
         order = np.random.default_rng(self.seed).permutation(len(self.files))[:count]
         numbers = [n for i, file in enumerate(order) for n in range(file, file + count - i, len(self.files))]
         mine = self.processes.part(numbers)
-        batches = loader(Paintings(self, mine), at_once(self.patch), shuffle=False)
-        for after, masks, numbers in counted(batches, "painting defects", len(mine), each=at_once(self.patch)):
+        # Surroundings end where the image ends, so they have different shapes and cannot be stacked.
+        batch = at_once(self.shape) if self.patch == self.shape else 1
+        batches = loader(Paintings(self, mine), batch, shuffle=False)
+        for after, masks, numbers in counted(batches, "painting defects", len(mine), each=batch):
             yield to_tensor(after), to_tensor(masks), numbers
 
 
 class Paintings(Dataset):
-    """The x- of a painter's with these numbers: (H, W, 3), mask (H, W, 1), number."""
+    """The x- of a painter with these numbers, `surrounded`: (H, W, 3), mask (H, W, 1), number."""
 
     def __init__(self, painter: Painter, numbers: Sequence[int]):
         self.painter = painter
@@ -150,7 +171,7 @@ class Paintings(Dataset):
         """Some of them, each stacked. Arrays, not tensors: what a loader's worker hands over as a tensor goes through
         shared memory, of which a container has 64 MB, less than a few batches."""
         numbers = [self.numbers[i] for i in indices]
-        _, after, masks = zip(*(self.painter.anomalous(number) for number in numbers), strict=True)
+        _, after, masks = zip(*(self.painter.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
 
 
@@ -192,6 +213,17 @@ def within(middle: int, length: int, limit: int) -> slice:
     """So long a part of an axis of `limit` pixels, around the `middle` as far as it goes."""
     start = min(max(0, int(middle) - length // 2), limit - length)
     return slice(start, start + length)
+
+
+def widened(part: slice, reach: int | None, limit: int) -> slice:
+    """A part of an axis of `limit` pixels with at least `reach` pixels around it, as far as the axis goes; all of the
+    axis if `reach` is None. It starts at a multiple of UNIT, so that positions of features fall on the same pixels as
+    those of the whole image."""
+    if reach is None:
+        return slice(0, limit)
+    start = max(0, part.start - reach) // UNIT * UNIT
+    stop = math.ceil((part.stop + reach) / UNIT) * UNIT
+    return slice(start, min(stop, limit))
 
 
 def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
+# Different good images that a threshold takes. Training on five calibrates with all five, and at least two images teach
+# what judges the others. With four or fewer, median and spread of the scores hang on single images: measured on *wood*,
+# a detector flags a quarter to three quarters of other good images.
+LEAST_IMAGES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +23,4 @@ class Settings:
     false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
     roi: str | None = None  # the picture that marks the region of interest
     taught: tuple[tuple[str, str], ...] = ()  # images beside those of `data`: path and hash of each
+    good: tuple[str, ...] = ()  # hashes of the good images, of held-out ones, too

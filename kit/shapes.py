@@ -27,8 +27,8 @@ def usual_shape(files: list[Path]) -> Shape | None:
 
 
 def input_size(size: Size, files: list[Path]) -> int | Shape:
-    """In which size images like `files` are judged: `size` itself if it is a shape, or if they are square; else the
-    shape that they have, with as many pixels as the square, or as they have, in multiples of 32."""
+    """The size in which images like `files` are judged: `size` itself if it is a shape; else the shape that they have,
+    with as many pixels as the square, or as they have. Both sides are multiples of 32; a square is a single number."""
     if isinstance(size, tuple):
         return size
     height, width = usual_shape(files) or (1, 1)
@@ -37,9 +37,7 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     shape = (rounded(side * stretch), rounded(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
         raise InputError(f"--size {as_text(size)}: makes {as_text(shape)} of these images; give HEIGHTxWIDTH")
-    if shape[0] != shape[1]:
-        return shape
-    return shape[0] if size == NATIVE else size
+    return shape[0] if shape[0] == shape[1] else shape
 
 
 def rounded(side: float) -> int:

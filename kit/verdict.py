@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage, stats
 
+from kit.errors import InputError
+from kit.settings import LEAST_IMAGES
+
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
 FEW = 10  # good images: too few for a threshold that one may trust
 LEAST = 1e-6  # of a score: lower ones have no logarithm
@@ -50,7 +53,7 @@ class Verdict:
 
 def thresholds(normal: np.ndarray, rate: float, different: int | None = None) -> Thresholds:
     """Thresholds that a share `rate` of normal images exceeds; normal (2, n): their scores and their maps' maxima; they
-    show `different` ones, n if it is not given."""
+    show `different` ones, n if it is not given. Raises InputError if these are fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)
     above = round(float((normal[0] > score).mean()) * images)
@@ -68,20 +71,30 @@ def basis(limits: Thresholds) -> str:
 
 
 def threshold(values: np.ndarray, rate: float, different: int | None = None) -> float:
-    """What a share `rate` of values like these n exceeds, of which so many are `different`, n if it is not given.
+    """What a share `rate` of values like these n exceeds, which `different` images gave, n if it is not given. Raises
+    InputError if these are fewer than LEAST_IMAGES.
 
-    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10: conformal prediction, which assumes
-    nothing. Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of
-    the logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
+    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10. This is the quantile of split conformal
+    prediction. Its guarantee needs exchangeability: values and new scores come from one detector, and any order of them
+    is equally likely. Most values here come from detectors that were trained on other thirds of the images, so the
+    guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that compares each new image with
+    each of these detectors, and this program does not. Scores of thirds tend to be higher than those of the final
+    detector, so the threshold tends to be cautious.
+
+    Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
+    logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
     deviations from the median, above or below, counts as if it lay there. And few images do not decide alone how widely
     good ones scatter: USUAL, a scatter that others had, counts as much as BELIEVED images do."""
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST))
     images = len(logs) if different is None else different
+    if images < LEAST_IMAGES:
+        raise InputError(
+            f"a threshold takes the scores of {LEAST_IMAGES} different good images, and there are {images}: finish the "
+            "training (--resume), or give more good images"
+        )
     k = int(rate * (images + 1))
     if k >= 10 and images == len(logs):
         return float(np.sort(values)[-k])
-    if len(logs) == 1:
-        return float(values[0])
     middle = np.median(logs)
     first_guess = believed(np.median(np.abs(logs - middle)) / stats.norm.ppf(0.75), images)
     clipped = np.clip(logs, middle - REACH * first_guess, middle + REACH * first_guess)

@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call
+from helpers import LITE, QUICK, call, refuse
 from PIL import Image
 
 import evaluate
 import train
-from defaults import NearestSettings
+from defaults import OPTIONS, NearestSettings
 from kit import calibration, data
 from kit.demo import draw_button, write_png
 from kit.detector import Detector
-from kit.good import GoodImages
+from kit.errors import InputError
+from kit.good import GoodImages, held_out_count
 from kit.processes import Processes
+from kit.settings import LEAST_IMAGES
 from methods import load
 
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
@@ -40,12 +42,123 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
     assert clean.inspect(chip).anomalous and spoilt.inspect(chip).anomalous
 
 
-def test_of_many_images_some_are_drawn(category, run, monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "LIMIT", 10)
-    call(evaluate.main, run, "--recalibrate", category / "train/good")
+# ---------------------------------------------------------------- a threshold of new images
+
+
+def draw_buttons(to: Path, count: int, day: int) -> Path:
+    """A folder of good images that no category has."""
+    for number in range(count):
+        write_png(to / f"{number}.png", draw_button(np.random.default_rng([100 + day, number]), "good")[0])
+    return to
+
+
+def test_of_many_images_some_are_drawn(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "LIMIT", 10)
+    call(evaluate.main, run, "--recalibrate", draw_buttons(tmp_path / "new", 24, day=1))
     said = capsys.readouterr().out
-    assert "took 10 of 24 images" in said and "from 10 good images" in said
+    assert "took 10 of 24 images" in said and "from 10 good images" in said and "left out" not in said
+    assert "a series" not in said and "warning: three quarters" not in said
     assert load(run / "recalibrated.pt").normal.shape == (2, 10)
+
+
+@pytest.mark.parametrize("method", ["clflow", "nearest", "autoencoder"])
+def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, capsys, method):
+    if method == "nearest":
+        call(train.main, "--data", category, "--out", tmp_path / "run", *NEAREST)
+    else:
+        fixture = "finished_run" if method == "clflow" else "projecting_run"
+        shutil.copytree(request.getfixturevalue(fixture), tmp_path / "run")
+    run, good = tmp_path / "run", category / "train/good"
+    refuse(evaluate.main, capsys, run, "--recalibrate", good, words=["--recalibrate", "0 new images", "it takes 5"])
+    mixed = draw_buttons(tmp_path / "mixed", 12, day=2)
+    for number in range(24):  # under other names: known by their bytes
+        shutil.copy(good / f"{number:03}.png", mixed / f"copy_{number}.png")
+    call(evaluate.main, run, "--recalibrate", mixed)
+    said = capsys.readouterr().out
+    assert "left out 24 of 36 images: the detector was trained with them" in said and "from 12 good images" in said
+    # Of other good images it flags as many as it says, and no more.
+    model = load(run / "recalibrated.pt")
+    others = draw_buttons(tmp_path / "others", 16, day=3)
+    flagged = sum(model.inspect(path).anomalous for path in sorted(others.iterdir()))
+    assert flagged / 16 <= model.thresholds().at_most
+
+
+def test_altered_copies_of_the_training_are_warned_of(category, tmp_path, capsys):
+    call(train.main, "--data", category, "--out", tmp_path / "run", *NEAREST)
+    for path in data.list_images(category / "train/good"):  # the same pixels in another file format
+        (tmp_path / "copies").mkdir(exist_ok=True)
+        Image.open(path).save(tmp_path / "copies" / f"{path.stem}.bmp")
+    capsys.readouterr()
+    call(evaluate.main, tmp_path / "run", "--recalibrate", tmp_path / "copies")
+    assert "warning: three quarters of these images score lower" in capsys.readouterr().out
+
+
+def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
+    def frames(buttons: int, times: int, to: Path) -> Path:
+        rng = np.random.default_rng(0)
+        for number in range(buttons):
+            image, _ = draw_button(np.random.default_rng([200, number]), "good")
+            for copy in range(times):
+                moved = np.roll(image, rng.integers(-2, 3, 2), axis=(0, 1)) * rng.uniform(0.98, 1.02)
+                write_png(to / f"{number}_{copy}.png", np.uint8(moved.clip(0, 255)))
+        return to
+
+    call(evaluate.main, run, "--recalibrate", frames(10, 6, tmp_path / "frames"))
+    said = capsys.readouterr().out
+    different = int(load(run / "recalibrated.pt").different)
+    assert "a series:" in said and 5 <= different <= 24 and f"from {different} good images" in said
+    with pytest.raises(InputError, match="--recalibrate: 3 different new images; it takes 5"):
+        calibration.recalibrate(Scored(), [Path("not_read.png")] * 30, alike=10.0)
+
+
+# ---------------------------------------------------------------- too few images
+
+
+@pytest.mark.parametrize("method, least", [("clflow", 5), ("nearest", 5), ("autoencoder", 20)])
+def test_training_asks_for_enough_images(tmp_path, capsys, method, least):
+    few = draw_buttons(tmp_path / "few", least - 1, day=4)
+    words = ["--data", f"{least - 1} good images", f"training takes {least}"]
+    refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", "--method", method, *LITE, words=words)
+    assert least == OPTIONS[method].least_images
+    calibrating = least if method != "autoencoder" else held_out_count(least)
+    assert calibrating == LEAST_IMAGES
+
+
+@pytest.mark.parametrize("method", ["clflow", "nearest"])
+def test_a_detector_of_the_fewest_images_keeps_its_promise(tmp_path, capsys, method):
+    few = draw_buttons(tmp_path / "few", LEAST_IMAGES, day=5)
+    options = NEAREST if method == "nearest" else [*LITE, "--epochs", 2, "--size", 192, "--batch", 1024]
+    call(train.main, "--data", few, "--out", tmp_path / "run", *options)
+    model = load(tmp_path / "run" / "model.pt")
+    assert model.normal.shape == (2, LEAST_IMAGES)
+    others = draw_buttons(tmp_path / "others", 20, day=6)
+    flagged = sum(model.inspect(path).anomalous for path in sorted(others.iterdir()))
+    assert flagged / 20 <= model.thresholds().at_most
+
+
+def test_a_whitening_of_few_rows_is_refused(tmp_path, capsys):
+    """Rows that it was fitted on would look more normal than new ones: of 20 new images 18 were flagged."""
+    few = draw_buttons(tmp_path / "few", 8, day=5)
+    words = ["--data", "384 positions", "larger --size"]
+    refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", *QUICK, words=words)
+
+
+def test_a_third_is_never_judged_by_what_it_taught():
+    """With so many processes that one has images of a single third, training is refused before it starts."""
+    files = [Path(f"{number}.png") for number in range(4)]
+    for processes, is_enough in ((1, True), (2, True), (4, False)):
+        as_new = calibration.AsNew(GoodImages([], files, [], Processes(0, processes)), 0, alike=1.0)
+        if is_enough:
+            as_new.check_processes()
+        else:
+            with pytest.raises(InputError, match="4 processes, and 4 images to train on: start fewer"):
+                as_new.check_processes()
+
+
+def test_a_series_of_too_few_different_images_is_refused():
+    good = files_called(*(f"{number:03}.png" for number in range(30)))
+    with pytest.raises(InputError, match="these 30 show about 3 different ones; training takes 5"):
+        calibration.AsNew(good, 0, alike=10.0)
 
 
 # ---------------------------------------------------------------- as if they were new

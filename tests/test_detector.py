@@ -1,16 +1,18 @@
 """Map, score, calibration, checkpoint, and `inspect`, what a user calls from Python."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import mask_of
+from helpers import call, mask_of
 from PIL import Image
 from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
+import evaluate
 import kit.detector
 from kit import data
 from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint
@@ -44,6 +46,19 @@ def test_map_is_interpolated_then_filtered(shape):
 def test_image_score_is_the_mean_of_the_top_percent():
     maps = torch.arange(400.0).reshape(1, 20, 20)
     assert image_score(maps).item() == pytest.approx((396 + 397 + 398 + 399) / 4)
+
+
+def test_a_long_map_is_made_in_parts_that_are_the_whole(monkeypatch):
+    e = torch.randn(2, 6, 300, generator=torch.Generator().manual_seed(0))
+    whole = anomaly_map(e, (48, 2400))
+    asked = []
+    weights_along = kit.detector.weights_along
+    monkeypatch.setattr(kit.detector, "weights_along", lambda *a: asked.append(a[:2]) or weights_along(*a))
+    monkeypatch.setattr(kit.detector, "PART", 64)
+    assert torch.allclose(anomaly_map(e, (48, 2400)), whole, atol=1e-5)
+    assert len(asked) == 6 and max(positions for positions, _ in asked) <= 64 + 2 * 4
+    uneven = torch.randn(1, 6, 130, generator=torch.Generator().manual_seed(1))
+    assert anomaly_map(uneven, (48, 1000)).shape == (1, 48, 1000)
 
 
 def test_a_large_image_scores_as_its_worst_part(monkeypatch):
@@ -133,6 +148,31 @@ def test_score_is_a_pure_function_of_one_image(model, category):
         singles = torch.cat([model(image[None])[1] for image in images])
     assert singles.std() > 0
     assert (together - singles).abs().max() < 1e-3 * model.normal[0].std()
+
+
+@pytest.mark.parametrize("calibrated, judged", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_another_precision_than_that_of_the_calibration_is_told(
+    run, category, tmp_path, monkeypatch, capsys, calibrated, judged
+):
+    model = load(run / "model.pt")
+    model.halved = torch.tensor(calibrated == "bfloat16")
+    model.save(run / "model.pt")
+    image = data.list_images(category / "test/good")[0]
+    line = f"the threshold comes from scores in {calibrated}, and this machine judges in {judged}"
+    out = ["--out", tmp_path / "out"]
+    ways = [[], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
+    for as_calibrated in (False, True):
+        fast = (judged if not as_calibrated else calibrated) == "bfloat16"
+        monkeypatch.setattr(kit.detector, "has_fast_bfloat16", lambda device, fast=fast: fast)
+        for way in ways:
+            call(evaluate.main, run, *way)
+            assert capsys.readouterr().out.count(line) == (0 if as_calibrated else 1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            again = load(run / "model.pt")
+            again.inspect(image)
+            again.inspect(image)
+        assert [str(warning.message).startswith(line) for warning in told] == ([] if as_calibrated else [True])
 
 
 def test_every_way_to_hand_over_an_image_gives_the_same_verdict(monkeypatch, model, chip):

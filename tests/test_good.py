@@ -4,19 +4,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import QUICK, call
 
+import clflow
 import kit.good
+import train
 from kit.data import list_images
-from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor
+from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor, widened
 from kit.images import read_image
 from kit.processes import Processes
+from kit.sizes import UNIT
+from methods import load
 from synth import synthesize
 
 
 def make_painter(category, processes: Processes = Processes(), size: int = 64) -> Painter:  # noqa: B008 (it is frozen)
     good = GoodImages([], list_images(category / "train/good"), [], processes)
     shape = (size, size)
-    model = SimpleNamespace(shape=shape, roi=torch.ones(shape, dtype=torch.bool), settings=SimpleNamespace(seed=0))
+    roi, settings = torch.ones(shape, dtype=torch.bool), SimpleNamespace(seed=0)
+    model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=None)
     return Painter(good, synthesize, model)
 
 
@@ -135,5 +141,21 @@ def test_a_large_image_is_decoded_once_for_all_that_is_painted_on_it(category, m
     read = []
     monkeypatch.setattr(kit.good, "read_image", lambda path, shape: read.append(path) or read_image(path, shape))
     painted = list(make_painter(category).painted(100))
-    assert sum(len(numbers) for _, _, numbers in painted) == 100 and painted[0][0].shape[2:] == (16, 16)
+    assert sum(len(numbers) for _, _, numbers in painted) == 100 and max(painted[0][0].shape[2:]) <= 16 + 2 * UNIT
     assert len(read) == len(set(read)) == 24
+
+
+def test_a_patch_gets_its_surroundings_from_the_grid_of_the_whole_image():
+    assert widened(slice(300, 812), 192, 4096) == slice(96, 1024)
+    assert widened(slice(0, 512), 192, 4096) == slice(0, 704)
+    assert widened(slice(488, 1000), 192, 1000) == slice(288, 1000)
+    assert widened(slice(300, 812), None, 1000) == slice(0, 1000)
+
+
+def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clflow, "painted_rows", None)
+    options = [*QUICK, "--classification-weight", 0, "--contrast-weight", 0]
+    call(train.main, "--data", category, "--out", tmp_path / "run", *options)
+    said = capsys.readouterr().out
+    assert "painting" not in said and "nll" in said and "loss nan" not in said
+    assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)

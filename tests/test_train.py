@@ -397,7 +397,7 @@ def test_bad_training_input(category, tmp_path, capsys):
     attempt("--data", tmp_path / "nowhere", words=["--data", "no such folder"])
     attempt("--data", tmp_path / "empty", words=["--data", "empty", "train/good"])
     attempt("--data", tmp_path / "bare", words=["bare", "no images", "train/good"])
-    attempt("--data", tmp_path / "one", words=["one good image"])
+    attempt("--data", tmp_path / "one", words=["1 good images", "training takes 5"])
     attempt("--data", tmp_path / "broken", *LITE, "--size", 64, words=["zz.png"])
     attempt("--data", category, "--backbone", "vgg", words=["--backbone", "vgg", "resnet18"])
     attempt("--data", category, "--weights", tmp_path / "weights.pth", words=["weights.pth", "--weights"])

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from kit.errors import InputError
+from kit.settings import LEAST_IMAGES
 from kit.verdict import Thresholds, decide, drift, odd_ones, threshold, thresholds
 
 
@@ -32,7 +34,18 @@ def test_threshold_by_hand():
     deviation = np.sqrt((20 * usual + 5 * variance) / 25)
     expected = np.mean(clipped) + stats.t.ppf(0.98, 24) * np.sqrt(1 + 1 / 5) * deviation
     assert np.log(threshold(values, 0.02)) == pytest.approx(expected, abs=1e-3)
-    assert threshold(np.array([0.3]), 0.02) == 0.3
+
+
+def test_too_few_scores_give_no_threshold():
+    values = np.linspace(0.3, 0.4, LEAST_IMAGES)
+    assert threshold(values, 0.02) > values.max()
+    for call in (
+        lambda: threshold(values[1:], 0.02),
+        lambda: threshold(np.array([0.3]), 0.5),
+        lambda: thresholds(np.stack((values, values)), 0.02, different=LEAST_IMAGES - 1),
+    ):
+        with pytest.raises(InputError, match="a threshold takes the scores of 5 different good images"):
+            call()
 
 
 @pytest.mark.parametrize("images, share", [(10, 0.45), (20, 0.2), (40, 0.12), (60, 0.1), (250, 0.05)])

@@ -5,12 +5,17 @@ import pytest
 import torch
 from helpers import LITE, call
 
+import clflow
 import kit.good
 import kit.windows
 import train
-from kit.backbone import BACKBONES
+from defaults import CLFlowSettings
+from kit.backbone import BACKBONES, as_rows
+from kit.data import list_images, read_batch
 from kit.windows import at_once, cuts, in_windows, overlapping_parts
 from methods import load
+from nearest import origins
+from synth import synthesize
 
 
 def test_cuts_are_equal_parts():
@@ -66,6 +71,31 @@ def test_features_of_windows_are_those_of_the_whole(monkeypatch, name):
     assert (found - whole).abs().max() < 1e-3 * whole.abs().max() and whole.std() > 0
 
 
+def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monkeypatch):
+    """A patch is painted on, but no position of its features sees the padding of a rim that the image does not have."""
+    monkeypatch.setattr(kit.good, "PATCH", 128)
+    monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
+    torch.manual_seed(0)
+    shape = (512, 608)
+    model = clflow.CLFlow(CLFlowSettings(images=24, held_out=6, size=shape, backbone=LITE[1])).eval()
+    model.backbone.load_imagenet()
+    painter = kit.good.Painter(kit.good.GoodImages([], list_images(category / "train/good")), synthesize, model)
+    compared = 0
+    for after, mask, (number,) in painter.painted(12):
+        rows, columns = painter.surroundings(number)
+        whole = painter.image(painter.files[painter.file_number(number)]).copy()
+        whole[rows, columns] = after[0].permute(1, 2, 0)
+        expected = model.features(kit.good.to_tensor(whole[None]))
+        expected = expected[:, :, rows.start // 8 : rows.stop // 8, columns.start // 8 : columns.stop // 8]
+        found = model.features(after)
+        touched = clflow.touches(mask, found.shape[2:])
+        difference = (found - expected).permute(0, 2, 3, 1)[touched].abs().max()
+        assert difference < 2e-3 * expected.abs().max()
+        compared += int(touched.sum())
+        assert not mask.all() and mask.shape[2:] != shape
+    assert compared > 20
+
+
 def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, monkeypatch):
     """As if 128 x 128 were large: the scores are those of the whole image, and what is painted on is a patch."""
     options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--out", tmp_path / "run"]
@@ -95,3 +125,17 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     assert len(parts) == 4
     for one, other in zip(whole, in_parts, strict=True):
         assert (one - other).abs().max() < 1e-3 * one.abs().max()
+
+
+def test_held_out_images_that_do_not_fit_into_memory_are_encoded_anew(category, monkeypatch):
+    torch.manual_seed(0)
+    model = clflow.CLFlow(CLFlowSettings(images=5, held_out=1, size=64, backbone=LITE[1], bank=40)).eval()
+    files = list_images(category / "train/good")[:11]
+    rows = model.features(read_batch(files[:5], model.shape))
+    model.fit(as_rows(rows), origins(as_rows(rows), range(5)), rows[0, 0].numel())
+    kept = list(clflow.HeldOut(model, files))
+    monkeypatch.setattr(clflow, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
+    bounded = clflow.HeldOut(model, files)
+    assert len(bounded.codes) == 1 and sum(len(code) for code in bounded.codes) == 8
+    for _ in range(2):  # as often as it is asked
+        assert torch.equal(torch.cat(list(bounded)), torch.cat(kept))
