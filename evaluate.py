@@ -24,7 +24,7 @@ from kit.calibration import LIMIT, recalibrate, unseen
 from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_text
 from kit.images import read_image
-from kit.inspection import Inspection, findings_folder, fingerprint, judge_new, sentence, usable
+from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence, usable
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
 from kit.options import refuse_inside
 from kit.owned import OwnFiles
@@ -265,7 +265,9 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
     if args.recalibrate:
         return run
     if args.images:
-        return findings_folder(run.resolve().name, args.images, fingerprint(model.state_dict()), bool(args.watch))
+        return findings_folder(
+            run.resolve().name, args.images, detector_fingerprint(model.state_dict()), bool(args.watch)
+        )
     own_data = Path(model.settings.data)
     return results_folder(checkpoint, args.data or own_data, own_data)
 

@@ -30,7 +30,7 @@ from kit.detector import Detector, read_checkpoint
 from kit.files import held, write_atomically, write_table, write_text
 from kit.good import GoodImages, held_out_count, split
 from kit.images import read_region, shape_in_file
-from kit.inspection import Inspection, fingerprint, usable
+from kit.inspection import Inspection, detector_fingerprint, usable
 from kit.measuring import report, results_table
 from kit.options import refuse_without_effect
 from kit.owned import OwnFiles
@@ -314,7 +314,7 @@ def measured(run: Run) -> dict | None:
     if not path.exists() or runs.is_unfinished(run.out):
         return None
     metrics = json.loads(path.read_text())
-    detector = fingerprint(read_checkpoint(run.out / runs.MODEL)["state"])
+    detector = detector_fingerprint(read_checkpoint(run.out / runs.MODEL)["state"])
     expected = {"checkpoint": runs.MODEL, "detector": detector, "data": run.settings.data, "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 

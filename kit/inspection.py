@@ -72,10 +72,10 @@ class Inspection:
     @functools.cached_property
     def detector(self) -> str:
         """The fingerprint of the detector."""
-        return fingerprint(self.model.state_dict())
+        return detector_fingerprint(self.model.state_dict())
 
 
-def fingerprint(state: dict[str, torch.Tensor]) -> str:
+def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
     """Twelve hexadecimal digits that tell detectors apart: a hash of weights, bank and calibration, the "state" of a
     checkpoint. A copy of a checkpoint has the same."""
     found = hashlib.sha1()
