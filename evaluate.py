@@ -1,7 +1,7 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
-from command_line import evaluation_options
+from kit.command_line import evaluation_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
@@ -19,15 +19,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw, runs
+from kit import data, draw
 from kit.calibration import recalibrate
 from kit.detector import Detector
-from kit.files import held, write_atomically, write_text
+from kit.files import (
+    MODEL,
+    RECALIBRATED,
+    STATE,
+    OwnFiles,
+    checkpoint_of,
+    epoch_of,
+    held,
+    kept_epochs,
+    refuse_inside,
+    write_atomically,
+    write_text,
+)
 from kit.images import read_image
 from kit.inspection import Inspection, judge_new, sentence, usable
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
-from kit.options import refuse_inside
-from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
@@ -42,13 +52,13 @@ COMPARED = 100  # good images, to tell what another precision does to scores
 def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
-    for file in runs.kept_epochs(run, subfolders=True):
+    for file in kept_epochs(run, subfolders=True):
         model = load(file, device)
         tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
         label = "/".join(file.resolve().parent.parts[-2:])
-        epoch = runs.epoch_of(file)
+        epoch = epoch_of(file)
         print(f"{label}, epoch {epoch}:", {name: figures[name] for name in lines}, flush=True)
         for name in lines:
             if figures[name] is not None:
@@ -79,7 +89,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
     with held(work.out):
-        to = OwnFiles(work.out, "trained").claim(runs.RECALIBRATED)
+        to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
@@ -195,12 +205,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(args.device, processes.local_rank)
     if args.curve:
         return curve(args.run, device, args.skip_bad, processes)
-    checkpoint = runs.checkpoint_of(args.run)
+    checkpoint = checkpoint_of(args.run)
     if args.export:
         if processes.first:
             export(load(checkpoint, "cpu"), args.export)
         return None
-    if checkpoint.name == runs.STATE:
+    if checkpoint.name == STATE:
         print(f"{args.run}: its training is not finished; this is its last whole epoch")
     model = load(checkpoint, device)
     work = Inspection(
@@ -246,7 +256,7 @@ def default_out(args: argparse.Namespace, checkpoint: Path, model: Detector) -> 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     """Where the figures go: into the run, if they are those of its last checkpoint on its own category; others stay
     apart, so that nobody takes the one for the other."""
-    if checkpoint.name not in (runs.MODEL, runs.STATE):
+    if checkpoint.name not in (MODEL, STATE):
         return checkpoint.parent / "tests" / checkpoint.stem
     if category.resolve() != own_data:
         return checkpoint.parent / "tests" / category.resolve().name

@@ -4,22 +4,14 @@ Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kit import data, draw
 from kit.detector import side_of
 from kit.errors import run_script
-from kit.images import read_image
-from kit.options import Parser
-from kit.shapes import input_size, told
-from kit.sizes import Shape, as_shape, check_size, parsed_size
 
-SHEET_ROWS = 8
-BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 REACH = 6  # pixels, of the filter that softens a mask's rim
 
@@ -242,38 +234,10 @@ def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------- a sheet of my images, before any training
 
 
-def sheet(files: list[Path], shape: Shape, rng: np.random.Generator) -> Image.Image:
-    """For each image as it is, its foreground, a mask, the synthetic defect: beside each other, or below, if they are
-    wide."""
-    blocks = []
-    for path in files:
-        image = read_image(path, shape)
-        other = read_image(files[rng.integers(len(files))], shape)
-        anomalous, mask, _ = synthesize(image, rng, other)
-        panels = [draw.as_bytes(panel) for panel in (image, foreground(image), mask, anomalous)]
-        if draw.is_wide(Image.fromarray(panels[0])):
-            blocks.append(Image.fromarray(np.vstack([np.pad(panel, BELOW, constant_values=255) for panel in panels])))
-        else:
-            blocks.append(draw.beside_each_other(panels))
-    return draw.below_each_other(blocks)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
-    parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
-    parser.add_argument("--out", type=Path, default=Path("synthetic.png"), help="(synthetic.png)")
-    parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    args = parser.parse_args(arguments)
-    check_size(args.size)
-    rng = np.random.default_rng(args.seed)
-    files = data.list_images(data.good_folder(args.folder, "FOLDER"))
-    chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
-    shape = as_shape(input_size(args.size, files))
-    draw.save_picture(args.out, sheet(chosen, shape, rng))
-    if line := told(files, shape):
-        print(line)
-    print(f"wrote {args.out}: image, foreground, mask, synthetic defect")
+    from kit.demo import draw_sheet  # here, since training needs none of it
+
+    draw_sheet(synthesize, foreground, arguments)
 
 
 if __name__ == "__main__":

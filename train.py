@@ -1,7 +1,7 @@
 """Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
-from command_line import training_options
+from kit.command_line import refuse_without_effect, training_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
@@ -19,24 +19,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from defaults import OPTIONS
-from kit import data, draw, runs, shapes
+from kit import data, draw, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
-from kit.corrections import Corrections, read_corrections
-from kit.defects import Defect, fingerprints, list_defects
 from kit.demo import draw_demo
 from kit.detector import Detector, read_checkpoint
-from kit.files import held, write_atomically, write_table, write_text
-from kit.good import GoodImages, held_out_count, split
-from kit.images import read_region, shape_in_file
+from kit.files import (
+    MODEL,
+    STATE,
+    OwnFiles,
+    check_out,
+    checkpoint_of,
+    epoch_file,
+    held,
+    remove_measured,
+    remove_stale,
+    write_atomically,
+    write_table,
+    write_text,
+)
+from kit.good import Defect, GoodImages, held_out_count, split
+from kit.images import read_region
 from kit.inspection import Inspection, usable
 from kit.measuring import report, results_table
-from kit.options import refuse_without_effect
-from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
-from kit.settings import FALSE_ALARM, Settings
-from kit.sizes import Shape, as_shape
+from kit.real_defects import fingerprints, list_defects
+from kit.report import Corrections, read_corrections
+from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
 from methods import METHODS, load
 
@@ -93,7 +102,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
     finish(model, good, run)
-    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
+    print(f"wrote {run.out / MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
@@ -117,7 +126,7 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
 
 def resumable(run: Run, args: argparse.Namespace) -> dict | None:
     """The checkpoint that --resume goes on from, if it is given and there is one."""
-    path = runs.checkpoint_of(run.out)
+    path = checkpoint_of(run.out)
     return read_checkpoint(path) if args.resume and path.exists() else None
 
 
@@ -128,11 +137,11 @@ def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: 
     if log:
         write_log(own, log)
     progress = epoch.progress | {"log": log, "files": names(run)}
-    write_atomically(own.claim(runs.STATE), lambda to: model.save(to, progress))
+    write_atomically(own.claim(STATE), lambda to: model.save(to, progress))
     if epoch.number == 0:
-        runs.remove_stale(run.out)
+        remove_stale(run.out)
     elif keep_epochs:
-        write_atomically(own.claim(runs.epoch_file(epoch.number)), model.save)
+        write_atomically(own.claim(epoch_file(epoch.number)), model.save)
 
 
 def rounded(losses: dict[str, float]) -> dict[str, float]:
@@ -159,9 +168,9 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
         return
     own = OwnFiles(run.out, "trained")
     show_suspects(model, own)
-    write_atomically(own.claim(runs.MODEL), model.save)
-    own.remove([runs.STATE])  # nothing to resume
-    runs.remove_measured(run.out)  # what was measured was another epoch
+    write_atomically(own.claim(MODEL), model.save)
+    own.remove([STATE])  # nothing to resume
+    remove_measured(run.out)  # what was measured was another epoch
 
 
 def names(run: Run) -> list[str]:
@@ -217,7 +226,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / category.resolve().name / f"seed{seed}" if several else out
-            runs.check_out(target, category, read_folders, args.resume)
+            check_out(target, category, read_folders, args.resume)
             size = shapes.input_size(options["size"], files)
             settings = OPTIONS[args.method].settings(
                 seed=seed,
@@ -247,7 +256,7 @@ def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -
     another shape than they have."""
     if mask is None:
         return None
-    shape, usual = shape_in_file(mask), shapes.usual_shape(files)
+    shape, usual = shapes.shape_in_file(mask), shapes.usual_shape(files)
     if shape and usual and shapes.is_other(shape, usual):
         raise InputError(
             f"--roi {mask}: is {shape[1]} x {shape[0]}, and the good images are {usual[1]} x {usual[0]}; mark in "
@@ -268,13 +277,13 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         raise InputError(f"{flag}: is of one category, and --data {args.data} has several; train that one by itself")
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
-    if args.weights and args.resume and all(runs.checkpoint_of(run.out).exists() for run in planned):
+    if args.weights and args.resume and all(checkpoint_of(run.out).exists() for run in planned):
         refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
     if several:
         mine = planned[processes.rank :: processes.count]
         if not args.resume:
             for run in mine:
-                runs.remove_measured(run.out)  # or another process could take old figures for new ones
+                remove_measured(run.out)  # or another process could take old figures for new ones
         if processes.count > 1:
             dist.barrier()  # all have planned, before one changes what the others look at
         for run in mine:
@@ -295,14 +304,14 @@ def measured(run: Run) -> dict | None:
     if not path.exists():
         return None
     metrics = json.loads(path.read_text())
-    expected = {"checkpoint": runs.MODEL, "data": run.settings.data, "false_alarm": FALSE_ALARM}
+    expected = {"checkpoint": MODEL, "data": run.settings.data, "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or it has been done."""
     if data.has_tests(run.category) and measured(run) is None:
-        checkpoint = run.out / runs.MODEL
+        checkpoint = run.out / MODEL
         model = load(checkpoint, args.device)
         report(Inspection(model, checkpoint, run.out, FALSE_ALARM, bool(args.skip_bad)), run.category)
 
@@ -338,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or Path("runs", "demo" if args.is_demo else args.data.resolve().name)
     if args.is_demo:
         args.data = out / "data" / "demo"
-        runs.check_out(out, args.data, [], args.resume)  # before anything is drawn into it
+        check_out(out, args.data, [], args.resume)  # before anything is drawn into it
         if processes.first:
             draw_demo(args.data)
         if processes.count > 1:

@@ -33,11 +33,10 @@ from matplotlib.colors import SymLogNorm
 from PIL import Image
 
 import clflow
-import nearest
 import synth
+from bank import Prototypes
 from benchmarks import toy
 from clflow import CLFlow
-from defaults import CLFlowSettings, NearestSettings
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
 from kit import data, draw
 from kit.backbone import as_rows
@@ -47,7 +46,9 @@ from kit.images import load_image, read_image, read_mask
 from kit.measuring import judge_tests, measure
 from kit.metrics import image_metrics
 from kit.processes import ALONE
-from nearest import Nearest, Prototypes
+from kit.settings import CLFlowSettings, NearestSettings
+from methods import nearest
+from methods.nearest import Nearest
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
@@ -139,7 +140,7 @@ show({"a crack": image, **maps})
 # %% [markdown]
 # ## 3 The bank: what normal rows look like
 #
-# The simplest comparison is with the nearest normal row. All of them would be too many, so `nearest.covering` chooses
+# The simplest comparison is with the nearest normal row. All of them would be too many, so `bank.covering` chooses
 # *prototypes* p that cover the others: always the row next that is farthest from all that are chosen. These are the
 # bank. How far a new row is from its nearest prototype, d = ‖y − p‖, is a detector already.
 

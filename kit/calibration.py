@@ -1,8 +1,9 @@
 """The scores of normal images, from which thresholds come, and the odd ones among them."""
 
 import itertools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from kit import data, draw
 from kit.detector import Detector
+from kit.files import OwnFiles
 from kit.good import GoodImages
 from kit.images import load_image, photograph
-from kit.owned import OwnFiles
-from kit.progress import counted
+from kit.processes import counted
 from kit.verdict import odd_ones
 
 FOLDS = 3  # in which the good images are divided for the calibration
@@ -23,6 +24,8 @@ FEW = 20  # images, among which a series cannot be told
 LIMIT = 1000  # images at most that a threshold comes from, beside the held-out ones
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
+TENTHS = 10
+ASKED = 40  # images, whether those that follow each other are alike
 
 
 class AsNew:
@@ -50,6 +53,20 @@ class AsNew:
         if self.is_series:
             return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
         return torch.tensor([number])
+
+    def all_scores(
+        self,
+        model: Detector,
+        fit_without: Callable[[int], None] = lambda fold: None,
+        known: Callable[[int], list[Tensor] | None] = lambda number: None,
+    ) -> dict[int, Tensor]:
+        """The `scores` of all blocks, one after the other. `fit_without` trains the model without the images of a
+        block; what is not trained needs none."""
+        scores = {}
+        for fold in range(FOLDS):
+            fit_without(fold)
+            scores |= self.scores(model, fold, known)
+        return scores
 
     @torch.no_grad()
     def scores(
@@ -90,6 +107,26 @@ class AsNew:
                 f"{different} different ones. Each was judged without its neighbours, and the threshold is no surer "
                 f"than {different} images make it; good images from other days would help"
             )
+
+
+@torch.no_grad()
+def alike_in_order(model: Detector, files: Sequence[Path], rows: Tensor, images: Tensor) -> float:
+    """How much more alike good images are that follow each other by name: how many times as often as by chance the
+    prototypes that are nearest to an image, its own left out, come from its own tenth of the `files`. 1 where the names
+    tell nothing. Some of the images are asked, by those of the rows y (N, C) that have their numbers (N,)."""
+    tenth = blocks(files, TENTHS)
+    origin = model.prototypes.origin.cpu()
+    found, expected = 0.0, 0.0
+    for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
+        mine = rows[(images == number).to(rows.device)].float()
+        if not len(mine):  # of very many images
+            continue
+        index = model.prototypes.nearest(mine, 1, model.dtype, torch.tensor([number])).cpu()
+        is_near = tenth[origin] == tenth[number]
+        others = origin != number
+        found += float(is_near[index].float().mean())
+        expected += float((is_near & others).sum() / others.sum().clamp(min=1))
+    return found / max(expected, 1e-6)
 
 
 def blocks(files: list[Path], count: int) -> Tensor:

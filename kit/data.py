@@ -11,7 +11,7 @@ import torch
 
 from kit.errors import InputError
 from kit.images import SUFFIXES, read_image
-from kit.sizes import Shape
+from kit.settings import Shape
 from kit.windows import at_once
 
 Item = TypeVar("Item")

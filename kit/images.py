@@ -150,20 +150,6 @@ def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def shape_in_file(path: Path) -> tuple[int, int] | None:
-    """(H, W) of an image file after its EXIF rotation, without decoding it; None if it cannot be read."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            try:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
-            except Exception:  # see `turned`
-                is_turned = False
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
-    return (width, height) if is_turned else (height, width)
-
-
 def marked(mask: Image.Image) -> np.ndarray:
     """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
     labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""

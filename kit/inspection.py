@@ -12,12 +12,18 @@ from PIL import Image
 from kit import data, draw, shapes
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import FORMULA_GUARD, GrowingTable, column, held, plain_cell, write_text
+from kit.files import (
+    FORMULA_GUARD,
+    GrowingTable,
+    OwnFiles,
+    column,
+    held,
+    plain_cell,
+    refuse_inside,
+    write_text,
+)
 from kit.images import load_image, named, photograph, shape_of, turned
-from kit.options import refuse_inside
-from kit.owned import OwnFiles
-from kit.processes import ALONE, Processes
-from kit.progress import clear, counted
+from kit.processes import ALONE, Processes, clear, counted
 from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once

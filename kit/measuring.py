@@ -10,16 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics, shapes, sizes
-from kit.defects import is_among
+from kit import data, draw, metrics, shapes
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import held, write_text
+from kit.files import OwnFiles, held, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
 from kit.inspection import Inspection, usable
-from kit.owned import OwnFiles
-from kit.processes import Processes
-from kit.progress import counted
+from kit.processes import Processes, counted
+from kit.real_defects import is_among
 from kit.report import Entry, save_views, write_page
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
@@ -151,7 +149,7 @@ def report(work: Inspection, category: Path) -> None:
 
 def size_of(settings: Settings) -> int | str:
     """What --size would take."""
-    return settings.size if isinstance(settings.size, int) else sizes.as_text(settings.size)
+    return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
 
 
 def as_text(value: object) -> str:

@@ -10,9 +10,8 @@ import numpy as np
 
 from kit import data, shapes
 from kit.errors import InputError
-from kit.files import column, held, plain_cell
+from kit.files import column, held, plain_cell, refuse_inside
 from kit.inspection import Inspection, Judgements, judge_files, name_below, print_drift
-from kit.options import refuse_inside
 from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds

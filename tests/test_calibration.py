@@ -12,12 +12,12 @@ from PIL import Image
 
 import evaluate
 import train
-from defaults import NearestSettings
 from kit import calibration, data
 from kit.demo import draw_button, write_png
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import Processes
+from kit.settings import NearestSettings
 from methods import load
 
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]

@@ -14,7 +14,7 @@ from helpers import SMALL, call, mask_of, refuse, script, visible
 from PIL import Image
 
 import evaluate
-from kit import data, files, owned
+from kit import data, files
 from kit.measuring import judge_tests
 from kit.processes import ALONE
 from methods import load
@@ -322,7 +322,7 @@ def test_no_name_in_a_table_or_list_leads_out_of_the_folder(run, category, tmp_p
     call(evaluate.main, run, "--images", chip, "--out", out)
     with open(out / "scores.csv", "a") as file:
         file.write(f"../outside,1,0,,,,\n{tmp_path / 'outside'},1,0,,,,\n")
-    with open(out / owned.LIST, "a") as file:
+    with open(out / files.LIST, "a") as file:
         file.write(f'["judged", "../outside.png"]\n["judged", "{outside}"]\n')
     call(evaluate.main, run, "--images", chip, "--out", out)
     assert outside.exists() and len((out / "scores.csv").read_text().splitlines()) == 2

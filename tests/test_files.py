@@ -5,11 +5,10 @@ import csv
 import pytest
 import torch
 
-from kit import owned, runs
+from kit import files
 from kit.detector import FORMAT
 from kit.errors import InputError
-from kit.files import GrowingTable, plain_cell, write_atomically, write_table
-from kit.owned import OwnFiles
+from kit.files import GrowingTable, OwnFiles, plain_cell, write_atomically, write_table
 
 
 @pytest.mark.parametrize(
@@ -74,29 +73,29 @@ def checkpoint(path, data) -> None:
 
 def test_what_a_new_run_may_not_write_over(tmp_path):
     mine, other, out = tmp_path / "a" / "good", tmp_path / "b" / "good", tmp_path / "runs" / "good"
-    runs.check_out(out, mine, [mine], resume=False)  # nothing there
+    files.check_out(out, mine, [mine], resume=False)  # nothing there
     checkpoint(out / "model.pt", mine)
-    runs.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
+    files.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
     with pytest.raises(InputError, match=f"a run of .*{mine.parent.name}"):
-        runs.check_out(out, other, [other], resume=False)
+        files.check_out(out, other, [other], resume=False)
     checkpoint(out / "state.pt", mine)
-    runs.check_out(out, mine, [mine], resume=True)
+    files.check_out(out, mine, [mine], resume=True)
     with pytest.raises(InputError, match="stopped run.*--resume"):
-        runs.check_out(out, mine, [mine], resume=False)
+        files.check_out(out, mine, [mine], resume=False)
     for inside in (mine, mine / "runs"):
         with pytest.raises(InputError, match="whose images are read"):
-            runs.check_out(inside, mine, [mine], resume=False)
+            files.check_out(inside, mine, [mine], resume=False)
     torch.save({"format": 3}, out / "state.pt")
     with pytest.raises(InputError, match="format 3.*--out"):
-        runs.check_out(out, mine, [mine], resume=False)
+        files.check_out(out, mine, [mine], resume=False)
 
 
 def test_the_state_of_an_unfinished_training_counts(tmp_path):
     (tmp_path / "model.pt").touch()
-    assert runs.checkpoint_of(tmp_path).name == "model.pt"
+    assert files.checkpoint_of(tmp_path).name == "model.pt"
     (tmp_path / "state.pt").touch()
-    assert runs.checkpoint_of(tmp_path).name == "state.pt"
-    assert runs.checkpoint_of(tmp_path / "model.pt").name == "model.pt"
+    assert files.checkpoint_of(tmp_path).name == "state.pt"
+    assert files.checkpoint_of(tmp_path / "model.pt").name == "model.pt"
 
 
 def test_stale_files_are_removed_and_others_stay(tmp_path):
@@ -108,9 +107,9 @@ def test_stale_files_are_removed_and_others_stay(tmp_path):
     for path in (*ours, other.claim("metrics.json"), *(tmp_path / name for name in mine)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    runs.remove_stale(tmp_path)
+    files.remove_stale(tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*mine, "state.pt", owned.LIST}
+    assert left == {*mine, "state.pt", files.LIST}
     assert not (tmp_path / "pictures" / "crack").exists() and not (tmp_path / "tests" / "b").exists()
 
 
@@ -119,7 +118,7 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
     with pytest.raises(InputError, match="model.pt.*did not write.*another --out"):
         OwnFiles(tmp_path, "trained").claim("model.pt")
     OwnFiles(tmp_path, "trained").claim("log.csv").touch()
-    (tmp_path / owned.LIST).open("a").write('["trained", "mod')  # cut off by a kill
+    (tmp_path / files.LIST).open("a").write('["trained", "mod')  # cut off by a kill
     OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, whatever wrote it
     OwnFiles(tmp_path, "trained").remove_all()
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()

@@ -1,27 +1,25 @@
-"""Real defects that a user gives beside the good images: their files and masks, copies of them, and how they are known
-again. Images are numpy, (H, W, 3) float32 in [0, 1], masks (H, W) bool."""
+"""Real defects that a user gives beside the good images: their files and masks, copies of them, their rows, and how
+they are known again. Images are numpy, (H, W, 3) float32 in [0, 1], masks (H, W) bool."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kit import data
+from kit.detector import Detector, side_of
 from kit.errors import InputError
+from kit.good import Defect, to_tensor
+from kit.images import read_image, read_mask
+from kit.processes import counted
+from kit.rows import touches
 
 COPIES = 8  # of each defect, with itself
 SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
 LIGHT = 0.1  # brighter or darker by this share at most
-
-
-@dataclass(frozen=True)
-class Defect:
-    """The file of an image with a defect, and its mask's, None where nobody has drawn one."""
-
-    path: Path
-    mask: Path | None
 
 
 def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
@@ -62,6 +60,58 @@ def copies(
         light = rng.uniform(1 - LIGHT, 1 + LIGHT)
         moved = padded[part][::down, ::across] * light
         yield np.ascontiguousarray(moved.clip(0, 1), dtype=np.float32), padded_mask[part][::down, ::across].copy()
+
+
+# ---------------------------------------------------------------- rows w (A, K)
+
+
+def real_rows(model: Detector, defects: list[Defect], count: int, first_training: Callable[[], None]) -> Tensor:
+    """Rows w (A, K) of real defects, about `count` of them with their copies: where their masks are, or where they
+    stand out after a first training."""
+    untrained = model.flow, model.classifier
+    if not all(defect.mask for defect in defects):
+        print("a first training, to find where the defects without masks are", flush=True)
+        first_training()
+    rows = defect_rows(model, defects, count)
+    model.flow, model.classifier = untrained
+    return rows
+
+
+@torch.no_grad()
+def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
+    """Rows w (A, K) of real defects and of some copies of each, less of many; with half the bits. They are of no good
+    image: so they are seen from all prototypes. Raises InputError if nothing is marked on any of the defects."""
+    each = max(1, min(COPIES, count // len(defects)))
+    rng = np.random.default_rng(model.settings.seed)
+    rows, outside = [], []
+    for defect in counted(defects, "features of real defects", len(defects)):
+        image = read_image(defect.path, model.shape)
+        mask = whereabouts(model, defect, image)
+        if not mask.any():
+            outside.append(defect.path.name)
+            continue
+        for copied, where_it_is in copies(image, mask, each, rng):
+            w = model.encode(to_tensor(copied[None]))
+            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
+            rows.append(w.permute(0, 2, 3, 1)[touched].half())
+    if outside:
+        print(f"nothing is marked, in the region of interest, on {len(outside)} defects: {', '.join(outside)}")
+    if not rows:
+        raise InputError("--defects: not one of them has anything marked in the region of interest")
+    return torch.cat(rows)
+
+
+def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
+    """Where a defect is in its image (H, W, 3), in the region of interest: by its mask; or, if it has none, where the
+    model's map stands out most. (H, W) bool. That is its highest thousandth, of 384 x 384 pixels at most: what else is
+    above the level of good images is half of it beside the defect (on screws; of the highest thousandth a sixth)."""
+    roi = model.roi.cpu().numpy()
+    if defect.mask:
+        return read_mask(defect.mask, model.shape) & roi
+    maps, _ = model(to_tensor(image[None]))
+    heat = np.where(roi, maps[0].cpu().numpy(), -np.inf)
+    count = max(1, round(side_of(model.pixels) ** 2 / 1000))
+    return (heat >= np.sort(heat, axis=None)[-count]) & roi
 
 
 # ---------------------------------------------------------------- known again
