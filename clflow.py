@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,19 +20,17 @@ from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.processes import Processes, counted
-from kit.search import CHUNK, search_parts
+from kit.search import search_parts, seen_at_once
 from kit.settings import CLFlowSettings
 from kit.training import Descent, Epoch, seed_epoch, shared
 from synth import synthesize
 
 if TYPE_CHECKING:  # what only training needs is imported by `train`
-    from kit.calibration import AsNew
     from kit.good import GoodImages
     from kit.rows import Feed
 
 HIDDEN = 1024  # units of the classifier
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
-SEEN = 2**14  # rows of a training that are seen from the bank at once, where it is searched in cells
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
 STEPS_PER_EPOCH = 100
@@ -186,7 +183,7 @@ class CLFlow(Detector):
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
         without the prototypes of its own image, as those of a new image will be."""
-        count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
+        count = seen_at_once(rows.device)
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
 
@@ -290,13 +287,13 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
-    from kit.calibration import FOLDS, AsNew, alike_in_order  # here: a program that only judges needs none of these
+    from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
     from kit.good import Painter
     from kit.real_defects import real_rows
     from kit.rows import Feed, candidates, good_rows, held_out_codes, painted_rows
 
     settings = model.settings
-    painter = Painter(good, paint, model)
+    painter = Painter(good, partial(synthesize, defects=TOGETHER), model)
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
@@ -310,20 +307,33 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     feed = Feed(model, normal, painted_rows(model, painter, PAINTED // TOGETHER))
     del normal, some  # the feed has what it needs of them: up to a gigabyte
 
-    # Rows of real defects, if any are given.
     held_out = held_out_codes(model, good)
+
+    def calibrate() -> None:
+        """The calibration on the held-out images, from their maps w."""
+        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
+
+    def learn_anew(feed: "Feed", number: int, what: str) -> None:
+        """Another training, which has this number, in place of the present one, and the calibration after it."""
+        seed_epoch(settings.seed, settings.epochs + 1 + number)
+        model.renew_experts()
+        for _ in epochs(model, feed, good.processes, what=what):
+            pass
+        calibrate()
+
+    # Rows of real defects, if any are given.
     if good.defects:
-        first_training = partial(learn_anew, model, feed, held_out, good, FOLDS, "first training, epoch")
+        first_training = partial(learn_anew, feed, FOLDS, "first training, epoch")
         feed = feed.beside(real_rows(model, good.defects, PAINTED, first_training))
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
-        calibrate(model, held_out, good)
+        calibrate()
         yield epoch
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    calibrate_as_new(model, feed, held_out, AsNew(good, settings.seed, alike))
+    calibrate_as_new(model, feed, AsNew(good, settings.seed, alike), learn_anew, calibrate)
 
 
 def epochs(
@@ -343,46 +353,3 @@ def epochs(
         for _ in counted(range(STEPS_PER_EPOCH), f"{what} {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
             steps.append(descent.step(losses(*feed.draw(batch))))
         yield descent.epoch(number, steps, processes)
-
-
-def learn_anew(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: "GoodImages", number: int, what: str) -> None:
-    """Another training, which has this number, in place of the present one, and the calibration after it."""
-    seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
-    model.renew_experts()
-    for _ in epochs(model, feed, good.processes, what=what):
-        pass
-    calibrate(model, held_out, good)
-
-
-def paint(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
-    """What training paints on an image: `synthesize`, with TOGETHER defects."""
-    return synthesize(image, rng, other, roi, TOGETHER)
-
-
-# ---------------------------------------------------------------- the calibration
-
-
-def calibrate(model: CLFlow, held_out: list[Tensor], good: "GoodImages") -> None:
-    """The calibration on the held-out images, from their maps w."""
-    model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
-
-
-def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], as_new: "AsNew") -> None:
-    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
-    classifier that the others have taught."""
-    trained = model.flow, model.classifier
-
-    def known(number: int) -> list[Tensor] | None:
-        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
-        code = None if as_new.is_series else feed.code(number)
-        return None if code is None else model.experts(code)
-
-    def fit_without(fold: int) -> None:
-        learn_anew(model, feed.only(as_new.fold != fold), held_out, as_new.good, fold, f"third {fold + 1}, epoch")
-
-    scores = as_new.all_scores(model, fit_without, known)
-    model.flow, model.classifier = trained
-    calibrate(model, held_out, as_new.good)
-    as_new.settle(model, scores)

@@ -1,6 +1,6 @@
 """Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To see some: python synth.py FOLDER
 
-Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and foreground are our reconstruction.
+Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sources are our reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from kit.detector import side_of
 from kit.errors import run_script
+from kit.images import foreground
 
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 REACH = 6  # pixels, of the filter that softens a mask's rim
@@ -155,30 +156,6 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
-
-
-# ---------------------------------------------------------------- where the object is
-
-
-def foreground(image: np.ndarray) -> np.ndarray:
-    """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
-    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
-    border = np.ones(image.shape[:2], dtype=bool)
-    border[8:-8, 8:-8] = False
-    distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3, dtype=np.float32)
-    far = distance > otsu(distance)
-    if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
-        return np.ones_like(far)
-    return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
-
-
-def otsu(values: np.ndarray, bins: int = 64) -> float:
-    """Otsu's threshold: it splits `values` into two classes of the greatest variance between them."""
-    counts, edges = np.histogram(values, bins=bins)
-    share = np.cumsum(counts) / counts.sum()  # of the lower class, for each possible threshold
-    mean = np.cumsum(counts * edges[1:]) / counts.sum()
-    between = (mean[-1] * share - mean) ** 2 / np.maximum(share * (1 - share), 1e-9)
-    return edges[np.argmax(between) + 1]
 
 
 # ---------------------------------------------------------------- what the defect looks like

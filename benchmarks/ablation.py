@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from kit.processes import ALONE  # noqa: E402
 from kit.rows import Feed, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -60,9 +62,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    painted = painted_rows(
-        model, Painter(GoodImages([], files), clflow.paint, model), clflow.PAINTED // clflow.TOGETHER
-    )
+    painter = Painter(GoodImages([], files), partial(synthesize, defects=clflow.TOGETHER), model)
+    painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])

@@ -244,7 +244,7 @@ plt.show()
 # %% [markdown]
 # On one scale the defects lie to the left of the busy kind's normal rows: no threshold can find them. On the local
 # scale both normal kinds fall upon each other, and the defects stand out. So everything from here on sees a row from
-# its prototype, r = (y − p) / σ_p (`clflow.CLFlow.relative`). What it is worth on the demo, and where there is more
+# its prototype, r = (y − p) / σ_p (`bank.Prototypes.relative`). What it is worth on the demo, and where there is more
 # to gain, is in part 8.
 
 # %% [markdown]

@@ -16,6 +16,7 @@ from kit.files import OwnFiles
 from kit.good import GoodImages
 from kit.images import load_image, photograph
 from kit.processes import counted
+from kit.rows import Feed
 from kit.verdict import odd_ones
 
 FOLDS = 3  # in which the good images are divided for the calibration
@@ -107,6 +108,32 @@ class AsNew:
                 f"{different} different ones. Each was judged without its neighbours, and the threshold is no surer "
                 f"than {different} images make it; good images from other days would help"
             )
+
+
+def calibrate_as_new(
+    model: Detector,
+    feed: Feed,
+    as_new: AsNew,
+    learn_anew: Callable[[Feed, int, str], None],
+    calibrate: Callable[[], None],
+) -> None:
+    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
+    classifier that the others have taught. `learn_anew(feed, number, what)` is another training and the calibration on
+    the held-out images after it; `calibrate()` is that calibration alone."""
+    trained = model.flow, model.classifier
+
+    def known(number: int) -> list[Tensor] | None:
+        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
+        code = None if as_new.is_series else feed.code(number)
+        return None if code is None else model.experts(code)
+
+    def fit_without(fold: int) -> None:
+        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
+
+    scores = as_new.all_scores(model, fit_without, known)
+    model.flow, model.classifier = trained
+    calibrate()
+    as_new.settle(model, scores)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ SKETCH = 64  # random directions in which the bank is chosen
 FARTHEST = 1024  # rows, among which the next ones for the bank are sought
 CHUNK = 4096  # rows whose distances to the bank are held at once
 GROUP = 32  # prototypes, of which the best is sought first
+SEEN = 2**14  # the same, where a bank is searched in cells
 CELL = 128  # prototypes of a cell, in the mean
 LOOKED_INTO = 4  # cells
 LOOKED_INTO_IF_FAR = 16  # cells, of a row that is far from what it finds in the first few
@@ -179,6 +180,11 @@ def search_parts(height: int, width: int) -> int:
     many rows as eight lines of every map have, where that divides the height, less of long ones. With parts of one
     line, a single square image takes 1.7 times as long."""
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
+
+
+def seen_at_once(device: torch.device) -> int:
+    """Of how many rows the nearest prototypes are to be sought at once."""
+    return SEEN if device.type == "cpu" else CHUNK  # there all products with the bank are held at once
 
 
 # ---------------------------------------------------------------- the choice of a bank

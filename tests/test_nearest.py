@@ -11,7 +11,7 @@ from scipy.spatial import distance
 
 import evaluate
 import train
-from bank import Prototypes
+from bank import Prototypes, covering
 from kit import data, search
 from kit.backbone import BACKBONES
 from kit.errors import InputError
@@ -35,16 +35,36 @@ def prototypes(bank) -> Prototypes:
     return found
 
 
-@pytest.mark.parametrize("exports", [False, True])
-def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, exports):
+@pytest.mark.parametrize("fast, exports", [(False, False), (True, False), (True, True)])
+def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, fast, exports):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
     rows, bank = RNG.random((52, 7)) + 100, RNG.random((40, 7)) + 100
     mine = prototypes(bank)
+    mine.fast = fast
     found = torch.from_numpy(np.float32(rows))
     index = mine.nearest(found, 4, torch.float32)
     expected = distance.cdist(rows, bank)
     assert np.array_equal(index, expected.argmin(axis=1))
     assert np.allclose(mine.away(found, index).norm(dim=1), expected.min(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("exports", [False, True])
+def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
+    """On the same bank, whatever is left out: nothing, some images, each row's own, or all images, which is none."""
+    monkeypatch.setattr(search, "CELL", 64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
+    bank, rows = clustered(2000, 600)
+    mine = prototypes(bank)
+    mine.origin = torch.arange(2000) % 5
+    own = torch.arange(600) % 5
+    for without in (None, torch.tensor([1, 3]), own[:, None], torch.arange(5)):
+        mine.fast = True
+        fast = mine.nearest(rows, 10, torch.float32, without)
+        mine.fast = False
+        plain = mine.nearest(rows, without=without)
+        assert (fast == plain).float().mean() > 0.99
+        if without is not None and len(without) != 5:
+            assert (mine.origin[plain][:, None] != without).all()
 
 
 def test_half_the_bits_find_one_that_is_as_near():
@@ -159,6 +179,12 @@ def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch, farthest):
         to_chosen = distance.cdist(rows, rows[chosen]).min(axis=1)
         chosen.append(int(np.argmax(to_chosen)))
     assert search.covering(rows, 40, torch.Generator()).tolist() == chosen
+    assert covering(rows, 40).tolist() == chosen
+    plain = Prototypes(4, fast=False)
+    plain.fit(rows, torch.arange(300), 40, torch.Generator())
+    assert sorted(plain.origin.tolist()) == sorted(chosen)
+    between = np.sort(distance.cdist(rows[plain.origin], rows[chosen]), axis=1)
+    assert np.allclose(between[:, 1:6].mean(axis=1), plain.spacing, rtol=1e-3)
 
 
 def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
