@@ -23,7 +23,6 @@ from kit.processes import Processes, counted
 from kit.search import search_parts, seen_at_once
 from kit.settings import CLFlowSettings
 from kit.training import Descent, Epoch, seed_epoch, shared
-from synth import synthesize
 
 if TYPE_CHECKING:  # what only training needs is imported by `train`
     from kit.good import GoodImages
@@ -291,6 +290,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     from kit.good import Painter
     from kit.real_defects import real_rows
     from kit.rows import Feed, candidates, good_rows, held_out_codes, painted_rows
+    from synth import synthesize
 
     settings = model.settings
     painter = Painter(good, partial(synthesize, defects=TOGETHER), model)

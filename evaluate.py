@@ -36,7 +36,7 @@ from kit.files import (
     write_text,
 )
 from kit.images import read_image
-from kit.inspection import Inspection, judge_new, sentence, usable
+from kit.inspection import Inspection, judge_new, sentence
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
 from kit.verdict import Thresholds, basis
@@ -80,7 +80,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
     model = work.model
-    files = usable(data.list_images(folder, subfolders=True), work.skip_bad)
+    files = data.usable(data.list_images(folder, subfolders=True), work.skip_bad)
     if len(files) < 2:
         raise InputError(f"--recalibrate {folder}: {len(files)} images there; give at least 2 good ones, better 50")
     taken = recalibrate(model, files)

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
-from kit.demo import draw_demo
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -40,11 +39,8 @@ from kit.files import (
 )
 from kit.good import Defect, GoodImages, held_out_count, split
 from kit.images import read_region
-from kit.inspection import Inspection, usable
-from kit.measuring import report, results_table
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
-from kit.real_defects import fingerprints, list_defects
-from kit.report import Corrections, read_corrections
+from kit.real_defects import Corrections, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
 from methods import METHODS, load
@@ -221,7 +217,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(data.list_images(folder), [defect.path for defect in defects])
-        files = usable(files, args.skip_bad)
+        files = data.usable(files, args.skip_bad)
         if len(files) < 2:
             raise InputError(f"--data {category}: one good image is not enough; training takes two, and better twenty")
         for seed in range(args.seed, args.seed + args.seeds):
@@ -247,7 +243,7 @@ def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[De
     found = list_defects(args.defects, args.defect_masks) if args.defects else []
     there = {defect.path.resolve() for defect in found}
     found += [Defect(path, None) for path in corrections.missed if path.resolve() not in there]
-    good = set(usable([defect.path for defect in found], args.skip_bad))
+    good = set(data.usable([defect.path for defect in found], args.skip_bad))
     return [defect for defect in found if defect.path in good]
 
 
@@ -310,6 +306,9 @@ def measured(run: Run) -> dict | None:
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or it has been done."""
+    from kit.inspection import Inspection  # here, since training alone needs none of it
+    from kit.measuring import report
+
     if data.has_tests(run.category) and measured(run) is None:
         checkpoint = run.out / MODEL
         model = load(checkpoint, args.device)
@@ -318,6 +317,8 @@ def evaluate_run(run: Run, args: argparse.Namespace) -> None:
 
 def write_results(planned: list[Run], out: Path) -> None:
     """results.json, the metrics of all runs, and table.md; by the process that finishes last and so finds them all."""
+    from kit.measuring import results_table
+
     rows = [measured(run) for run in planned]
     if not rows or None in rows:
         return
@@ -332,7 +333,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
         return []
-    textures = usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
+    textures = data.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
     if not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     return textures
@@ -346,6 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.device = pick_device(args.device, processes.local_rank)
     out = args.out or Path("runs", "demo" if args.is_demo else args.data.resolve().name)
     if args.is_demo:
+        from kit.demo import draw_demo
+
         args.data = out / "data" / "demo"
         check_out(out, args.data, [], args.resume)  # before anything is drawn into it
         if processes.first:

@@ -657,7 +657,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # first number is below zero: there are 2.
 #
 # **5 Another synthesizer.** (part 1) Write `cut_and_paste(image, rng, other, roi, defects)`, which pastes rectangles of
-# the image elsewhere, and train with it in the place of `clflow.synthesize`. *Expect* 0.936 of the classifier alone,
+# the image elsewhere, and train with it in the place of `synth.synthesize`. *Expect* 0.936 of the classifier alone,
 # 0.899 together. *Test:* outside the mask nothing changes, and the box holds all of the mask.
 #
 # **6 A defect that it cannot see.** (part 7) Measure `near` kind by kind, each against the good test images; and

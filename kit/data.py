@@ -73,6 +73,20 @@ def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
     return good, complaints
 
 
+def print_skipped(complaints: list[str], images: int) -> None:
+    for count, complaint in enumerate(complaints, start=1):
+        print(f"skipped {count} of {images} images: {complaint}")
+
+
+def usable(files: list[Path], skip_bad: bool) -> list[Path]:
+    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
+    if not skip_bad:
+        return files
+    good, complaints = readable(files)
+    print_skipped(complaints, len(files))
+    return good
+
+
 def by_stem(files: list[Path]) -> dict[str, Path]:
     """Files by stem, less a `_mask` at its end. Raises InputError if two have the same."""
     found: dict[str, Path] = {}

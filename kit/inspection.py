@@ -60,20 +60,6 @@ class Inspection:
         }
 
 
-def print_skipped(complaints: list[str], images: int) -> None:
-    for count, complaint in enumerate(complaints, start=1):
-        print(f"skipped {count} of {images} images: {complaint}")
-
-
-def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
-    if not skip_bad:
-        return files
-    good, complaints = data.readable(files)
-    print_skipped(complaints, len(files))
-    return good
-
-
 class Judgements:
     """What a call writes into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
 
@@ -142,7 +128,7 @@ def judge_new(work: Inspection, images: Path) -> None:
     print_drift(work.model, np.array([entry.score for entry in entries]))
     if complaints and not work.skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
-    print_skipped(complaints, len(files))
+    data.print_skipped(complaints, len(files))
 
 
 def new_images(images: Path, out: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles, held, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
-from kit.inspection import Inspection, usable
+from kit.inspection import Inspection
 from kit.processes import Processes, counted
 from kit.real_defects import is_among
 from kit.report import Entry, save_views, write_page
@@ -84,7 +84,7 @@ def measure(judged: Judged) -> dict[str, float | None]:
 def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
     tests = data.labelled_images(category)
-    good = set(usable([test.path for test in tests], skip_bad))
+    good = set(data.usable([test.path for test in tests], skip_bad))
     if not good:
         raise InputError(f"--data {category}: not one of its test images can be read")
     return [test for test in tests if test.path in good]

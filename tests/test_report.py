@@ -15,7 +15,8 @@ import evaluate
 from kit.draw import LARGE
 from kit.files import OwnFiles
 from kit.images import photograph
-from kit.report import Entry, picture, read_corrections, save_views, write_page
+from kit.real_defects import read_corrections
+from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
 from methods import load
 

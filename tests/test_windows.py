@@ -7,6 +7,7 @@ from helpers import LITE, call
 
 import kit.good
 import kit.windows
+import synth
 import train
 from kit.backbone import BACKBONES
 from kit.windows import at_once, cuts, in_windows, overlapping_parts
@@ -71,13 +72,13 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--out", tmp_path / "run"]
     monkeypatch.setattr(kit.good, "PATCH", 96)
     painted_on = set()
-    synthesize = train.METHODS["clflow"].train.__globals__["synthesize"]
+    synthesize = synth.synthesize
 
     def watched(image, rng, other, roi, defects):
         painted_on.add((image.shape, other.shape, roi.shape))
         return synthesize(image, rng, other, roi, defects)
 
-    monkeypatch.setattr("clflow.synthesize", watched)
+    monkeypatch.setattr("synth.synthesize", watched)
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
     call(train.main, *options)
     assert painted_on == {((96, 96, 3), (96, 96, 3), (96, 96))}
