@@ -5,17 +5,13 @@ Everything here is the plain form, as one reads it. The program searches large b
 calls. Shapes: features (B, C, h, w) of the backbone; rows y (N, C): one feature for each position of each image. A bank
 has P prototypes p."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from kit import search
 from kit.backbone import as_rows
 from kit.errors import InputError
-from kit.settings import Settings
 
-CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
 
 
@@ -124,10 +120,3 @@ def spacing_of(bank: Tensor) -> Tensor:
         parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
     spacing = torch.cat(parts)
     return spacing.clamp(min=1e-3 * float(spacing.mean()))  # equal vectors: no division by zero
-
-
-def prototype_count(settings: Settings, positions: int) -> int:
-    """How many prototypes --bank N makes of images with so many positions: N, or of few images a tenth of their rows,
-    so that others are left to be seen from them."""
-    rows = (settings.images - settings.held_out) * positions
-    return min(settings.bank, math.ceil(rows / 10), CANDIDATES)

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bank import CANDIDATES, Prototypes, prototype_count
+from bank import Prototypes
 from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.processes import Processes, counted
-from kit.search import search_parts, seen_at_once
+from kit.search import CANDIDATES, prototype_count, search_parts, seen_at_once
 from kit.settings import CLFlowSettings
 from kit.training import Descent, Epoch, seed_epoch, shared
 

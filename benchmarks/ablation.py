@@ -24,7 +24,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from bank import CANDIDATES  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
@@ -33,6 +32,7 @@ from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import Feed, Rows, candidates, origins, painted_rows  # noqa: E402
+from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from synth import synthesize  # noqa: E402

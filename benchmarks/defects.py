@@ -27,7 +27,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from bank import CANDIDATES  # noqa: E402
 from clflow import CLFlow  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
@@ -35,6 +34,7 @@ from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa:
 from kit.processes import ALONE  # noqa: E402
 from kit.real_defects import defect_rows  # noqa: E402
 from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
+from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from synth import synthesize  # noqa: E402

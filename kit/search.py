@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kit.settings import Settings
+
+CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions in which the bank is chosen
 FARTHEST = 1024  # rows, among which the next ones for the bank are sought
 CHUNK = 4096  # rows whose distances to the bank are held at once
@@ -188,6 +191,13 @@ def seen_at_once(device: torch.device) -> int:
 
 
 # ---------------------------------------------------------------- the choice of a bank
+
+
+def prototype_count(settings: Settings, positions: int) -> int:
+    """How many prototypes --bank N makes of images with so many positions: N, or of few images a tenth of their rows,
+    so that others are left to be seen from them."""
+    rows = (settings.images - settings.held_out) * positions
+    return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
 
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
-from bank import Prototypes, prototype_count
+from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
 from kit.detector import Detector
@@ -21,6 +21,7 @@ from kit.errors import InputError
 from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
 from kit.processes import counted
 from kit.rows import origins, spread
+from kit.search import prototype_count
 from kit.settings import AutoencoderSettings, as_shape
 from kit.shapes import as_text
 from kit.training import Descent, Epoch, seed_epoch, shared

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bank import CANDIDATES, Prototypes, prototype_count
+from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
 from kit.calibration import AsNew, alike_in_order
@@ -16,6 +16,7 @@ from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
 from kit.rows import origins, spread
+from kit.search import CANDIDATES, prototype_count
 from kit.settings import NearestSettings
 from kit.training import Epoch
 from kit.windows import at_once

@@ -14,11 +14,10 @@ import torch
 from helpers import LITE, QUICK, ROOT, call, refuse, script, visible
 from PIL import Image
 
-import bank
 import clflow
 import evaluate
 import train
-from kit import calibration, data
+from kit import calibration, data, search
 from kit.detector import read_checkpoint
 from kit.files import STATE, OwnFiles, held
 from kit.processes import Processes
@@ -418,7 +417,7 @@ def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, c
 def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
     """As many prototypes as candidates: each is its own nearest one, but for other images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bank, "CANDIDATES", 100)
+        patch.setattr(search, "CANDIDATES", 100)
         patch.setattr(clflow, "CANDIDATES", 100)
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
