@@ -7,51 +7,34 @@ energies (N,). Training sees rows, drawn from all images at once."""
 
 import math
 from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defaults import CLFlowSettings
+from bank import Prototypes
 from flows import Flow2D
-from kit import data
 from kit.backbone import BACKBONES, as_rows
-from kit.calibration import FOLDS, AsNew
-from kit.defects import COPIES, Defect, copies
-from kit.detector import Detector, side_of
+from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter, to_tensor
-from kit.images import read_image, read_mask
-from kit.processes import Processes
-from kit.progress import counted
+from kit.processes import Processes, counted
+from kit.search import CANDIDATES, prototype_count, search_parts, seen_at_once
+from kit.settings import CLFlowSettings
 from kit.training import Descent, Epoch, seed_epoch, shared
-from nearest import (
-    CANDIDATES,
-    CHUNK,
-    Prototypes,
-    alike_in_order,
-    origins,
-    prototype_count,
-    search_parts,
-    spread,
-)
-from synth import synthesize
+
+if TYPE_CHECKING:  # what only training needs is imported by `train`
+    from kit.good import GoodImages
+    from kit.rows import Feed
 
 HIDDEN = 1024  # units of the classifier
-ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
-HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 384 x 384, or 13 of 13 megapixels
 POSITIONS = 2**15  # of an image, that flow and classifier see at once
-SEEN = 2**14  # rows of a training that are seen from the bank at once, where it is searched in cells
 PAINTED = 600  # synthetic anomalies in all, however many good images there are
 TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
-ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
@@ -119,13 +102,11 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def relative(self, rows: Tensor, parts: int = 1, without: Tensor | None = None) -> Tensor:
-        """r = (y - p) / spacing of p, (N, C): rows y seen from where they are, p being the nearest prototype; found in
-        equal parts. Density on these is local by construction. With --no-local the rows as they are. `without`:
-        see `Prototypes.nearest`."""
+        """r (N, C), rows y seen from the nearest prototype: see `Prototypes.relative`. Density on these is local by
+        construction. With --no-local the rows as they are."""
         if not self.settings.local:
             return rows
-        index = self.prototypes.nearest(rows, parts, self.dtype, without)
-        return self.prototypes.away(rows, index) / self.prototypes.spacing[index][:, None]
+        return self.prototypes.relative(rows, parts, self.dtype, without)
 
     @torch.no_grad()
     def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
@@ -202,7 +183,7 @@ class CLFlow(Detector):
         """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
         without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes
         stay, so there these rows lie nearer to the bank than those of a new image will."""
-        count = SEEN if rows.device.type == "cpu" else CHUNK  # there all products with the bank are held at once
+        count = seen_at_once(rows.device)
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
 
@@ -302,18 +283,24 @@ class Losses(nn.Module):
 # ---------------------------------------------------------------- one way through training
 
 
-def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> Iterator[Epoch]:
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
     once before the first step; the model is calibrated on the held-out images then, ready to judge. The number of
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
+    from kit.good import Painter
+    from kit.real_defects import real_rows
+    from kit.rows import Feed, HeldOut, candidates, check_rows, good_rows, painted_rows
+    from synth import synthesize
+
     settings = model.settings
-    painter = Painter(good, paint, model)
+    painter = Painter(good, partial(synthesize, defects=TOGETHER), model)
 
     # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
     normal = good_rows(model, painter)
-    some = candidates(normal, good, settings.seed)
+    some = candidates(normal, good, settings.seed, CANDIDATES)
     check_rows(len(some[0]), model)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
@@ -324,22 +311,40 @@ def train(model: CLFlow, good: GoodImages, progress: dict | None = None) -> Iter
     as_new.check_processes()
 
     # Rows of painted defects. All rows are seen from the bank without their own image's prototypes, and whitened.
-    feed = Feed(model, normal, painted_rows(model, painter) if settings.needs_painted else None)
-    del normal, some  # the feed has what it needs of them: up to a gigabyte
+    painted = None
+    if settings.needs_painted:
+        print(f"painting {PAINTED} synthetic defects", flush=True)
+        painted = painted_rows(model, painter, PAINTED // TOGETHER)
+    feed = Feed(model, normal, painted)
+    del normal, some, painted  # the feed has what it needs of them: up to a gigabyte
+
+    held_out = HeldOut(model, good.held_out)
+
+    def calibrate() -> None:
+        """The calibration on the held-out images, from their maps w."""
+        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
+
+    def learn_anew(feed: "Feed", number: int, what: str) -> None:
+        """Another training, which has this number, in place of the present one, and the calibration after it."""
+        seed_epoch(settings.seed, settings.epochs + 1 + number)
+        model.renew_experts()
+        for _ in epochs(model, feed, good.processes, what=what):
+            pass
+        calibrate()
 
     # Rows of real defects, if any are given.
-    held_out = HeldOut(model, good.held_out)
     if good.defects:
-        feed = feed.beside(real_rows(model, feed, held_out, good))
+        first_training = partial(learn_anew, feed, FOLDS, "first training, epoch")
+        feed = feed.beside(real_rows(model, good.defects, PAINTED, first_training))
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
-        calibrate(model, held_out, good)
+        calibrate()
         yield epoch
 
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
-    calibrate_as_new(model, feed, held_out, as_new)
+    calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
 
 
 def epochs(
@@ -359,273 +364,3 @@ def epochs(
         for _ in counted(range(STEPS_PER_EPOCH), f"{what} {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
             steps.append(descent.step(losses(*feed.draw(batch))))
         yield descent.epoch(number, steps, processes)
-
-
-def learn_anew(model: CLFlow, feed: "Feed", held_out: "HeldOut", good: GoodImages, number: int, what: str) -> None:
-    """Another training, which has this number, in place of the present one, and the calibration after it."""
-    seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
-    model.renew_experts()
-    for _ in epochs(model, feed, good.processes, what=what):
-        pass
-    calibrate(model, held_out, good)
-
-
-# ---------------------------------------------------------------- the calibration
-
-
-class HeldOut:
-    """Maps w (B, K, h, w) of the held-out images in float16, batch by batch, as often as they are asked for. Training
-    never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
-
-    def __init__(self, model: CLFlow, files: list[Path]):
-        self.model = model
-        self.files = files
-        self.codes: list[Tensor] = []
-        kept_bytes = 0
-        for code in self.encoded(files):
-            kept_bytes += code.numel() * code.element_size()
-            if kept_bytes > HELD_OUT_BYTES:
-                break
-            self.codes.append(code)
-
-    def encoded(self, files: list[Path]) -> Iterator[Tensor]:
-        """Maps of these files."""
-        model = self.model
-        for images in data.batches(files, model.shape):
-            yield from model.in_windows(lambda part: [model.encode(part).half()], images)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from self.codes
-        kept_images = sum(len(code) for code in self.codes)
-        yield from self.encoded(self.files[kept_images:])
-
-
-def calibrate(model: CLFlow, held_out: "HeldOut", good: GoodImages) -> None:
-    """The calibration on the held-out images, from their maps w."""
-    model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
-
-
-def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: HeldOut, as_new: AsNew) -> None:
-    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
-    classifier that the others have taught."""
-    trained = model.flow, model.classifier
-
-    def known(number: int) -> list[Tensor] | None:
-        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
-        code = None if as_new.is_series else feed.code(number)
-        return None if code is None else model.experts(code)
-
-    scores = {}
-    for fold in range(FOLDS):
-        learn_anew(model, feed.only(as_new.fold != fold), held_out, as_new.good, fold, f"third {fold + 1}, epoch")
-        scores |= as_new.scores(model, fold, known)
-    model.flow, model.classifier = trained
-    calibrate(model, held_out, as_new.good)
-    as_new.settle(model, scores)
-
-
-# ---------------------------------------------------------------- the rows that training draws from
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
-    Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
-    each image gave but some. Of painted defects also `untouched` (N, C), rows of the same places without them, if a
-    loss asks for these."""
-
-    y: Tensor
-    images: Tensor
-    inside: Tensor | None = None
-    untouched: Tensor | None = None
-
-
-def good_rows(model: CLFlow, painter: Painter) -> Rows:
-    """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
-    mine = painter.processes.part(range(len(painter.files)))
-    per_image = max(1, ROWS // len(painter.files))
-    generator = torch.Generator().manual_seed(model.settings.seed)
-    maps = map(model.features, painter.normal())
-    rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
-    if per_image < is_inside.sum():
-        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    return Rows(rows, origins(rows, mine), is_inside)
-
-
-def check_rows(count: int, model: CLFlow) -> None:
-    """Raises InputError if there are too few rows to fit the whitening on."""
-    least = ROWS_PER_CHANNEL * model.backbone.channels
-    if count < least:
-        raise InputError(
-            f"--data: the images to train on have {count} positions in all, and {model.settings.backbone} takes "
-            f"{least}; give more good images, or a larger --size"
-        )
-
-
-def candidates(normal: Rows, good: GoodImages, seed: int) -> tuple[Tensor, Tensor]:
-    """Some of the rows y (N, C) of all processes, with the numbers (N,) of their images: CANDIDATES in all, at
-    random."""
-    generator = torch.Generator().manual_seed(seed)
-    count = math.ceil(CANDIDATES / good.processes.count)
-    chosen = torch.randperm(len(normal.y), generator=generator)[:count]
-    return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
-
-
-def paint(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
-    """What training paints on an image: `synthesize`, with TOGETHER defects."""
-    return synthesize(image, rng, other, roi, TOGETHER)
-
-
-def painted_rows(model: CLFlow, painter: Painter) -> Rows:
-    """Rows of PAINTED synthetic defects."""
-    print(f"painting {PAINTED} synthetic defects", flush=True)
-    anomalous, untouched, images = [], [], []
-    for after, mask, numbers in painter.painted(PAINTED // TOGETHER):
-        x = model.features(after)
-        touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
-        anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
-        files = torch.from_numpy(painter.file_number(numbers))
-        images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
-        if model.settings.needs_untouched:
-            before = to_tensor(np.stack([painter.surrounded(number)[0] for number in numbers]))
-            untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
-    images = torch.cat(images)
-    order = images.argsort(stable=True)
-    there = order.to(model.device)
-    rows = torch.cat(anomalous)[there]
-    return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
-
-
-def real_rows(model: CLFlow, feed: "Feed", held_out: HeldOut, good: GoodImages) -> Tensor:
-    """Rows w (A, K) of real defects: where their masks are, or where they stand out after a first training."""
-    untrained = model.flow, model.classifier
-    if not all(defect.mask for defect in good.defects):
-        print("a first training, to find where the defects without masks are", flush=True)
-        learn_anew(model, feed, held_out, good, FOLDS, "first training, epoch")
-    rows = defect_rows(model, good.defects)
-    model.flow, model.classifier = untrained
-    return rows
-
-
-@torch.no_grad()
-def defect_rows(model: CLFlow, defects: list[Defect]) -> Tensor:
-    """Rows w (A, K) of real defects and of some copies of each, less of many; with half the bits. They are of no good
-    image: so they are seen from all prototypes. Raises InputError if nothing is marked on any of the defects."""
-    count = max(1, min(COPIES, PAINTED // len(defects)))
-    rng = np.random.default_rng(model.settings.seed)
-    rows, outside = [], []
-    for defect in counted(defects, "features of real defects", len(defects)):
-        image = read_image(defect.path, model.shape)
-        mask = whereabouts(model, defect, image)
-        if not mask.any():
-            outside.append(defect.path.name)
-            continue
-        for copied, where_it_is in copies(image, mask, count, rng):
-            w = model.encode(to_tensor(copied[None]))
-            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
-            rows.append(w.permute(0, 2, 3, 1)[touched].half())
-    if outside:
-        print(f"nothing is marked, in the region of interest, on {len(outside)} defects: {', '.join(outside)}")
-    if not rows:
-        raise InputError("--defects: not one of them has anything marked in the region of interest")
-    return torch.cat(rows)
-
-
-def whereabouts(model: CLFlow, defect: Defect, image: np.ndarray) -> np.ndarray:
-    """Where a defect is in its image (H, W, 3), in the region of interest: by its mask; or, if it has none, where the
-    model's map stands out most. (H, W) bool. That is its highest thousandth, of 384 x 384 pixels at most: what else is
-    above the level of good images is half of it beside the defect (on screws; of the highest thousandth a sixth)."""
-    roi = model.roi.cpu().numpy()
-    if defect.mask:
-        return read_mask(defect.mask, model.shape) & roi
-    maps, _ = model(to_tensor(image[None]))
-    heat = np.where(roi, maps[0].cpu().numpy(), -np.inf)
-    count = max(1, round(side_of(model.pixels) ** 2 / 1000))
-    return (heat >= np.sort(heat, axis=None)[-count]) & roi
-
-
-def touches(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, be it by a thin scratch's one
-    pixel: (A, h, w) bool."""
-    return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
-
-
-class Feed:
-    """What training draws from: rows w of good images (N, K), and of painted defects (A, K), seen from the bank without
-    the prototypes of their own image, and whitened; with half the bits. A batch has as many normal rows as it is large,
-    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do. With rows of real defects
-    beside them, half of the anomalous ones are real."""
-
-    def __init__(self, model: CLFlow, normal: Rows, painted: Rows | None):
-        self.device = model.device
-        self.normal = whitened(model, normal.y, normal.images)
-        self.anomalous, painted_images = self.normal[:0], normal.images[:0]
-        if painted is not None:
-            self.anomalous, painted_images = whitened(model, painted.y, painted.images), painted.images
-        self.untouched = None
-        if painted is not None and painted.untouched is not None:
-            self.untouched = whitened(model, painted.untouched, painted.images)
-        self.real = None
-        self.images = normal.images, painted_images
-        self.inside = normal.inside
-        # The rows that are drawn from: all.
-        self.normal_index = torch.arange(len(self.normal))
-        self.anomalous_index = torch.arange(len(self.anomalous))
-
-    def beside(self, real: Tensor) -> "Feed":
-        """The same, with these rows w (A', K) of real defects, which are of no good image: `only` keeps all of them."""
-        more = copy(self)
-        more.real = real
-        return more
-
-    def only(self, allowed: Tensor) -> "Feed":
-        """The same, but of those images that are `allowed` (n,) bool, by number."""
-        part = copy(self)
-        normal, anomalous = self.images
-        part.normal_index = where(allowed[normal])
-        part.anomalous_index = where(allowed[anomalous])
-        return part
-
-    def code(self, number: int) -> Tensor | None:
-        """The map w (1, K, h, w) of the good image with this number, zero outside the region of interest; None if not
-        all of its rows are here."""
-        rows = self.normal[self.images[0] == number].float().to(self.device)
-        if len(rows) < self.inside.sum():
-            return None
-        code = rows.new_zeros(*self.inside.shape, rows.shape[1])
-        code[self.inside] = rows
-        return code.permute(2, 0, 1)[None]
-
-    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A batch for `Losses.forward`; which, depends on torch's seed."""
-        normal = drawn(self.normal_index, batch)
-        count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
-        real = count // 2 if self.real is not None else 0
-        painted = drawn(self.anomalous_index, count - real)
-        anomalous = self.anomalous[painted]
-        if real:
-            anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
-        untouched = None if self.untouched is None else self.untouched[painted].float().to(self.device)
-        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device), untouched
-
-
-def where(is_allowed: Tensor) -> Tensor:
-    """The numbers of the rows that are allowed."""
-    return torch.nonzero(is_allowed)[:, 0]
-
-
-def drawn(index: Tensor, count: int) -> Tensor:
-    """Some of `index` (N,), at random, with replacement: (count,)."""
-    return index[torch.randint(len(index), (count,))] if count else index[:0]
-
-
-@torch.no_grad()
-def whitened(model: CLFlow, rows: Tensor, images: Tensor) -> Tensor:
-    """Rows y (N, C) of images with these numbers (N,) -> w (N, K), with half the bits."""
-    found, filled = rows.new_empty(len(rows), model.whitening.out_features, dtype=torch.half), 0
-    for part in model.as_new(rows, images):
-        found[filled : filled + len(part)] = model.whitening(part)
-        filled += len(part)
-    return found

@@ -1,7 +1,7 @@
 """Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
-from command_line import evaluation_options
+from kit.command_line import evaluation_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
@@ -19,22 +19,34 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw, runs
+from kit import data, draw
 from kit.calibration import LIMIT, recalibrate, unseen
 from kit.detector import Detector, read_checkpoint
-from kit.files import held, write_atomically, write_text
+from kit.files import (
+    MODEL,
+    RECALIBRATED,
+    STATE,
+    OwnFiles,
+    checkpoint_of,
+    epoch_of,
+    folder_of,
+    held,
+    is_unfinished,
+    kept_epochs,
+    refuse_inside,
+    write_atomically,
+    write_text,
+)
 from kit.images import read_image
-from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence, usable
+from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
-from kit.options import refuse_inside
-from kit.owned import OwnFiles
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
 from kit.settings import LEAST_IMAGES
 from kit.single import single_file
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
-from nearest import alike_among
+from methods.nearest import alike_among
 
 COMPARED = 100  # good images, to tell what another precision does to scores
 
@@ -45,13 +57,13 @@ COMPARED = 100  # good images, to tell what another precision does to scores
 def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
-    for file in runs.kept_epochs(run, subfolders=True):
+    for file in kept_epochs(run, subfolders=True):
         model = load(file, device)
         tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
-        label = "/".join(runs.folder_of(file.resolve()).parts[-2:])
-        epoch = runs.epoch_of(file)
+        label = "/".join(folder_of(file.resolve()).parts[-2:])
+        epoch = epoch_of(file)
         print(f"{label}, epoch {epoch}:", {name: figures[name] for name in lines}, flush=True)
         for name in lines:
             if figures[name] is not None:
@@ -73,7 +85,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
     model = work.model
-    files = unseen(model, usable(data.list_images(folder, subfolders=True), work.skip_bad))
+    files = unseen(model, data.usable(data.list_images(folder, subfolders=True), work.skip_bad))
     if len(files) < LEAST_IMAGES:
         raise InputError(f"--recalibrate {folder}: {len(files)} new images; it takes {LEAST_IMAGES}, better 50")
     taken = files
@@ -85,7 +97,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
     with held(work.out):
-        to = OwnFiles(work.out, "trained").claim(runs.RECALIBRATED)
+        to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
     print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
 
@@ -199,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(args.device, processes.local_rank)
     if args.curve:
         return curve(args.run, device, args.skip_bad, processes)
-    checkpoint = runs.checkpoint_of(args.run)
+    checkpoint = checkpoint_of(args.run)
     if args.export:
         if processes.first:
             export(load(checkpoint, "cpu"), single_file(args.export, args.export, "--export", [checkpoint]))
@@ -233,12 +245,12 @@ def main(arguments: list[str] | None = None) -> None:
 def tell_unfinished(run: Path, checkpoint: Path) -> None:
     """A line, if a training is not finished in this run folder. Raises InputError if `checkpoint` is the state of one
     that has not seen a whole epoch: that detector knows nothing."""
-    if checkpoint.name == runs.STATE:
+    if checkpoint.name == STATE:
         saved = read_checkpoint(checkpoint)
         if saved["progress"]["epoch"] == 0 and "epochs" in saved["settings"]:
             raise InputError(f"{run}: its training was stopped before the first epoch; go on with train.py --resume")
         print(f"{run}: its training is not finished; this is its last whole epoch")
-    elif checkpoint == run / runs.MODEL and runs.is_unfinished(run):
+    elif checkpoint == run / MODEL and is_unfinished(run):
         print(f"{run}: a training there is not finished; until it is, the earlier detector judges")
 
 
@@ -261,7 +273,7 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
         return single_file(args.out, Path("explained.png"), "--out", [args.explain, checkpoint])
     if args.out:
         return args.out
-    run = runs.folder_of(checkpoint)
+    run = folder_of(checkpoint)
     if args.recalibrate:
         return run
     if args.images:
@@ -275,8 +287,8 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     """Where the figures go: into the run, if they are those of its last checkpoint on its own category; others stay
     apart, so that nobody takes the one for the other."""
-    run = runs.folder_of(checkpoint)
-    if checkpoint.name not in (runs.MODEL, runs.STATE):
+    run = folder_of(checkpoint)
+    if checkpoint.name not in (MODEL, STATE):
         return run / "tests" / checkpoint.stem
     if category.resolve() != own_data:
         return run / "tests" / data.category_name(category)

@@ -1,26 +1,18 @@
 """Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To see some: python synth.py FOLDER
 
-Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects, sources and foreground are our reconstruction.
+Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sources are our reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kit import data, draw
 from kit.detector import side_of
 from kit.errors import run_script
-from kit.images import read_image
-from kit.options import Parser, refuse_inside
-from kit.shapes import input_size, told
-from kit.single import single_file
-from kit.sizes import Shape, as_shape, check_size, parsed_size
+from kit.images import foreground
 
-SHEET_ROWS = 8
-BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
 LATTICE = 64  # gradients a side; the lattice repeats beyond
 REACH = 6  # pixels, of the filter that softens a mask's rim
 
@@ -166,30 +158,6 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
 
 
-# ---------------------------------------------------------------- where the object is
-
-
-def foreground(image: np.ndarray) -> np.ndarray:
-    """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
-    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
-    border = np.ones(image.shape[:2], dtype=bool)
-    border[8:-8, 8:-8] = False
-    distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3, dtype=np.float32)
-    far = distance > otsu(distance)
-    if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
-        return np.ones_like(far)
-    return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
-
-
-def otsu(values: np.ndarray, bins: int = 64) -> float:
-    """Otsu's threshold: it splits `values` into two classes of the greatest variance between them."""
-    counts, edges = np.histogram(values, bins=bins)
-    share = np.cumsum(counts) / counts.sum()  # of the lower class, for each possible threshold
-    mean = np.cumsum(counts * edges[1:]) / counts.sum()
-    between = (mean[-1] * share - mean) ** 2 / np.maximum(share * (1 - share), 1e-9)
-    return edges[np.argmax(between) + 1]
-
-
 # ---------------------------------------------------------------- what the defect looks like
 
 
@@ -243,41 +211,10 @@ def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------- a sheet of my images, before any training
 
 
-def sheet(files: list[Path], shape: Shape, rng: np.random.Generator) -> Image.Image:
-    """For each image as it is, its foreground, a mask, the synthetic defect: beside each other, or below, if they are
-    wide."""
-    blocks = []
-    for path in files:
-        image = read_image(path, shape)
-        other = read_image(files[rng.integers(len(files))], shape)
-        anomalous, mask, _ = synthesize(image, rng, other)
-        panels = [draw.as_bytes(panel) for panel in (image, foreground(image), mask, anomalous)]
-        if draw.is_wide(Image.fromarray(panels[0])):
-            blocks.append(Image.fromarray(np.vstack([np.pad(panel, BELOW, constant_values=255) for panel in panels])))
-        else:
-            blocks.append(draw.beside_each_other(panels))
-    return draw.below_each_other(blocks)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
-    parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
-    parser.add_argument("--out", type=Path, help="picture to write (synthetic.png, or synthetic-2.png and so on)")
-    parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
-    args = parser.parse_args(arguments)
-    check_size(args.size)
-    rng = np.random.default_rng(args.seed)
-    folder = data.good_folder(args.folder, "FOLDER")
-    files = data.list_images(folder)
-    out = single_file(args.out, Path("synthetic.png"), "--out", files)
-    refuse_inside(out, folder)
-    chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
-    shape = as_shape(input_size(args.size, files))
-    draw.save_picture(out, sheet(chosen, shape, rng))
-    if line := told(files, shape):
-        print(line)
-    print(f"wrote {out}: image, foreground, mask, synthetic defect")
+    from kit.demo import draw_sheet  # here, since training needs none of it
+
+    draw_sheet(synthesize, foreground, arguments)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clflow
 import synth
-from defaults import CLFlowSettings
 from flows import Flow2D
+from kit import rows as kit_rows
 from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
-from nearest import origins, spread
+from kit.rows import Feed, Rows, good_rows, origins, painted_rows, spread, touches, whitened
+from kit.settings import CLFlowSettings
 
 
 def randomised(flow: Flow2D) -> Flow2D:
@@ -449,16 +450,14 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
     x = features(5)
     rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
-    normal = clflow.Rows(rows, origins(rows, range(5)), inside)
-    feed = clflow.Feed(model, normal, clflow.Rows(rows[:4], torch.arange(4)))
+    normal = Rows(rows, origins(rows, range(5)), inside)
+    feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.whitened_map(x[number : number + 1], without=torch.tensor([number]))
         code = feed.code(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
     some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # of 48
-    part = clflow.Feed(
-        model, clflow.Rows(some, origins(some, range(5)), inside), clflow.Rows(rows[:4], torch.arange(4))
-    )
+    part = Feed(model, Rows(some, origins(some, range(5)), inside), Rows(rows[:4], torch.arange(4)))
     assert len(some) == 5 * 40 and part.code(0) is None
 
 
@@ -472,7 +471,7 @@ def test_a_single_pixel_touches_its_position():
     mask = torch.zeros(2, 1, 32, 32)
     mask[0, 0, 9, 17] = 1
     mask[1, 0, 0:5, 31] = 1
-    assert clflow.touches(mask, (8, 8)).flatten().nonzero()[:, 0].tolist() == [2 * 8 + 4, 64 + 7, 64 + 15]
+    assert touches(mask, (8, 8)).flatten().nonzero()[:, 0].tolist() == [2 * 8 + 4, 64 + 7, 64 + 15]
 
 
 class Painted:
@@ -502,16 +501,16 @@ def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch,
     x = torch.cat((features(2), features(2) + 9))  # of images that are 0, 1 all over, and of those with defects, 2, 3
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     model.settings = replace(model.settings, contrast_weight=0.5, contrast=contrast)
-    monkeypatch.setattr(clflow, "ROWS", 101)  # fifty of an image, and not one more in all
-    normal = clflow.good_rows(model, Painted())
+    monkeypatch.setattr(kit_rows, "ROWS", 101)  # fifty of an image, and not one more in all
+    normal = good_rows(model, Painted())
     assert normal.images.tolist() == 50 * [0] + 50 * [1]
-    feed = clflow.Feed(model, normal, clflow.painted_rows(model, Painted()))
+    feed = Feed(model, normal, painted_rows(model, Painted(), 300))
     assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
 
     def three_of_each(offset):
         """The rows of the defects in the order of their images, each without the prototypes of its own."""
         rows = torch.cat([x[number + offset, :, 0, :3].T for number in (0, 1)])
-        return clflow.whitened(model, rows, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+        return whitened(model, rows, torch.tensor([0, 0, 0, 1, 1, 1])).float()
 
     assert torch.allclose(feed.anomalous.float(), three_of_each(2), rtol=1e-2, atol=1e-2)
     if contrast == "cosine":
@@ -528,7 +527,7 @@ def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch,
 def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
     x = features(4)
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
-    feed = clflow.Feed(model, clflow.good_rows(model, Painted()), clflow.painted_rows(model, Painted()))
+    feed = Feed(model, good_rows(model, Painted()), painted_rows(model, Painted(), 300))
     first = feed.only(torch.tensor([True, False]))
     normal, anomalous, _ = first.draw(500)
     assert (

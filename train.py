@@ -1,7 +1,7 @@
 """Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
-from command_line import training_options
+from kit.command_line import refuse_without_effect, training_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
@@ -19,24 +19,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from defaults import OPTIONS
-from kit import data, draw, runs, shapes
+from kit import data, draw, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
-from kit.corrections import Corrections, read_corrections
-from kit.defects import Defect, fingerprint, fingerprints, list_defects
-from kit.demo import draw_demo
 from kit.detector import Detector, read_checkpoint
-from kit.files import held, write_atomically, write_table, write_text
-from kit.good import GoodImages, held_out_count, split
-from kit.images import read_region, shape_in_file
-from kit.inspection import Inspection, detector_fingerprint, usable
-from kit.measuring import report, results_table
-from kit.options import refuse_without_effect
-from kit.owned import OwnFiles
+from kit.files import (
+    MODEL,
+    STATE,
+    OwnFiles,
+    announce,
+    check_out,
+    epoch_file,
+    held,
+    install,
+    is_unfinished,
+    resumable,
+    unfinished_files,
+    write_atomically,
+    write_table,
+    write_text,
+)
+from kit.good import Defect, GoodImages, held_out_count, split
+from kit.images import read_region
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
-from kit.settings import FALSE_ALARM, Settings
-from kit.sizes import Shape, as_shape
+from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
+from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
 from methods import METHODS, load
 
@@ -95,14 +102,14 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
     finish(model, good, run)
-    print(f"wrote {run.out / runs.MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
+    print(f"wrote {run.out / MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
     """A new model with ImageNet weights; or, with --resume, where a stopped run was: its model and progress. None if
     there is nothing left to do."""
     detector = METHODS[run.settings.method].detector
-    path = runs.resumable(run.out) if args.resume else None
+    path = resumable(run.out) if args.resume else None
     checkpoint = read_checkpoint(path) if path else None
     if checkpoint is None:
         torch.manual_seed(run.settings.seed)
@@ -122,15 +129,15 @@ def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: 
     """Write log.csv, loss.png and state.pt into the subfolder `unfinished`, before the first step and after each epoch.
 
     state.pt is a checkpoint with all that --resume needs; after the first epoch it can judge, too."""
-    own = runs.unfinished_files(run.out)
+    own = unfinished_files(run.out)
     if epoch.number == 0:
-        own.remove([name for name in own.names() if name != runs.STATE])  # of a training that was given up
+        own.remove([name for name in own.names() if name != STATE])  # of a training that was given up
     if log:
         write_log(own, log)
     progress = epoch.progress | {"log": log, "files": names(run)}
-    write_atomically(own.claim(runs.STATE), lambda to: model.save(to, progress))
+    write_atomically(own.claim(STATE), lambda to: model.save(to, progress))
     if keep_epochs and epoch.number > 0:
-        write_atomically(own.claim(runs.epoch_file(epoch.number)), model.save)
+        write_atomically(own.claim(epoch_file(epoch.number)), model.save)
 
 
 def rounded(losses: dict[str, float]) -> dict[str, float]:
@@ -155,10 +162,10 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     """Write a trained model, show which good images are unlike the others, and put it in its place."""
     if not good.processes.first:
         return
-    own = runs.unfinished_files(run.out)
+    own = unfinished_files(run.out)
     show_suspects(model, own, run.out)
-    write_atomically(own.claim(runs.MODEL), model.save)
-    runs.install(run.out)
+    write_atomically(own.claim(MODEL), model.save)
+    install(run.out)
 
 
 def names(run: Run) -> list[str]:
@@ -210,14 +217,14 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(data.list_images(folder), [defect.path for defect in defects])
-        files = usable(files, args.skip_bad)
+        files = data.usable(files, args.skip_bad)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
             raise InputError(f"--data {category}: {len(files)} good images; training takes {least}, better {4 * least}")
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / name / f"seed{seed}" if several else out
             refuse_shared(target, category, planned)
-            runs.check_out(target, category, read_folders, args.resume, options["epochs"] if args.keep_epochs else 0)
+            check_out(target, category, read_folders, args.resume, options["epochs"] if args.keep_epochs else 0)
             size = shapes.input_size(options["size"], files)
             settings = OPTIONS[args.method].settings(
                 seed=seed,
@@ -245,7 +252,7 @@ def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[De
     found = list_defects(args.defects, args.defect_masks) if args.defects else []
     there = {defect.path.resolve() for defect in found}
     found += [Defect(path, None) for path in corrections.missed if path.resolve() not in there]
-    good = set(usable([defect.path for defect in found], args.skip_bad))
+    good = set(data.usable([defect.path for defect in found], args.skip_bad))
     return [defect for defect in found if defect.path in good]
 
 
@@ -254,7 +261,7 @@ def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -
     another shape than they have."""
     if mask is None:
         return None
-    shape, usual = shape_in_file(mask), shapes.usual_shape(files)
+    shape, usual = shapes.shape_in_file(mask), shapes.usual_shape(files)
     if shape and usual and shapes.is_other(shape, usual):
         raise InputError(
             f"--roi {mask}: is {shape[1]} x {shape[0]}, and the good images are {usual[1]} x {usual[0]}; mark in "
@@ -275,7 +282,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         raise InputError(f"{flag}: is of one category, and --data {args.data} has several; train that one by itself")
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
-    if args.weights and args.resume and all(runs.resumable(run.out) for run in planned):
+    if args.weights and args.resume and all(resumable(run.out) for run in planned):
         refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
     if processes.count > 1:
         dist.barrier()  # all have planned, before one changes what the others look at
@@ -302,33 +309,40 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
 def prepare(run: Run, args: argparse.Namespace) -> None:
     """Finish what a kill left half done in the run's folder, and say there that a new training will follow."""
     with held(run.out):
-        runs.install(run.out)
+        install(run.out)
         if not args.resume:
-            runs.announce(run.out)
+            announce(run.out)
 
 
 def measured(run: Run) -> dict | None:
     """The run's metrics.json, if it is about this very model, its own test images and the default threshold, and no
     other model is to come."""
     path = run.out / "metrics.json"
-    if not path.exists() or runs.is_unfinished(run.out):
+    if not path.exists() or is_unfinished(run.out):
         return None
+    from kit.inspection import detector_fingerprint  # see `evaluate_run`
+
     metrics = json.loads(path.read_text())
-    detector = detector_fingerprint(read_checkpoint(run.out / runs.MODEL)["state"])
-    expected = {"checkpoint": runs.MODEL, "detector": detector, "data": run.settings.data, "false_alarm": FALSE_ALARM}
+    detector = detector_fingerprint(read_checkpoint(run.out / MODEL)["state"])
+    expected = {"checkpoint": MODEL, "detector": detector, "data": run.settings.data, "false_alarm": FALSE_ALARM}
     return metrics if all(metrics.get(name) == value for name, value in expected.items()) else None
 
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or it has been done."""
+    from kit.inspection import Inspection  # here, since training alone needs none of it
+    from kit.measuring import report
+
     if data.has_tests(run.category) and measured(run) is None:
-        checkpoint = run.out / runs.MODEL
+        checkpoint = run.out / MODEL
         model = load(checkpoint, args.device)
         report(Inspection(model, checkpoint, run.out, FALSE_ALARM, bool(args.skip_bad)), run.category)
 
 
 def write_results(planned: list[Run], out: Path) -> None:
     """results.json, the metrics of all runs, and table.md; by the process that finishes last and so finds them all."""
+    from kit.measuring import results_table
+
     rows = [measured(run) for run in planned]
     if not rows or None in rows:
         return
@@ -343,7 +357,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The photographs below --textures. Raises InputError if there are none."""
     if not args.textures:
         return []
-    textures = usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
+    textures = data.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
     if not textures:
         raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
     return textures
@@ -357,8 +371,10 @@ def main(arguments: list[str] | None = None) -> None:
     args.device = pick_device(args.device, processes.local_rank)
     out = args.out or Path("runs", "demo" if args.is_demo else data.category_name(args.data))
     if args.is_demo:
+        from kit.demo import draw_demo
+
         args.data = out / "data" / "demo"
-        runs.check_out(out, args.data, [], args.resume)  # before anything is drawn into it
+        check_out(out, args.data, [], args.resume)  # before anything is drawn into it
         if processes.first:
             draw_demo(args.data)
         if processes.count > 1:

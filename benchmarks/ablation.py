@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from clflow import Rows  # noqa: E402
-from defaults import CLFlowSettings  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
@@ -32,8 +31,11 @@ from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
+from kit.rows import Feed, Rows, candidates, origins, painted_rows  # noqa: E402
+from kit.search import CANDIDATES  # noqa: E402
+from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
-from nearest import origins  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -60,7 +62,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
-    painted = clflow.painted_rows(model, Painter(GoodImages([], files), clflow.paint, model))
+    painter = Painter(GoodImages([], files), partial(synthesize, defects=clflow.TOGETHER), model)
+    painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])
@@ -100,7 +103,7 @@ def joined_maps(model: clflow.CLFlow, energies: list[list[Tensor]]) -> Tensor:
 
 @torch.no_grad()
 def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
-    """The maps of nearest.py on the same prototypes."""
+    """The maps of methods/nearest.py on the same prototypes."""
     energies = (model.prototypes.energies(batch.float(), local, model.dtype) for batch in x.split(8))
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
@@ -127,8 +130,8 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
-    model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), int(normal.inside.sum()))
-    for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
+    model.fit(*candidates(normal, GoodImages([], []), settings.seed, CANDIDATES), int(normal.inside.sum()))
+    for _ in clflow.epochs(model, Feed(model, normal, painted), ALONE):
         pass
     energies = judged(model, kept["good"][held_out], kept["tests"])
     figures = measure(joined_maps(model, energies), kept)

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,17 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from clflow import CLFlow, Feed  # noqa: E402
-from defaults import CLFlowSettings  # noqa: E402
+from clflow import CLFlow  # noqa: E402
 from kit import data, metrics  # noqa: E402
-from kit.defects import Defect  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
-from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
+from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
+from kit.real_defects import defect_rows  # noqa: E402
+from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
+from kit.search import CANDIDATES  # noqa: E402
+from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories of which one kind after the other is left out
 COUNTS = (1, 3, 10)
@@ -95,10 +99,10 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    painter = Painter(good, clflow.paint, model)
-    normal = clflow.good_rows(model, painter)
-    model.fit(*clflow.candidates(normal, good, settings.seed), int(normal.inside.sum()))
-    feed = Feed(model, normal, clflow.painted_rows(model, painter))
+    painter = Painter(good, partial(synthesize, defects=clflow.TOGETHER), model)
+    normal = good_rows(model, painter)
+    model.fit(*candidates(normal, good, settings.seed, CANDIDATES), int(normal.inside.sum()))
+    feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))
 
     def maps(paths: list[Path]) -> list[Tensor]:
         return [model.encode(images).half() for images in data.batches(paths, model.shape)]
@@ -162,7 +166,7 @@ class Trainings:
         if task.given:
             tests = [self.common.tests[number] for number in task.given]
             defects = [Defect(test.path, test.mask if task.masks else None) for test in tests]
-            rows = clflow.defect_rows(self.common.model, defects)
+            rows = defect_rows(self.common.model, defects, clflow.PAINTED)
             self.learn(task.draw, self.common.feed.beside(rows))
         return self.figures(task.measured)
 

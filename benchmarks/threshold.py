@@ -12,7 +12,7 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from kit import runs  # noqa: E402
+from kit.files import checkpoint_of  # noqa: E402
 from kit.measuring import judge_tests, readable_tests  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.verdict import threshold  # noqa: E402
@@ -62,7 +62,7 @@ def main() -> None:
     add("--device", default="cpu")
     args = parser.parse_args()
     for run in args.runs:
-        model = load(runs.checkpoint_of(run), args.device)
+        model = load(checkpoint_of(run), args.device)
         judged = judge_tests(model, readable_tests(Path(model.settings.data), skip_bad=False), ALONE)
         good, bad = judged.scores[~judged.labels], judged.scores[judged.labels]
         calibrating = model.normal[0].cpu().numpy()

@@ -33,11 +33,10 @@ from matplotlib.colors import SymLogNorm
 from PIL import Image
 
 import clflow
-import nearest
 import synth
+from bank import Prototypes
 from benchmarks import toy
 from clflow import CLFlow
-from defaults import CLFlowSettings, NearestSettings
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
 from kit import data, draw
 from kit.backbone import as_rows
@@ -47,7 +46,9 @@ from kit.images import load_image, read_image, read_mask
 from kit.measuring import judge_tests, measure
 from kit.metrics import image_metrics
 from kit.processes import ALONE
-from nearest import Nearest, Prototypes
+from kit.settings import CLFlowSettings, NearestSettings
+from methods import nearest
+from methods.nearest import Nearest
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
@@ -139,7 +140,7 @@ show({"a crack": image, **maps})
 # %% [markdown]
 # ## 3 The bank: what normal rows look like
 #
-# The simplest comparison is with the nearest normal row. All of them would be too many, so `nearest.covering` chooses
+# The simplest comparison is with the nearest normal row. All of them would be too many, so `bank.covering` chooses
 # *prototypes* p that cover the others: always the row next that is farthest from all that are chosen. These are the
 # bank. How far a new row is from its nearest prototype, d = ‖y − p‖, is a detector already.
 
@@ -243,7 +244,7 @@ plt.show()
 # %% [markdown]
 # On one scale the defects lie to the left of the busy kind's normal rows: no threshold can find them. On the local
 # scale both normal kinds fall upon each other, and the defects stand out. So everything from here on sees a row from
-# its prototype, r = (y − p) / σ_p (`clflow.CLFlow.relative`). What it is worth on the demo, and where there is more
+# its prototype, r = (y − p) / σ_p (`bank.Prototypes.relative`). What it is worth on the demo, and where there is more
 # to gain, is in part 8.
 
 # %% [markdown]
@@ -661,7 +662,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # first number is below zero: there are 2.
 #
 # **5 Another synthesizer.** (part 1) Write `cut_and_paste(image, rng, other, roi, defects)`, which pastes rectangles of
-# the image elsewhere, and train with it in the place of `clflow.synthesize`. *Expect* 0.936 of the classifier alone,
+# the image elsewhere, and train with it in the place of `synth.synthesize`. *Expect* 0.936 of the classifier alone,
 # 0.899 together. *Test:* outside the mask nothing changes, and the box holds all of the mask.
 #
 # **6 A defect that it cannot see.** (part 7) Measure `near` kind by kind, each against the good test images; and

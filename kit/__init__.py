@@ -1,4 +1,4 @@
-"""What any detector needs, one subject a file. Nothing here knows a method.
+"""What the methods run on, one subject a file. Nothing here imports a method or the top level.
 
 The scripts import this before PyTorch, since it says how long PyTorch's threads spin while they wait for each other,
 before they sleep. OpenMP's default, some milliseconds, costs nothing on an idle machine. On a busy one the threads take

@@ -1,22 +1,24 @@
 """The scores of normal images, from which thresholds come, and the odd ones among them."""
 
 import itertools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kit import data, draw
-from kit.defects import fingerprint
 from kit.detector import Detector
 from kit.errors import InputError
+from kit.files import OwnFiles
 from kit.good import GoodImages
 from kit.images import load_image, photograph
-from kit.owned import OwnFiles
-from kit.progress import counted
+from kit.processes import counted
+from kit.real_defects import fingerprint
+from kit.rows import Feed
 from kit.settings import LEAST_IMAGES
 from kit.verdict import drift, odd_ones
 
@@ -26,6 +28,8 @@ FEW = 20  # images, among which a series cannot be told
 LIMIT = 1000  # images at most that a threshold comes from, beside the held-out ones
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
+TENTHS = 10
+ASKED = 40  # images, whether those that follow each other are alike
 
 
 class AsNew:
@@ -67,6 +71,20 @@ class AsNew:
             return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
         return torch.tensor([number])
 
+    def all_scores(
+        self,
+        model: Detector,
+        fit_without: Callable[[int], None] = lambda fold: None,
+        known: Callable[[int], list[Tensor] | None] = lambda number: None,
+    ) -> dict[int, Tensor]:
+        """The `scores` of all blocks, one after the other. `fit_without` trains the model without the images of a
+        block; what is not trained needs none."""
+        scores = {}
+        for fold in range(FOLDS):
+            fit_without(fold)
+            scores |= self.scores(model, fold, known)
+        return scores
+
     @torch.no_grad()
     def scores(
         self, model: Detector, fold: int, known: Callable[[int], list[Tensor] | None] = lambda number: None
@@ -106,6 +124,55 @@ class AsNew:
                 f"{different} different ones. Each was judged without its neighbours, and the threshold is no surer "
                 f"than {different} images make it; good images from other days would help"
             )
+
+
+def calibrate_as_new(
+    model: Detector,
+    feed: Feed,
+    as_new: AsNew,
+    learn_anew: Callable[[Feed, int, str], None],
+    calibrate: Callable[[], None],
+) -> None:
+    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
+    classifier that the others have taught. `learn_anew(feed, number, what)` is another training and the calibration on
+    the held-out images after it; `calibrate()` is that calibration alone."""
+    trained = model.flow, model.classifier
+
+    def known(number: int) -> list[Tensor] | None:
+        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
+        code = None if as_new.is_series else feed.code(number)
+        return None if code is None else model.experts(code)
+
+    def fit_without(fold: int) -> None:
+        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
+
+    scores = as_new.all_scores(model, fit_without, known)
+    model.flow, model.classifier = trained
+    calibrate()
+    as_new.settle(model, scores)
+
+
+@torch.no_grad()
+def alike_in_order(
+    prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
+) -> float:
+    """How much more alike good images are that follow each other by name: how many times as often as by chance the
+    prototypes that are nearest to an image, its own left out, come from its own tenth of the `files`. 1 where the names
+    tell nothing. Some of the images are asked, by those of the rows y (N, C) that have their numbers (N,). The
+    `prototypes` are a `bank.Prototypes`."""
+    tenth = blocks(files, TENTHS)
+    origin = prototypes.origin.cpu()
+    found, expected = 0.0, 0.0
+    for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
+        mine = rows[(images == number).to(rows.device)].float()
+        if not len(mine):  # of very many images
+            continue
+        index = prototypes.nearest(mine, 1, dtype, torch.tensor([number])).cpu()
+        is_near = tenth[origin] == tenth[number]
+        others = origin != number
+        found += float(is_near[index].float().mean())
+        expected += float((is_near & others).sum() / others.sum().clamp(min=1))
+    return found / max(expected, 1e-6)
 
 
 def blocks(files: list[Path], count: int) -> Tensor:

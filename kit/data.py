@@ -12,7 +12,7 @@ import torch
 
 from kit.errors import InputError
 from kit.images import SUFFIXES, read_image
-from kit.sizes import Shape
+from kit.settings import Shape
 from kit.windows import at_once
 
 Item = TypeVar("Item")
@@ -86,6 +86,20 @@ def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
         except InputError as error:
             complaints.append(str(error))
     return good, complaints
+
+
+def print_skipped(complaints: list[str], images: int) -> None:
+    for count, complaint in enumerate(complaints, start=1):
+        print(f"skipped {count} of {images} images: {complaint}")
+
+
+def usable(files: list[Path], skip_bad: bool) -> list[Path]:
+    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
+    if not skip_bad:
+        return files
+    good, complaints = readable(files)
+    print_skipped(complaints, len(files))
+    return good
 
 
 def by_stem(files: list[Path]) -> dict[str, Path]:

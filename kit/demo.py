@@ -1,14 +1,23 @@
-"""The demo: photographs of buttons, drawn, some with defects. Nothing is shared with synth.py: the demo would else
-test nothing but what the detector was trained on."""
+"""Pictures to begin with. The demo: photographs of buttons, drawn, some with defects. Nothing in it is shared with
+synth.py: the demo would else test nothing but what the detector was trained on. And a sheet of synthetic defects on a
+user's own images."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from kit.draw import save_picture
-from kit.owned import OwnFiles
+from kit import data, draw
+from kit.command_line import Parser
+from kit.files import OwnFiles, refuse_inside
+from kit.images import read_image
+from kit.settings import Shape, as_shape
+from kit.shapes import check_size, input_size, parsed_size, told
+from kit.single import single_file
 
+SHEET_ROWS = 8
+BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
 COUNTS = {
     "train/good": 80,
     "test/good": 20,
@@ -72,7 +81,7 @@ def draw_demo(data: Path, counts: dict[str, int] = COUNTS) -> None:
 def write_png(own: OwnFiles, name: str, pixels: np.ndarray) -> None:
     """Write a picture, unless one with these pixels is there already: earlier versions listed nothing."""
     if not holds(own.folder / name, pixels):
-        save_picture(own.claim(name), Image.fromarray(pixels))
+        draw.save_picture(own.claim(name), Image.fromarray(pixels))
 
 
 def holds(path: Path, pixels: np.ndarray) -> bool:
@@ -82,3 +91,46 @@ def holds(path: Path, pixels: np.ndarray) -> bool:
             return np.array_equal(np.asarray(image), pixels)
     except (OSError, SyntaxError, ValueError):
         return False
+
+
+# ---------------------------------------------------------------- a sheet of my images, before any training
+
+
+def sheet(
+    files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable, foreground: Callable
+) -> Image.Image:
+    """For each image as it is, its foreground, a mask, the synthetic defect: beside each other, or below, if they are
+    wide."""
+    blocks = []
+    for path in files:
+        image = read_image(path, shape)
+        other = read_image(files[rng.integers(len(files))], shape)
+        anomalous, mask, _ = synthesize(image, rng, other)
+        panels = [draw.as_bytes(panel) for panel in (image, foreground(image), mask, anomalous)]
+        if draw.is_wide(Image.fromarray(panels[0])):
+            blocks.append(Image.fromarray(np.vstack([np.pad(panel, BELOW, constant_values=255) for panel in panels])))
+        else:
+            blocks.append(draw.beside_each_other(panels))
+    return draw.below_each_other(blocks)
+
+
+def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] | None = None) -> None:
+    """The command line of `python synth.py FOLDER`, with the functions that paint, and find the object."""
+    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
+    parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
+    parser.add_argument("--out", type=Path, help="picture to write (synthetic.png, or synthetic-2.png and so on)")
+    parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    args = parser.parse_args(arguments)
+    check_size(args.size)
+    rng = np.random.default_rng(args.seed)
+    folder = data.good_folder(args.folder, "FOLDER")
+    files = data.list_images(folder)
+    out = single_file(args.out, Path("synthetic.png"), "--out", files)
+    refuse_inside(out, folder)
+    chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
+    shape = as_shape(input_size(args.size, files))
+    draw.save_picture(out, sheet(chosen, shape, rng, synthesize, foreground))
+    if line := told(files, shape):
+        print(line)
+    print(f"wrote {out}: image, foreground, mask, synthetic defect")

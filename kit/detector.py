@@ -19,8 +19,7 @@ from torchvision.transforms.functional import gaussian_blur
 from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
-from kit.settings import Settings
-from kit.sizes import Shape, as_shape
+from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 

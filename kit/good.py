@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kit.defects import Defect
 from kit.detector import Detector
 from kit.images import read_image
-from kit.processes import ALONE, Processes
-from kit.progress import counted
-from kit.sizes import UNIT, part_shape
-from kit.windows import at_once
+from kit.processes import ALONE, Processes, counted
+from kit.settings import UNIT
+from kit.windows import at_once, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
 PATCH = 512  # pixels a side of the part of a large image that is painted on
@@ -28,6 +26,14 @@ WHOLE = (slice(None), slice(None))
 
 # (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tuple]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """The file of an image with a defect, and its mask's, None where nobody has drawn one."""
+
+    path: Path
+    mask: Path | None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""One image: decoded, checked, brought to RGB in [0, 1]. Arrays are numpy, (H, W, 3) float32."""
+"""One image: decoded, checked, brought to RGB in [0, 1]; and where the object is in it. Arrays are numpy, (H, W, 3)
+float32."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from scipy import ndimage
 
 from kit.errors import InputError
 
@@ -150,20 +152,6 @@ def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
-def shape_in_file(path: Path) -> tuple[int, int] | None:
-    """(H, W) of an image file after its EXIF rotation, without decoding it; None if it cannot be read."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            try:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
-            except Exception:  # see `turned`
-                is_turned = False
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
-    return (width, height) if is_turned else (height, width)
-
-
 def marked(mask: Image.Image) -> np.ndarray:
     """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
     labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""
@@ -195,3 +183,27 @@ def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
     if not region.any():
         raise InputError(f"--roi {path}: nothing in it is white; what is to be looked at has to be")
     return region
+
+
+# ---------------------------------------------------------------- where the object is
+
+
+def foreground(image: np.ndarray) -> np.ndarray:
+    """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
+    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
+    border = np.ones(image.shape[:2], dtype=bool)
+    border[8:-8, 8:-8] = False
+    distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3, dtype=np.float32)
+    far = distance > otsu(distance)
+    if far[border].mean() > 0.1 or not 0.02 < far.mean() < 0.9:
+        return np.ones_like(far)
+    return ndimage.binary_fill_holes(far | ndimage.binary_closing(far, iterations=2))
+
+
+def otsu(values: np.ndarray, bins: int = 64) -> float:
+    """Otsu's threshold: it splits `values` into two classes of the greatest variance between them."""
+    counts, edges = np.histogram(values, bins=bins)
+    share = np.cumsum(counts) / counts.sum()  # of the lower class, for each possible threshold
+    mean = np.cumsum(counts * edges[1:]) / counts.sum()
+    between = (mean[-1] * share - mean) ** 2 / np.maximum(share * (1 - share), 1e-9)
+    return edges[np.argmax(between) + 1]

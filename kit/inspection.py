@@ -22,20 +22,19 @@ from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
     GrowingTable,
+    OwnFiles,
     fitting,
     header_of,
     held,
     move,
     plain_cell,
+    refuse_inside,
     rows_of,
     write_rows,
     write_text,
 )
 from kit.images import load_image, named, photograph, shape_of, turned
-from kit.options import refuse_inside
-from kit.owned import OwnFiles
-from kit.processes import ALONE, Processes
-from kit.progress import clear, counted
+from kit.processes import ALONE, Processes, clear, counted
 from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
@@ -83,20 +82,6 @@ def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
         found.update(f"{name} {tuple(values.shape)}".encode())
         found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:12]
-
-
-def print_skipped(complaints: list[str], images: int) -> None:
-    for count, complaint in enumerate(complaints, start=1):
-        print(f"skipped {count} of {images} images: {complaint}")
-
-
-def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
-    if not skip_bad:
-        return files
-    good, complaints = data.readable(files)
-    print_skipped(complaints, len(files))
-    return good
 
 
 # ---------------------------------------------------------------- where findings go
@@ -299,7 +284,7 @@ def judge_new(work: Inspection, images: Path) -> None:
         raise InputError(f"{without}: {'; '.join([*judgements.complaints, *complaints])}")
     if complaints and not work.skip_bad:
         raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
-    print_skipped(complaints, len(files))
+    data.print_skipped(complaints, len(files))
 
 
 def new_images(images: Path, out: Path) -> list[Path]:

@@ -10,17 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics, runs, shapes, sizes
-from kit.defects import is_among
+from kit import data, draw, metrics, shapes
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.files import fitting, held, write_text
+from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
-from kit.inspection import Inspection, usable
-from kit.options import is_inside
-from kit.owned import OwnFiles
-from kit.processes import Processes
-from kit.progress import counted
+from kit.inspection import Inspection
+from kit.processes import Processes, counted
+from kit.real_defects import is_among
 from kit.report import Entry, save_views, write_page
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
@@ -87,7 +84,7 @@ def measure(judged: Judged) -> dict[str, float | None]:
 def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
     tests = data.labelled_images(category)
-    good = set(usable([test.path for test in tests], skip_bad))
+    good = set(data.usable([test.path for test in tests], skip_bad))
     if not good:
         raise InputError(f"--data {category}: not one of its test images can be read")
     return [test for test in tests if test.path in good]
@@ -160,14 +157,14 @@ def refuse_other_figures(work: Inspection, category: Path) -> None:
     there = json.loads(path.read_text()) if path.exists() else {}
     if there.get("data", str(category.resolve())) != str(category.resolve()):
         raise InputError(f"--out {work.out}: holds the figures of {there['data']}; give another --out, and --data")
-    is_of_run = is_inside(work.out, runs.folder_of(work.checkpoint))
+    is_of_run = is_inside(work.out, folder_of(work.checkpoint))
     if not is_of_run and there.get("detector", work.detector) != work.detector:
         raise InputError(f"--out {work.out}: holds the figures of another detector; give another --out")
 
 
 def size_of(settings: Settings) -> int | str:
     """What --size would take."""
-    return settings.size if isinstance(settings.size, int) else sizes.as_text(settings.size)
+    return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
 
 
 def as_text(value: object) -> str:

@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from kit.draw import RED, heat_and_line, heat_colours
-from kit.files import write_atomically, write_text
-from kit.owned import OwnFiles
+from kit.files import OwnFiles, write_atomically, write_text
 from kit.verdict import Thresholds, Verdict
 
 PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data

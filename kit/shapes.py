@@ -1,19 +1,82 @@
 """The shape in which images are judged: as many pixels as asked for, in the shape that the good images have.
 
-A shape is (height, width), in pixels; kit/sizes.py has what --size takes."""
+A shape is (height, width), in pixels. --size takes 384, as many pixels as 384 x 384; "native", as many as the images
+have; or a shape outright. No PyTorch here: the command line is read with it."""
 
+import argparse
 import math
 from pathlib import Path
 
 import numpy as np
+from PIL import ExifTags, Image
 
 from kit.errors import InputError
-from kit.images import shape_in_file
-from kit.sizes import LONGEST, NATIVE, SIDES, UNIT, Shape, Size, as_text
+from kit.settings import UNIT, Shape
 
+Size = int | str | Shape
+
+NATIVE = "native"
+SIDES = (64, 4096)  # of a square size
+LONGEST = 32768  # side of a shape
 ASKED = 100  # images at most, what shape they have
 OTHER = 1.1  # times as long for its height as others, from which on an image has another shape
 SPOT = 20  # pixels, in the sentence on what is done to an image
+
+
+# ---------------------------------------------------------------- --size
+
+
+def parsed_size(text: str) -> Size:
+    """What stands behind --size: "384", "native", or "256x1024", height first. Raises argparse's error for anything
+    else."""
+    try:
+        if text == NATIVE:
+            return NATIVE
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) == 1:
+        return sides[0]
+    if len(sides) == 2:
+        return sides[0], sides[1]
+    raise argparse.ArgumentTypeError(f"{text}: give a number, HEIGHTxWIDTH in pixels, or {NATIVE}")
+
+
+def check_size(size: Size) -> None:
+    """Raises InputError if a size is out of range."""
+    if isinstance(size, int):
+        if not SIDES[0] <= size <= SIDES[1]:
+            raise InputError(f"--size {size}: out of range, give {SIDES[0]} to {SIDES[1]}, or HEIGHTxWIDTH")
+    elif size != NATIVE:
+        for side in size:
+            if side % UNIT or not UNIT <= side <= LONGEST:
+                raise InputError(f"--size {as_text(size)}: {side} is not a multiple of {UNIT} in {UNIT}..{LONGEST}")
+        if math.prod(size) < SIDES[0] ** 2:
+            raise InputError(f"--size {as_text(size)}: has less pixels than {SIDES[0]}x{SIDES[0]}; give more")
+
+
+def as_text(size: Size) -> str:
+    """As --size takes it."""
+    return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)
+
+
+# ---------------------------------------------------------------- the shape of the images
+
+
+def shape_in_file(path: Path) -> tuple[int, int] | None:
+    """(H, W) of an image file after its EXIF rotation, without decoding it; None if it cannot be read."""
+    from kit.images import FORMATS  # here, since it imports PyTorch
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            try:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
+            except Exception:  # see `kit.images.turned`
+                is_turned = False
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return (width, height) if is_turned else (height, width)
 
 
 def usual_shape(files: list[Path]) -> Shape | None:

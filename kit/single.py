@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kit.errors import InputError
-from kit.owned import is_listed
+from kit.files import is_listed
 
 
 def single_file(named: Path | None, default: Path, flag: str, inputs: Iterable[Path] = ()) -> Path:

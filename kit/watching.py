@@ -10,7 +10,7 @@ import numpy as np
 
 from kit import data, shapes
 from kit.errors import InputError
-from kit.files import held, plain_cell
+from kit.files import held, plain_cell, refuse_inside
 from kit.inspection import (
     Inspection,
     Judgements,
@@ -21,7 +21,6 @@ from kit.inspection import (
     print_drift,
     stamp_of,
 )
-from kit.options import refuse_inside
 from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kit.processes import return_freed_memory
-from kit.sizes import UNIT, Shape, part_shape
+from kit.settings import UNIT, Shape
 
 PIXELS = 2**21  # at once, of all images of a batch together: two million
 CORE = 1024  # pixels a side of a window, at most, without what is seen around it
@@ -22,6 +22,15 @@ def cuts(length: int) -> list[int]:
     """Where an axis is cut into equal parts of at most CORE pixels: all ends, at multiples of UNIT but for the last."""
     count = math.ceil(length / CORE)
     return [round(i * length / count / UNIT) * UNIT for i in range(count)] + [length]
+
+
+def part_shape(shape: Shape, side: int) -> Shape:
+    """What to look at of images of this shape at once: all of it, or as many pixels as side x side where there are more
+    than twice as many, no side longer than the image's."""
+    if math.prod(shape) <= 2 * side**2:
+        return shape
+    height, width = min(shape[0], side), min(shape[1], side)
+    return min(shape[0], side**2 // width), min(shape[1], side**2 // height)
 
 
 def overlapping_parts(shape: Shape, side: int) -> list[tuple[slice, slice]]:

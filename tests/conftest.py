@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from helpers import LITE, SMALL, call
 
-import autoencoder
 import clflow
 import train
 from kit.demo import draw_demo
+from methods import autoencoder
 
 
 @pytest.fixture(scope="session", autouse=True)

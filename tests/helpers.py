@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 from kit.errors import run_script
-from kit.owned import LIST
+from kit.files import LIST
 from methods import load
 
 ROOT = Path(__file__).parents[1]

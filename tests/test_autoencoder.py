@@ -10,13 +10,13 @@ from helpers import LITE, SMALL, call, check_export, refuse
 from PIL import Image
 from scipy import ndimage
 
-import autoencoder
 import evaluate
 import train
+from benchmarks import projection
 from kit import calibration, data
 from kit.good import GoodImages, split
 from kit.images import read_image
-from methods import load
+from methods import autoencoder, load
 from synth import synthesize
 
 EVERYWHERE = torch.ones(64, 64, dtype=torch.bool)
@@ -172,12 +172,12 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
     images = data.read_batch(data.list_images(category / "test" / "good")[:3], (128, 128))
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
-    call(autoencoder.main, projecting_run)
+    call(projection.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960
 
 
 def test_only_runs_of_the_autoencoder_have_a_projection(finished_run, capsys):
-    refuse(autoencoder.main, capsys, finished_run, words=[finished_run, "--method autoencoder"])
+    refuse(projection.main, capsys, finished_run, words=[finished_run, "--method autoencoder"])
 
 
 def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, monkeypatch, capsys):

@@ -12,14 +12,13 @@ from PIL import Image
 
 import evaluate
 import train
-from defaults import OPTIONS, NearestSettings
 from kit import calibration, data
 from kit.demo import draw_button, write_png
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, held_out_count
 from kit.processes import Processes
-from kit.settings import LEAST_IMAGES
+from kit.settings import LEAST_IMAGES, OPTIONS, NearestSettings
 from methods import load
 
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]

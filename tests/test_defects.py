@@ -13,11 +13,12 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from clflow import Feed, Rows
-from kit import data
-from kit.defects import Defect, copies, list_defects
+from kit import data, real_defects
 from kit.detector import read_checkpoint
+from kit.good import Defect
 from kit.images import read_image, read_mask
+from kit.real_defects import copies, list_defects
+from kit.rows import Feed, Rows, good_rows
 from methods import load
 
 
@@ -37,14 +38,14 @@ def pixel_box(position: int, pixels: int, positions: int) -> slice:
 
 def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, category, monkeypatch):
     """Position by position, from the pixels of the mask."""
-    monkeypatch.setattr(clflow, "COPIES", 1)
+    monkeypatch.setattr(real_defects, "COPIES", 1)
     (test,) = [t for t in data.labelled_images(category) if t.kind == "crack"][:1]
     roi = torch.zeros(192, 192, dtype=torch.bool)
     mask = read_mask(test.mask, (192, 192))
     rows, columns = np.nonzero(mask)
     roi[:, : int(np.median(columns))] = True  # cuts the crack in two
     model.look_within(roi)
-    found = clflow.defect_rows(model, [Defect(test.path, test.mask)])
+    found = real_defects.defect_rows(model, [Defect(test.path, test.mask)], 1)
     w = model.encode(data.read_batch([test.path], model.shape))[0]
     _, height, width = w.shape
     expected = []
@@ -75,7 +76,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         if not test.anomalous:
             continue
         image = read_image(test.path, model.shape)
-        found = clflow.whereabouts(model, Defect(test.path, None), image)
+        found = real_defects.whereabouts(model, Defect(test.path, None), image)
         true = np.asarray(Image.fromarray(mask_of(test.path)).resize((192, 192))) > 0
         near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
         distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
@@ -84,7 +85,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         assert found.sum() == 37 and heat[found].min() > heat[~found].max()  # a thousandth of 192 x 192
         assert np.median(distances) < 12  # pixels: a position and a half
     model.look_within(torch.arange(192).repeat(192, 1) < 10)  # nothing is there
-    found = clflow.whereabouts(model, Defect(test.path, None), image)
+    found = real_defects.whereabouts(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
 
 
@@ -190,18 +191,18 @@ def test_interrupted_training_with_defects_resumes_to_the_same_weights(category,
 
 def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatch):
     seen = {}
-    good_rows, defect_rows = clflow.good_rows, clflow.defect_rows
+    defect_rows = real_defects.defect_rows
 
     def watching_good(model, pairs):
         seen["trained_on"] = set(pairs.files)
         return good_rows(model, pairs)
 
-    def watching_defects(model, defects):
+    def watching_defects(model, defects, count):
         seen["defects"] = [(defect.path, defect.mask) for defect in defects]
-        return defect_rows(model, defects)
+        return defect_rows(model, defects, count)
 
-    monkeypatch.setattr(clflow, "good_rows", watching_good)
-    monkeypatch.setattr(clflow, "defect_rows", watching_defects)
+    monkeypatch.setattr("kit.rows.good_rows", watching_good)
+    monkeypatch.setattr(real_defects, "defect_rows", watching_defects)
     good = data.list_images(category / "train" / "good")
     missed = [category / "test/stain/001.png", good[4]]  # one that lay among the good ones
     alarm = category / "test" / "good" / "002.png"

@@ -5,10 +5,10 @@ import pytest
 import torch
 from helpers import script
 
-from defaults import OPTIONS
+from kit.command_line import check_range, refuse_without_effect
 from kit.errors import InputError, one_line, run_script
-from kit.options import check_range, refuse_without_effect
 from kit.processes import pick_device
+from kit.settings import OPTIONS
 from methods import METHODS
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 import evaluate
 import synth
-from kit import data, files, inspection, owned
+from kit import data, files, inspection
 from kit.detector import read_checkpoint
-from kit.inspection import SCORES_COLUMNS, fingerprint
+from kit.inspection import SCORES_COLUMNS, detector_fingerprint
 from kit.measuring import judge_tests
 from kit.processes import ALONE
 from methods import load
@@ -216,7 +216,7 @@ def test_findings_of_another_detector_or_on_other_images_are_not_written_over(ru
     refuse(evaluate.main, capsys, run, "--images", category / "test" / "good", "--out", out, words=words)
     assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}.items()
     old = tmp_path / "old"
-    files.write_text(owned.OwnFiles(old, "judged").claim("scores.csv"), "file,score,anomalous\na.png,1,0\n")
+    files.write_text(files.OwnFiles(old, "judged").claim("scores.csv"), "file,score,anomalous\na.png,1,0\n")
     words = ["an earlier version", "another --out"]
     refuse(evaluate.main, capsys, run, "--images", chips, "--out", old, words=words)
     assert "a.png" in (old / "scores.csv").read_text()
@@ -228,7 +228,7 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     for day in ("a", "b"):
         shutil.copytree(category / "test" / "chip", tmp_path / day / "new")
     shutil.copytree(category / "test" / "good", tmp_path / "good")
-    detector_print = fingerprint(read_checkpoint(run / "model.pt")["state"])
+    detector_print = detector_fingerprint(read_checkpoint(run / "model.pt")["state"])
     calls = [(run, "a/new"), (run, "good"), (run, "b/new"), (run, "a/new")]
     for detector, images in calls:
         call(evaluate.main, detector, "--images", images)
@@ -241,7 +241,7 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     assert len(list(Path("predictions/run").glob("new*/scores.csv"))) == 3
     # A camera goes on in its own folder, though the name of that has the fingerprint of an earlier detector.
     found = inspection.findings_folder(
-        "run", Path("b/new"), fingerprint(read_checkpoint(other / "model.pt")["state"]), True
+        "run", Path("b/new"), detector_fingerprint(read_checkpoint(other / "model.pt")["state"]), True
     )
     assert found == Path("predictions/run", f"new-{detector_print}")
 
@@ -458,7 +458,7 @@ def test_no_name_in_a_list_leads_out_of_the_folder(run, category, tmp_path):
     out = tmp_path / "out"
     for _ in range(2):  # the second one removes the pictures of the first
         call(evaluate.main, run, "--data", category, "--out", out)
-        with open(out / owned.LIST, "a") as file:
+        with open(out / files.LIST, "a") as file:
             file.write(f'["measured", "../outside.png"]\n["measured", "{outside}"]\n')
     assert outside.exists()
 

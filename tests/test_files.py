@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit import owned, runs
+from kit import files
 from kit.demo import draw_demo
 from kit.detector import FORMAT
 from kit.errors import InputError
 from kit.files import (
     GrowingTable,
+    OwnFiles,
     fitting,
     header_of,
     plain_cell,
@@ -21,7 +22,6 @@ from kit.files import (
     write_table,
     write_text,
 )
-from kit.owned import OwnFiles
 from kit.single import single_file
 
 
@@ -117,38 +117,38 @@ def checkpoint(path, data) -> None:
 
 def test_what_a_new_run_may_not_write_over(tmp_path):
     mine, other, out = tmp_path / "a" / "good", tmp_path / "b" / "good", tmp_path / "runs" / "good"
-    runs.check_out(out, mine, [mine], resume=False)  # nothing there
+    files.check_out(out, mine, [mine], resume=False)  # nothing there
     checkpoint(out / "model.pt", mine)
-    runs.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
+    files.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
     with pytest.raises(InputError, match=f"a run of .*{mine.parent.name}"):
-        runs.check_out(out, other, [other], resume=False)
+        files.check_out(out, other, [other], resume=False)
     checkpoint(out / "unfinished" / "state.pt", mine)
-    runs.check_out(out, mine, [mine], resume=True)
+    files.check_out(out, mine, [mine], resume=True)
     with pytest.raises(InputError, match="stopped run.*--resume"):
-        runs.check_out(out, mine, [mine], resume=False)
+        files.check_out(out, mine, [mine], resume=False)
     for inside in (mine, mine / "runs"):
         with pytest.raises(InputError, match="whose images are read"):
-            runs.check_out(inside, mine, [mine], resume=False)
+            files.check_out(inside, mine, [mine], resume=False)
     torch.save({"format": 3}, out / "unfinished" / "state.pt")
     with pytest.raises(InputError, match="format 3.*--out"):
-        runs.check_out(out, mine, [mine], resume=False)
-    runs.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
+        files.check_out(out, mine, [mine], resume=False)
+    files.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "epoch_02.pt").touch()
-    runs.check_out(tmp_path / "kept", mine, [mine], resume=False)
+    files.check_out(tmp_path / "kept", mine, [mine], resume=False)
     with pytest.raises(InputError, match="epoch_02.pt.*did not write"):
-        runs.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
+        files.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
 
 
 def test_an_unfinished_training_counts_only_where_there_is_no_other(tmp_path):
     state = tmp_path / "unfinished" / "state.pt"
     state.parent.mkdir()
     state.touch()
-    assert runs.checkpoint_of(tmp_path) == state and runs.folder_of(state) == tmp_path
+    assert files.checkpoint_of(tmp_path) == state and files.folder_of(state) == tmp_path
     (tmp_path / "model.pt").touch()
-    assert runs.checkpoint_of(tmp_path).name == "model.pt"
-    assert runs.folder_of(tmp_path / "model.pt") == tmp_path
-    assert runs.checkpoint_of(state) == state
+    assert files.checkpoint_of(tmp_path).name == "model.pt"
+    assert files.folder_of(tmp_path / "model.pt") == tmp_path
+    assert files.checkpoint_of(state) == state
 
 
 OLD = ("model.pt", "log.csv", "suspects.png", "epoch_01.pt", "epoch_02.pt", "recalibrated.pt")
@@ -167,19 +167,19 @@ def run_with_a_complete_successor(run) -> None:
         write_text(OwnFiles(run, "measured").claim(name), "old")
     write_text(OwnFiles(run / "tests" / "b", "measured").claim("metrics.json"), "old")
     for name in ("state.pt", *NEW):
-        write_text(runs.unfinished_files(run).claim(name), "new")
+        write_text(files.unfinished_files(run).claim(name), "new")
 
 
 def said_by_files(run) -> dict[str, str]:
-    files = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(owned.LIST)]
-    return {path.relative_to(run).as_posix(): path.read_text() for path in files}
+    found = [path for path in run.rglob("*") if path.is_file() and not path.name.startswith(files.LIST)]
+    return {path.relative_to(run).as_posix(): path.read_text() for path in found}
 
 
 def test_a_new_detector_takes_the_place_of_the_old_one_and_foreign_files_stay(tmp_path):
     run_with_a_complete_successor(tmp_path)
-    runs.install(tmp_path)
+    files.install(tmp_path)
     assert said_by_files(tmp_path) == dict.fromkeys(NEW, "new") | dict.fromkeys(FOREIGN, "foreign")
-    assert set(OwnFiles(tmp_path, "trained").names()) == set(NEW) and not runs.is_unfinished(tmp_path)
+    assert set(OwnFiles(tmp_path, "trained").names()) == set(NEW) and not files.is_unfinished(tmp_path)
     assert not (tmp_path / "unfinished").exists() and not (tmp_path / "pictures" / "crack").exists()
 
 
@@ -210,13 +210,13 @@ def test_a_kill_while_a_detector_takes_its_place_leaves_no_mixture(tmp_path, mon
             patch.setattr("pathlib.Path.unlink", killing(Path.unlink))
             patch.setattr("pathlib.Path.rmdir", killing(Path.rmdir))
             try:
-                runs.install(run)
+                files.install(run)
                 was_killed = False
             except Kill:
                 was_killed = True
         there = {name: text for name, text in said_by_files(run).items() if not name.startswith("unfinished/")}
         assert len(set(there.values()) - {"foreign"}) == 1 and "model.pt" in there, there
-        runs.install(run)
+        files.install(run)
         assert said_by_files(run) == dict.fromkeys(NEW, "new") | dict.fromkeys(FOREIGN, "foreign")
         if not was_killed:
             break
@@ -225,10 +225,10 @@ def test_a_kill_while_a_detector_takes_its_place_leaves_no_mixture(tmp_path, mon
 
 def test_a_training_that_is_not_complete_is_not_put_in_place(tmp_path):
     run_with_a_complete_successor(tmp_path)
-    runs.unfinished_files(tmp_path).remove(["model.pt"])
+    files.unfinished_files(tmp_path).remove(["model.pt"])
     before = said_by_files(tmp_path)
-    runs.install(tmp_path)
-    assert said_by_files(tmp_path) == before and runs.resumable(tmp_path).name == "state.pt"
+    files.install(tmp_path)
+    assert said_by_files(tmp_path) == before and files.resumable(tmp_path).name == "state.pt"
 
 
 def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
@@ -236,7 +236,7 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
     with pytest.raises(InputError, match="model.pt.*did not write.*another --out"):
         OwnFiles(tmp_path, "trained").claim("model.pt")
     OwnFiles(tmp_path, "trained").claim("log.csv").touch()
-    (tmp_path / owned.LIST).open("a").write('["trained", "mod')  # cut off by a kill
+    (tmp_path / files.LIST).open("a").write('["trained", "mod')  # cut off by a kill
     OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, whatever wrote it
     OwnFiles(tmp_path, "trained").remove_all()
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
@@ -288,7 +288,7 @@ def test_the_demo_replaces_no_foreign_file(tmp_path):
     first.write_text("cut off")  # ours, so it is drawn anew
     draw_demo(tmp_path, counts)
     assert said_by_pictures(tmp_path) == drawn
-    (tmp_path / owned.LIST).unlink()  # as earlier versions left it
+    (tmp_path / files.LIST).unlink()  # as earlier versions left it
     draw_demo(tmp_path, counts)
     first.write_text("foreign")
     with pytest.raises(InputError, match="train/good/000.png.*did not write.*another --out"):

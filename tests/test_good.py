@@ -6,14 +6,13 @@ import pytest
 import torch
 from helpers import QUICK, call
 
-import clflow
 import kit.good
 import train
 from kit.data import list_images
 from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor, widened
 from kit.images import read_image
 from kit.processes import Processes
-from kit.sizes import UNIT
+from kit.settings import UNIT
 from methods import load
 from synth import synthesize
 
@@ -153,7 +152,7 @@ def test_a_patch_gets_its_surroundings_from_the_grid_of_the_whole_image():
 
 
 def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(clflow, "painted_rows", None)
+    monkeypatch.setattr("kit.rows.painted_rows", None)
     options = [*QUICK, "--classification-weight", 0, "--contrast-weight", 0]
     call(train.main, "--data", category, "--out", tmp_path / "run", *options)
     said = capsys.readouterr().out

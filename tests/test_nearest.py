@@ -10,22 +10,23 @@ from helpers import LITE, call, check_export, refuse, visible
 from scipy.spatial import distance
 
 import evaluate
-import nearest
 import train
-from defaults import NearestSettings
-from kit import data
+from bank import Prototypes, covering
+from kit import data, search
 from kit.backbone import BACKBONES
 from kit.errors import InputError
 from kit.good import split
+from kit.settings import NearestSettings
 from methods import load
+from methods.nearest import Nearest
 
 RNG = np.random.default_rng(0)
 
 
-def prototypes(bank) -> nearest.Prototypes:
+def prototypes(bank) -> Prototypes:
     """With a given bank (P, C), its centre taken off."""
     bank = torch.as_tensor(bank, dtype=torch.float32)
-    found = nearest.Prototypes(bank.shape[1])
+    found = Prototypes(bank.shape[1])
     found.centre.copy_(bank.mean(dim=0))
     found.bank = bank - found.centre
     found.spacing = torch.ones(len(bank))
@@ -34,16 +35,36 @@ def prototypes(bank) -> nearest.Prototypes:
     return found
 
 
-@pytest.mark.parametrize("exports", [False, True])
-def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, exports):
+@pytest.mark.parametrize("fast, exports", [(False, False), (True, False), (True, True)])
+def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, fast, exports):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
     rows, bank = RNG.random((52, 7)) + 100, RNG.random((40, 7)) + 100
     mine = prototypes(bank)
+    mine.fast = fast
     found = torch.from_numpy(np.float32(rows))
     index = mine.nearest(found, 4, torch.float32)
     expected = distance.cdist(rows, bank)
     assert np.array_equal(index, expected.argmin(axis=1))
     assert np.allclose(mine.away(found, index).norm(dim=1), expected.min(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("exports", [False, True])
+def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
+    """On the same bank, whatever is left out: nothing, some images, each row's own, or all images, which is none."""
+    monkeypatch.setattr(search, "CELL", 64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
+    bank, rows = clustered(2000, 600)
+    mine = prototypes(bank)
+    mine.origin = torch.arange(2000) % 5
+    own = torch.arange(600) % 5
+    for without in (None, torch.tensor([1, 3]), own[:, None], torch.arange(5)):
+        mine.fast = True
+        fast = mine.nearest(rows, 10, torch.float32, without)
+        mine.fast = False
+        plain = mine.nearest(rows, without=without)
+        assert (fast == plain).float().mean() > 0.99
+        if without is not None and len(without) != 5:
+            assert (mine.origin[plain][:, None] != without).all()
 
 
 def test_half_the_bits_find_one_that_is_as_near():
@@ -65,14 +86,14 @@ def clustered(*counts: int) -> list[torch.Tensor]:
 
 
 def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
-    monkeypatch.setattr(nearest, "CELL", 64)
+    monkeypatch.setattr(search, "CELL", 64)
     bank, rows = clustered(2000, 3000)
     mine = prototypes(bank)
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
     assert len(mine.centres) == 32 and len(expected.unique()) > 1000
     mine.spacing.fill_(1e6)  # nothing is far
     assert (mine.nearest(rows, 1, torch.float32) == expected).float().mean() > 0.99
-    monkeypatch.setattr(nearest, "LOOKED_INTO", 1)
+    monkeypatch.setattr(search, "LOOKED_INTO", 1)
     found = mine.nearest(rows, 1, torch.float32)
     assert 0.5 < (found == expected).float().mean() < 0.999
     distances = mine.away(rows, found).norm(dim=1)
@@ -81,7 +102,7 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     again = mine.nearest(rows, 1, torch.float32)
     assert torch.equal(again[is_far], expected[is_far]) and torch.equal(again[~is_far], found[~is_far])
     assert not torch.equal(found[is_far], expected[is_far])
-    monkeypatch.setattr(nearest, "LOOKED_INTO_IF_FAR", 1)
+    monkeypatch.setattr(search, "LOOKED_INTO_IF_FAR", 1)
     assert torch.equal(mine.nearest(rows, 1, torch.float32), found)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through all
     assert torch.equal(mine.nearest(rows, 10, torch.float32), expected)
@@ -115,7 +136,7 @@ def test_a_cell_that_does_not_count_is_not_looked_into():
 def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
     """In cells, and in a search through all: rows of images in any order, each of which leaves out two; some cells are
     of one image alone."""
-    monkeypatch.setattr(nearest, "CELL", 64)
+    monkeypatch.setattr(search, "CELL", 64)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
     bank, rows = clustered(2000, 600)
     mine = prototypes(bank)
@@ -129,7 +150,7 @@ def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
     assert (found == expected).float().mean() > 0.99
     assert (found != mine.nearest(rows, 10, torch.float32)).float().mean() > 0.3
     for looks in ("LOOKED_INTO", "LOOKED_INTO_IF_FAR"):
-        monkeypatch.setattr(nearest, looks, 1)
+        monkeypatch.setattr(search, looks, 1)
         found = mine.nearest(rows, 10, torch.float32, without)
         assert not is_out.gather(1, found[:, None]).any()
 
@@ -137,7 +158,7 @@ def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
 def test_features_that_are_no_numbers_are_refused():
     rows = torch.full((20, 4), torch.nan)
     with pytest.raises(InputError, match="--weights"):
-        nearest.Prototypes(4).fit(rows, torch.zeros(20, dtype=torch.long), 2, torch.Generator())
+        Prototypes(4).fit(rows, torch.zeros(20, dtype=torch.long), 2, torch.Generator())
 
 
 def test_equal_prototypes_make_fewer_cells():
@@ -149,27 +170,33 @@ def test_equal_prototypes_make_fewer_cells():
 @pytest.mark.parametrize("farthest", [2, 5, 1024])
 def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch, farthest):
     """Random directions keep the order of distances mostly; here they are replaced by the rows' own dimensions."""
-    monkeypatch.setattr(nearest, "FARTHEST", farthest)
-    monkeypatch.setattr(nearest, "SKETCH", 4)
+    monkeypatch.setattr(search, "FARTHEST", farthest)
+    monkeypatch.setattr(search, "SKETCH", 4)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: 2 * torch.eye(4))  # 2 is the root of SKETCH
     rows = torch.from_numpy(np.random.default_rng(0).random((300, 4), dtype=np.float32))
     chosen = [0]
     for _ in range(39):
         to_chosen = distance.cdist(rows, rows[chosen]).min(axis=1)
         chosen.append(int(np.argmax(to_chosen)))
-    assert nearest.covering(rows, 40, torch.Generator()).tolist() == chosen
+    assert search.covering(rows, 40, torch.Generator()).tolist() == chosen
+    assert covering(rows, 40).tolist() == chosen
+    plain = Prototypes(4, fast=False)
+    plain.fit(rows, torch.arange(300), 40, torch.Generator())
+    assert sorted(plain.origin.tolist()) == sorted(chosen)
+    between = np.sort(distance.cdist(rows[plain.origin], rows[chosen]), axis=1)
+    assert np.allclose(between[:, 1:6].mean(axis=1), plain.spacing, rtol=1e-3)
 
 
 def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
     rows = torch.cat((torch.randn(5000, 16, generator=torch.Generator().manual_seed(0)), 20 + torch.zeros(1, 16)))
-    assert 5000 in nearest.covering(rows, 20, torch.Generator().manual_seed(0)).tolist()
+    assert 5000 in search.covering(rows, 20, torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_energies_by_hand(monkeypatch, local):
     """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
     settings = NearestSettings(backbone=LITE[1], size=16, images=3, held_out=1, bank=3, local=local)
-    model = nearest.Nearest(settings)
+    model = Nearest(settings)
     model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
     model.prototypes.spacing.copy_(torch.tensor([1.0, 2.0, 6.0]))
     x = torch.tensor([[1.0, 0, 0], [10, 0, 4], [31, 0, 0], [4, 0, 0]])
@@ -244,7 +271,7 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
     assert visible(tmp_path / "unfinished") == ["state.pt"]
-    monkeypatch.setattr(nearest.Prototypes, "fit", stop)  # it is not chosen again
+    monkeypatch.setattr(Prototypes, "fit", stop)  # it is not chosen again
     call(train.main, *command, "--resume")
     assert visible(tmp_path) == ["model.pt"]
     whole, parts = (load(run / "model.pt").state_dict() for run in (bank_run, tmp_path))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kit import progress
+from kit import processes as progress
 
 
 class Terminal(io.StringIO):

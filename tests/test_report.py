@@ -12,10 +12,10 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.corrections import read_corrections
 from kit.draw import LARGE
+from kit.files import OwnFiles
 from kit.images import photograph
-from kit.owned import OwnFiles
+from kit.real_defects import read_corrections
 from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
 from methods import load

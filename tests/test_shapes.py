@@ -12,10 +12,11 @@ from PIL import Image
 import evaluate
 import synth
 import train
-from kit import shapes, sizes
+from kit import shapes
 from kit.data import read_batch
 from kit.errors import InputError
-from kit.images import read_region, shape_in_file
+from kit.images import read_region
+from kit.shapes import shape_in_file
 from methods import load
 
 STRIP = (64, 320)  # (height, width) of drawn strips
@@ -27,9 +28,9 @@ STRIP = (64, 320)  # (height, width) of drawn strips
 def test_what_stands_behind_size(text, size):
     if size is None:
         with pytest.raises(argparse.ArgumentTypeError, match=text):
-            sizes.parsed_size(text)
+            shapes.parsed_size(text)
     else:
-        assert sizes.parsed_size(text) == size and sizes.as_text(size) == text
+        assert shapes.parsed_size(text) == size and shapes.as_text(size) == text
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_what_stands_behind_size(text, size):
 )
 def test_sizes_out_of_range_are_refused(size, word):
     with pytest.raises(InputError, match=word):
-        sizes.check_size(size)
+        shapes.check_size(size)
 
 
 def images_of(folder, *all_of_them):

@@ -14,17 +14,15 @@ import torch
 from helpers import LITE, QUICK, ROOT, call, refuse, script, visible
 from PIL import Image
 
-import autoencoder
 import clflow
 import evaluate
-import nearest
 import train
-from kit import calibration, data, runs
+from kit import calibration, data, search
 from kit.detector import read_checkpoint
-from kit.files import held
-from kit.owned import LIST, OwnFiles
+from kit.files import LIST, STATE, UNFINISHED, OwnFiles, held
 from kit.processes import Processes
-from methods import load
+from kit.rows import good_rows, painted_rows
+from methods import autoencoder, load
 
 
 def log_of(run) -> list[dict]:
@@ -46,7 +44,7 @@ def test_training_needs_no_test_folder_and_writes_its_log(finished_run):
 
 def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_others(category, tmp_path, monkeypatch):
     seen = {}
-    batches, good_rows, painted_rows = data.batches, clflow.good_rows, clflow.painted_rows
+    batches = data.batches
 
     def encoding(files, size):
         seen.update(held_out=set(files))
@@ -56,13 +54,13 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
         seen.update(trained=set(pairs.files))
         return good_rows(model, pairs)
 
-    def painting(model, pairs):
+    def painting(model, pairs, images):
         seen.update(painted=set(pairs.files))
-        return painted_rows(model, pairs)
+        return painted_rows(model, pairs, images)
 
     monkeypatch.setattr(data, "batches", encoding)
-    monkeypatch.setattr(clflow, "good_rows", fitting)
-    monkeypatch.setattr(clflow, "painted_rows", painting)
+    monkeypatch.setattr("kit.rows.good_rows", fitting)
+    monkeypatch.setattr("kit.rows.painted_rows", painting)
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
     assert len(seen["held_out"]) == 6 and not seen["trained"] & seen["held_out"]
     assert seen["painted"] == seen["trained"]
@@ -247,9 +245,7 @@ def contents(folder) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     below = {path.relative_to(folder).as_posix(): path for path in files}
     return {
-        name: path.read_bytes()
-        for name, path in below.items()
-        if not name.startswith(runs.UNFINISHED) and path.name != LIST
+        name: path.read_bytes() for name, path in below.items() if not name.startswith(UNFINISHED) and path.name != LIST
     }
 
 
@@ -359,7 +355,7 @@ def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
     """Two kills, each while a checkpoint is half written; the training between them goes on by --resume."""
     command = [sys.executable, "-c", SLOW_WRITES, "--data", category, "--out", tmp_path / "run", *QUICK]
     command = [str(part) for part in [*command, "--epochs", 40, "--resume"]]
-    folder = tmp_path / "run" / runs.UNFINISHED
+    folder = tmp_path / "run" / UNFINISHED
     epochs = []
     for _ in range(2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -375,7 +371,7 @@ def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
         process.kill()
         process.communicate()
         assert list(folder.glob(f"*.tmp{process.pid}")), "killed beside the write"
-        epochs.append(len(read_checkpoint(folder / runs.STATE)["progress"]["log"]))
+        epochs.append(len(read_checkpoint(folder / STATE)["progress"]["log"]))
     assert epochs == sorted(epochs)
 
 
@@ -514,7 +510,7 @@ def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, c
 def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
     """As many prototypes as candidates: each is its own nearest one, but for other images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "CANDIDATES", 100)
+        patch.setattr(search, "CANDIDATES", 100)
         patch.setattr(clflow, "CANDIDATES", 100)
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
@@ -543,7 +539,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number and error == "stopped; go on with --resume\n"
-    assert read_checkpoint(tmp_path / "run" / runs.UNFINISHED / runs.STATE)["progress"]["epoch"] >= 1
+    assert read_checkpoint(tmp_path / "run" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
 
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):

@@ -7,14 +7,16 @@ from helpers import LITE, call
 
 import clflow
 import kit.good
+import kit.rows
 import kit.windows
+import synth
 import train
-from defaults import CLFlowSettings
 from kit.backbone import BACKBONES, as_rows
 from kit.data import list_images, read_batch
+from kit.rows import origins
+from kit.settings import CLFlowSettings
 from kit.windows import at_once, cuts, in_windows, overlapping_parts
 from methods import load
-from nearest import origins
 from synth import synthesize
 
 
@@ -88,7 +90,7 @@ def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monk
         expected = model.features(kit.good.to_tensor(whole[None]))
         expected = expected[:, :, rows.start // 8 : rows.stop // 8, columns.start // 8 : columns.stop // 8]
         found = model.features(after)
-        touched = clflow.touches(mask, found.shape[2:])
+        touched = kit.rows.touches(mask, found.shape[2:])
         difference = (found - expected).permute(0, 2, 3, 1)[touched].abs().max()
         assert difference < 2e-3 * expected.abs().max()
         compared += int(touched.sum())
@@ -101,13 +103,13 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--out", tmp_path / "run"]
     monkeypatch.setattr(kit.good, "PATCH", 96)
     painted_on = set()
-    synthesize = train.METHODS["clflow"].train.__globals__["synthesize"]
+    synthesize = synth.synthesize
 
     def watched(image, rng, other, roi, defects):
         painted_on.add((image.shape, other.shape, roi.shape))
         return synthesize(image, rng, other, roi, defects)
 
-    monkeypatch.setattr("clflow.synthesize", watched)
+    monkeypatch.setattr("synth.synthesize", watched)
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
     call(train.main, *options)
     assert painted_on == {((96, 96, 3), (96, 96, 3), (96, 96))}
@@ -133,9 +135,9 @@ def test_held_out_images_that_do_not_fit_into_memory_are_encoded_anew(category, 
     files = list_images(category / "train/good")[:11]
     rows = model.features(read_batch(files[:5], model.shape))
     model.fit(as_rows(rows), origins(as_rows(rows), range(5)), rows[0, 0].numel())
-    kept = list(clflow.HeldOut(model, files))
-    monkeypatch.setattr(clflow, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
-    bounded = clflow.HeldOut(model, files)
+    kept = list(kit.rows.HeldOut(model, files))
+    monkeypatch.setattr(kit.rows, "HELD_OUT_BYTES", kept[0].numel() * kept[0].element_size())
+    bounded = kit.rows.HeldOut(model, files)
     assert len(bounded.codes) == 1 and sum(len(code) for code in bounded.codes) == 8
     for _ in range(2):  # as often as it is asked
         assert torch.equal(torch.cat(list(bounded)), torch.cat(kept))

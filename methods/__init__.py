@@ -1,16 +1,15 @@
 """The table of methods: the detector of each, and the loop that trains it. A new one is an entry here, and one in
-defaults.py."""
+kit/settings.py."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import autoencoder
 import clflow
-import nearest
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError
 from kit.training import Epoch
+from methods import autoencoder, nearest
 
 
 @dataclass(frozen=True)

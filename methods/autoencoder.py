@@ -2,33 +2,30 @@
 to project an image onto the manifold of normal ones. An anomaly is what the projection moves in another way than it
 moves normal images, as a frozen backbone sees it.
 
-Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python autoencoder.py RUN"""
+Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python benchmarks/projection.py RUN"""
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.functional import gaussian_blur
 
-from defaults import AutoencoderSettings
-from kit import data, draw
+from bank import Prototypes
+from kit import data
 from kit.backbone import BACKBONES
-from kit.detector import Detector, read_checkpoint
-from kit.errors import InputError, run_script
+from kit.detector import Detector
+from kit.errors import InputError
 from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
-from kit.images import read_image
-from kit.options import Parser
-from kit.owned import OwnFiles
-from kit.progress import counted
-from kit.sizes import as_shape, as_text
+from kit.processes import counted
+from kit.rows import origins, spread
+from kit.search import prototype_count
+from kit.settings import AutoencoderSettings, as_shape
+from kit.shapes import as_text
 from kit.training import Descent, Epoch, seed_epoch, shared
 from kit.windows import PIXELS
-from nearest import Prototypes, origins, prototype_count, spread
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -248,40 +245,3 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
             steps.append(descent.step(losses(*batch)))
         ready()
         yield descent.epoch(number, steps, good.processes)
-
-
-# ---------------------------------------------------------------- what it does, drawn
-
-
-@torch.no_grad()
-def draw_projection(model: Autoencoder, files: list[Path], to: Path) -> None:
-    """A row for each normal image: the image, corrupted, projected; the anomaly map."""
-    rows = []
-    for i, path in enumerate(files):
-        image = read_image(path, model.shape)
-        corrupted, _, _ = synthesize(image, np.random.default_rng(i))
-        x = torch.from_numpy(corrupted).permute(2, 0, 1)[None]
-        projected = model.project(x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
-        maps, _ = model(x)
-        panels = [np.uint8(255 * pixels) for pixels in (image, corrupted, projected)]
-        panels.append(draw.heat_colours(maps[0].numpy(), model.thresholds().heat))
-        rows.append(draw.beside_each_other(panels))
-    draw.save_picture(to, draw.below_each_other(rows))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description="Draw RUN/projection.png: a good image, corrupted, projected; anomaly map.")
-    parser.add_argument("run", type=Path, help="run folder of train.py --method autoencoder")
-    run = parser.parse_args(arguments).run
-    checkpoint = read_checkpoint(run / "model.pt")
-    if checkpoint["settings"]["method"] != "autoencoder":
-        raise InputError(f"{run}: is not of the autoencoder; train one with --method autoencoder")
-    category = Path(checkpoint["settings"]["data"])
-    good_tests = [path for name in data.GOOD_NAMES for path in data.list_images(category / "test" / name)]
-    files = good_tests or data.list_images(data.good_folder(category))
-    draw_projection(Autoencoder.restore(checkpoint), files[:4], OwnFiles(run, "trained").claim("projection.png"))
-    print(f"wrote {run / 'projection.png'}")
-
-
-if __name__ == "__main__":
-    run_script(main)

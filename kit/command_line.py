@@ -3,13 +3,12 @@ takes seconds, and neither --help nor a wrong command line need wait for it (but
 PyTorch's models can tell)."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
-from defaults import OPTIONS
 from kit.errors import InputError
-from kit.options import Parser, check_range, flag_of, is_given, refuse_without_effect
-from kit.settings import FALSE_ALARM
-from kit.sizes import check_size, parsed_size
+from kit.settings import FALSE_ALARM, OPTIONS
+from kit.shapes import check_size, parsed_size
 
 RANGES = {
     "seed": (0, 2**31),
@@ -26,6 +25,39 @@ RANGES = {
 }
 
 
+# ---------------------------------------------------------------- what the command lines share
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong command line is an InputError: one line, without the usage block."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
+
+
+def flag_of(name: str) -> str:
+    """The flag on the command line: "keep_epochs" -> "--keep-epochs"."""
+    return "--" + name.replace("_", "-")
+
+
+def is_given(value: object) -> bool:
+    """Whether an option stands on the command line: all that may have no effect default to None."""
+    return value is not None
+
+
+def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raises InputError if one of these options is given; `reason` completes "--flag has no effect ..."."""
+    for name in names:
+        if is_given(getattr(args, name)):
+            raise InputError(f"{flag_of(name)} has no effect {reason}; leave it out")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises InputError if an option's value is not within low..high."""
+    if not low <= value <= high:
+        raise InputError(f"{flag_of(name)} {value}: out of range, give {low} to {high}")
+
+
 # ---------------------------------------------------------------- train.py
 
 
@@ -38,7 +70,7 @@ def training_options(arguments: list[str] | None = None) -> tuple[argparse.Names
 
 
 def training_parser() -> Parser:
-    """All options; the defaults of those that belong to a method stand in defaults.py, and here they are None."""
+    """All options; the defaults of those that belong to a method are in kit/settings.py, and here they are None."""
     parser = Parser(
         description="Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo "
         "that it draws"

@@ -1,0 +1,230 @@
+"""The rows that training draws from: features of the positions of all images, drawn at once. Rows y (N, C) of the
+backbone's features, with half the bits; w (N, K), whitened by the model, which is a `clflow.CLFlow` here."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kit import data
+from kit.backbone import as_rows
+from kit.detector import Detector
+from kit.errors import InputError
+from kit.good import GoodImages, Painter, to_tensor
+
+ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
+ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
+HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 384 x 384, or 13 of 13 megapixels
+
+
+# ---------------------------------------------------------------- rows y, of features
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
+    Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
+    each image gave but some. Of painted defects also `untouched` (N, C), rows of the same places without them, if a
+    loss asks for these."""
+
+    y: Tensor
+    images: Tensor
+    inside: Tensor | None = None
+    untouched: Tensor | None = None
+
+
+def good_rows(model: Detector, painter: Painter) -> Rows:
+    """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
+    mine = painter.processes.part(range(len(painter.files)))
+    per_image = max(1, ROWS // len(painter.files))
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    maps = map(model.features, painter.normal())
+    rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
+    if per_image < is_inside.sum():
+        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
+    return Rows(rows, origins(rows, mine), is_inside)
+
+
+def spread(
+    maps: Iterable[Tensor],
+    images: int,
+    model: Detector,
+    count: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Rows of so many `images`, from their maps (B, C, h, w), batch by batch: of each image `count` at random in the
+    region of interest, in their order, or all that are there: (N, C). And where that is: (h, w) bool."""
+    kept, filled = torch.empty(0), 0
+    for x in maps:
+        is_inside = model.inside(x.shape[2:])
+        inside = is_inside.flatten().nonzero()[:, 0]
+        if not filled:  # room for all at once: what is put together at the end needs twice the memory
+            kept = x.new_empty(images * min(count, len(inside)), x.shape[1], dtype=dtype)
+        for features in x:
+            chosen = torch.randperm(len(inside), generator=generator)[:count].sort().values
+            kept[filled : filled + len(chosen)] = as_rows(features[None])[inside[chosen.to(inside.device)]]
+            filled += len(chosen)
+    return kept, is_inside
+
+
+def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
+    """The numbers (N,) of the images that rows (N, C) came from: these, in their order; all have given as many."""
+    return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
+
+
+def check_rows(count: int, model: Detector) -> None:
+    """Raises InputError if there are too few rows to fit the whitening on."""
+    least = ROWS_PER_CHANNEL * model.backbone.channels
+    if count < least:
+        raise InputError(
+            f"--data: the images to train on have {count} positions in all, and {model.settings.backbone} takes "
+            f"{least}; give more good images, or a larger --size"
+        )
+
+
+def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """Some of the rows y (N, C) of all processes, with the numbers (N,) of their images: `count` in all, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(count / good.processes.count)]
+    return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
+
+
+def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
+    """Rows of synthetic defects, which are painted on so many images."""
+    anomalous, untouched, origin = [], [], []
+    for after, mask, numbers in painter.painted(images):
+        x = model.features(after)
+        touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
+        anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
+        files = torch.from_numpy(painter.file_number(numbers))
+        origin.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
+        if model.settings.needs_untouched:
+            before = to_tensor(np.stack([painter.surrounded(number)[0] for number in numbers]))
+            untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
+    origin = torch.cat(origin)
+    order = origin.argsort(stable=True)
+    there = order.to(model.device)
+    rows = torch.cat(anomalous)[there]
+    return Rows(rows, origin[order], untouched=torch.cat(untouched)[there] if untouched else None)
+
+
+def touches(mask: Tensor, shape: torch.Size) -> Tensor:
+    """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, be it by a thin scratch's one
+    pixel: (A, h, w) bool."""
+    return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
+
+
+# ---------------------------------------------------------------- rows w, whitened
+
+
+class HeldOut:
+    """Maps w (B, K, h, w) of the held-out images in float16, batch by batch, as often as they are asked for. Training
+    never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
+
+    def __init__(self, model: Detector, files: list[Path]):
+        self.model = model
+        self.files = files
+        self.codes: list[Tensor] = []
+        kept_bytes = 0
+        for code in self.encoded(files):
+            kept_bytes += code.numel() * code.element_size()
+            if kept_bytes > HELD_OUT_BYTES:
+                break
+            self.codes.append(code)
+
+    def encoded(self, files: list[Path]) -> Iterator[Tensor]:
+        """Maps of these files."""
+        model = self.model
+        for images in data.batches(files, model.shape):
+            yield from model.in_windows(lambda part: [model.encode(part).half()], images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.codes
+        kept_images = sum(len(code) for code in self.codes)
+        yield from self.encoded(self.files[kept_images:])
+
+
+class Feed:
+    """What training draws from: rows w of good images (N, K), and of painted defects (A, K), seen from the bank without
+    the prototypes of their own image, and whitened; with half the bits. A batch has as many normal rows as it is large,
+    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do. With rows of real defects
+    beside them, half of the anomalous ones are real."""
+
+    def __init__(self, model: Detector, normal: Rows, painted: Rows | None):
+        self.device = model.device
+        self.normal = whitened(model, normal.y, normal.images)
+        self.anomalous, painted_images = self.normal[:0], normal.images[:0]
+        if painted is not None:
+            self.anomalous, painted_images = whitened(model, painted.y, painted.images), painted.images
+        self.untouched = None
+        if painted is not None and painted.untouched is not None:
+            self.untouched = whitened(model, painted.untouched, painted.images)
+        self.real = None
+        self.images = normal.images, painted_images
+        self.inside = normal.inside
+        # The rows that are drawn from: all.
+        self.normal_index = torch.arange(len(self.normal))
+        self.anomalous_index = torch.arange(len(self.anomalous))
+
+    def beside(self, real: Tensor) -> "Feed":
+        """The same, with these rows w (A', K) of real defects, which are of no good image: `only` keeps all of them."""
+        more = copy(self)
+        more.real = real
+        return more
+
+    def only(self, allowed: Tensor) -> "Feed":
+        """The same, but of those images that are `allowed` (n,) bool, by number."""
+        part = copy(self)
+        normal, anomalous = self.images
+        part.normal_index = where(allowed[normal])
+        part.anomalous_index = where(allowed[anomalous])
+        return part
+
+    def code(self, number: int) -> Tensor | None:
+        """The map w (1, K, h, w) of the good image with this number, zero outside the region of interest; None if not
+        all of its rows are here."""
+        rows = self.normal[self.images[0] == number].float().to(self.device)
+        if len(rows) < self.inside.sum():
+            return None
+        code = rows.new_zeros(*self.inside.shape, rows.shape[1])
+        code[self.inside] = rows
+        return code.permute(2, 0, 1)[None]
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch for `Losses.forward`; which, depends on torch's seed."""
+        normal = drawn(self.normal_index, batch)
+        count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
+        real = count // 2 if self.real is not None else 0
+        painted = drawn(self.anomalous_index, count - real)
+        anomalous = self.anomalous[painted]
+        if real:
+            anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
+        untouched = None if self.untouched is None else self.untouched[painted].float().to(self.device)
+        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device), untouched
+
+
+def where(is_allowed: Tensor) -> Tensor:
+    """The numbers of the rows that are allowed."""
+    return torch.nonzero(is_allowed)[:, 0]
+
+
+def drawn(index: Tensor, count: int) -> Tensor:
+    """Some of `index` (N,), at random, with replacement: (count,)."""
+    return index[torch.randint(len(index), (count,))] if count else index[:0]
+
+
+@torch.no_grad()
+def whitened(model: Detector, rows: Tensor, images: Tensor) -> Tensor:
+    """Rows y (N, C) of images with these numbers (N,) -> w (N, K), with half the bits."""
+    found, filled = rows.new_empty(len(rows), model.whitening.out_features, dtype=torch.half), 0
+    for part in model.as_new(rows, images):
+        found[filled : filled + len(part)] = model.whitening(part)
+        filled += len(part)
+    return found

@@ -1,0 +1,81 @@
+"""The nearest neighbour, the honest rival: how far an image's features are from the bank of prototypes, in units of the
+bank's spacing there. Nothing is trained. What a flow learns has to beat this, and stands on the same bank. With one
+scale for all (--no-local) it is PatchCore's distance (arXiv 2106.08265), without its reweighting of the image score."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bank import Prototypes
+from kit import data
+from kit.backbone import BACKBONES
+from kit.calibration import AsNew, alike_in_order
+from kit.detector import Detector
+from kit.good import GoodImages
+from kit.processes import counted
+from kit.rows import origins, spread
+from kit.search import CANDIDATES, prototype_count
+from kit.settings import NearestSettings
+from kit.training import Epoch
+from kit.windows import at_once
+
+BANK = 4000  # prototypes, to ask new images whether those that follow each other are alike
+
+
+class Nearest(Detector):
+    """The detector: E = d / spacing, d the distance of a position's feature to the nearest one in the bank.
+
+    With `local`, spacing is that of the bank there; without, the bank's mean, which is PatchCore's distance, up to a
+    factor."""
+
+    SETTINGS = NearestSettings
+
+    def __init__(self, settings: NearestSettings):
+        backbone = BACKBONES[settings.backbone]()
+        super().__init__(settings, backbone, experts=1)
+        self.prototypes = Prototypes(backbone.channels)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+        return [self.energies_of(self.features(images), without)]
+
+    def energies_of(self, x: Tensor, without: Tensor | None = None) -> Tensor:
+        """Features (B, C, h, w) -> E (B, h, w)."""
+        return self.prototypes.energies(x, self.settings.local, self.dtype, without)
+
+
+@torch.no_grad()
+def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+    """Choose the bank from the features of good images, and calibrate. There are no epochs: what is yielded is number
+    0."""
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    images = len(good.trained_on)
+    batches = data.batches(good.trained_on, model.shape)
+    batches = counted(batches, "features of images", images, each=at_once(model.shape))
+    maps = map(model.features, batches)
+    candidates, is_inside = spread(maps, images, model, math.ceil(CANDIDATES / images), generator)
+    origin = origins(candidates, range(images))
+    if progress is None:
+        model.prototypes.fit(candidates, origin, prototype_count(model.settings, int(is_inside.sum())), generator)
+    held_out = data.batches(good.held_out, model.shape)
+    model.calibrate((model.judge(images) for images in held_out), good.held_out)
+    yield Epoch(0, {}, {"epoch": 0})
+    alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
+    as_new = AsNew(good, model.settings.seed, alike)
+    as_new.settle(model, as_new.all_scores(model))
+
+
+@torch.no_grad()
+def alike_among(model: Detector, files: Sequence[Path]) -> float:
+    """`alike_in_order` of images that the model has not seen, with a bank of their own features."""
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    maps = map(model.features, data.batches(files, model.shape))
+    rows, _ = spread(maps, len(files), model, math.ceil(CANDIDATES / len(files)), generator)
+    images = origins(rows, range(len(files)))
+    prototypes = Prototypes(rows.shape[1]).to(rows.device)
+    prototypes.fit(rows, images, min(BANK, math.ceil(len(rows) / 10)), generator)
+    return alike_in_order(prototypes, model.dtype, files, rows, images)
