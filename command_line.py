@@ -58,7 +58,7 @@ def training_parser() -> Parser:
     add("--defect-masks", type=Path, metavar="FOLDER", help="of their masks; ../ground_truth/<name> if not given")
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, which a page of evaluate.py wrote")
     add("--epochs", type=int, help=default_text("epochs"))
-    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
+    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for clflow"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
     size_help = "as many pixels as SIZE x SIZE, in the shape of the good images; or HEIGHTxWIDTH, or native"
     add("--size", type=parsed_size, help=default_text("size", size_help))
@@ -81,7 +81,7 @@ def training_parser() -> Parser:
 
 
 def add_method_groups(parser: Parser) -> None:
-    """What belongs to the backbone and its prototypes, and to CL-Flow."""
+    """What belongs to the backbone and its prototypes, and to both forms of CL-Flow."""
     add = parser.add_argument_group("the backbone and its prototypes").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
@@ -141,6 +141,8 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
     if not contrasts:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
+    if args.method == "paper" and options["contrast"] == "odds":
+        raise InputError("--contrast odds: needs the classifier of --method clflow; give cosine or energy")
     if args.method == "clflow" and not options["local"]:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if not args.defects:

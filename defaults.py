@@ -53,6 +53,25 @@ class NearestSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaperSettings(Settings):
+    """The options of CL-Flow in the paper's own form, and their defaults."""
+
+    method: str = "paper"
+    size: int | Shape = 256
+    epochs: int = 4
+    batch: int = 8  # images
+    lr: float = 2e-3
+    textures: str | None = None
+    backbone: str = "resnet18"
+    steps: int = 8  # of each flow
+    classification_weight: float = 0.02
+    smoothing: float = 0.1
+    contrast_weight: float = 0.02
+    contrast: str = "cosine"  # or "energy"
+    temperature: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
 class AutoencoderSettings(Settings):
     """The options of the autoencoder, and their defaults."""
 
@@ -87,6 +106,7 @@ class Options:
 
 OPTIONS = {
     "clflow": Options(CLFlowSettings, {"backbone": "efficientnet_lite0"}),
+    "paper": Options(PaperSettings, {"backbone": "efficientnet_lite0"}),
     "nearest": Options(NearestSettings, {"backbone": "efficientnet_lite0"}),
     "autoencoder": Options(
         AutoencoderSettings,

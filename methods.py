@@ -8,6 +8,7 @@ from pathlib import Path
 import autoencoder
 import clflow
 import nearest
+import paper
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError
 from kit.training import Epoch
@@ -23,6 +24,7 @@ class Method:
 
 METHODS = {
     "clflow": Method(clflow.CLFlow, clflow.train),
+    "paper": Method(paper.Paper, paper.train),
     "nearest": Method(nearest.Nearest, nearest.train),
     "autoencoder": Method(autoencoder.Autoencoder, autoencoder.train),
 }

@@ -18,6 +18,7 @@ import autoencoder
 import clflow
 import evaluate
 import nearest
+import paper
 import train
 from kit import calibration, data, runs
 from kit.detector import read_checkpoint
@@ -183,10 +184,18 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder", *LITE]])
+@pytest.mark.parametrize(
+    "method",
+    [
+        [*LITE, "--steps", 2, "--batch", 64],
+        ["--method", "autoencoder", *LITE],
+        ["--method", "paper", *LITE, "--steps", 1, "--batch", 8],
+    ],
+)
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
     monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 36)
+    monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 36)
     mine = shutil.copytree(category, tmp_path / "mine")
 
     def arguments(out, *more):
@@ -194,8 +203,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     call(train.main, *arguments("whole"))
     step, steps = torch.optim.Adam.step, []
-    # In the third epoch: one of the autoencoder has 5 steps, 18 images, twice, in batches of 8.
-    interrupted_at = 12 if "autoencoder" in method else 2 * clflow.STEPS_PER_EPOCH + 3
+    # In the third epoch: one of the other methods has 5 steps, 18 images, twice, in batches of 8.
+    interrupted_at = 12 if "--method" in method else 2 * clflow.STEPS_PER_EPOCH + 3
 
     def interrupted(self, *args):
         steps.append(1)
@@ -335,7 +344,7 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
 def test_a_method_by_its_former_name_is_told_the_new_one(category, tmp_path, capsys):
     command = ["--data", category, "--out", tmp_path / "out", "--method"]
     refuse(train.main, capsys, *command, "patchcore", words=["--method", "patchcore", "is called nearest now"])
-    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, nearest, autoencoder"])
+    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, paper, nearest, autoencoder"])
 
 
 def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path, capsys):
