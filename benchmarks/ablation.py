@@ -52,21 +52,24 @@ VARIANTS = {
 
 
 @torch.no_grad()
-def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor]:
-    """All features of a category that an experiment needs, with half the bits: of all good images, whatever a seed
-    holds out, of what is painted on them, and of the test images."""
+def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor | float]:
+    """All features of a category that an experiment needs, in float16: of all good images, whatever a seed holds out,
+    of what is painted on them, and of the test images. `seconds` is what the first two took."""
     model = clflow.CLFlow(replace(settings, contrast="cosine", contrast_weight=1.0)).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
+    started = time.perf_counter()
     painted = clflow.painted_rows(model, Painter(GoodImages([], files), clflow.paint, model))
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])
 
+    good = features(files)
     return {
-        "good": features(files),
+        "good": good,
+        "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
         "untouched": painted.untouched,
         "painted_on": painted.images,
@@ -120,18 +123,20 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
-    """Train on kept features; the figures of the last epoch. Of the default also what single experts and the nearest
-    neighbour alone give."""
+    """Train on kept features; the figures of the last epoch, and the seconds that bank and training took. Of the
+    default also what single experts and the nearest neighbour alone give."""
     torch.manual_seed(settings.seed)
     model = clflow.CLFlow(settings).eval().to(device)
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
+    started = time.perf_counter()
     model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), int(normal.inside.sum()))
     for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
         pass
+    seconds = round(time.perf_counter() - started, 1)
     energies = judged(model, kept["good"][held_out], kept["tests"])
-    figures = measure(joined_maps(model, energies), kept)
+    figures = measure(joined_maps(model, energies), kept) | {"seconds": seconds}
     if is_default:
         for expert, name in enumerate(("flow", "classifier")):
             alone = torch.cat([anomaly_map(batch[expert], model.shape) for batch in energies])
@@ -141,18 +146,28 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     return figures
 
 
-def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]:
+def kept_features(
+    category: Path, args: argparse.Namespace, size: int = CLFlowSettings.size
+) -> dict[str, Tensor | float]:
     """What `extract` found, now or in an earlier call; features on args.device."""
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
-        size = input_size(CLFlowSettings.size, data.list_images(data.good_folder(category)))
+        size = input_size(size, data.list_images(data.good_folder(category)))
         settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
     for part in ("good", "anomalous", "untouched", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
+
+
+def settings_of(kept: dict[str, Tensor | float], backbone: str, seed: int, changed: dict) -> CLFlowSettings:
+    """The default settings of an experiment on kept features, but for what is `changed`."""
+    images = len(kept["good"])
+    facts = {"images": images, "held_out": held_out_count(images)}
+    size = tuple(kept["masks"].shape[1:])
+    return CLFlowSettings(seed=seed, backbone=backbone, size=size, **facts, **changed)
 
 
 def run_category(category: Path, args: argparse.Namespace) -> None:
@@ -166,10 +181,7 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
             continue
         started = time.perf_counter()
         changed = VARIANTS[variant]
-        images = len(kept["good"])
-        facts = {"images": images, "held_out": held_out_count(images)}
-        size = tuple(kept["masks"].shape[1:])
-        settings = CLFlowSettings(seed=seed, backbone=args.backbone, size=size, **facts, **changed)
+        settings = settings_of(kept, args.backbone, seed, changed)
         row = {"category": name, "variant": variant, "seed": seed}
         row |= experiment(kept, settings, args.device, is_default=not changed)
         with open(results, "a") as file:
