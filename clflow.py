@@ -231,37 +231,23 @@ def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: 
     return info_nce(anomalous, normal, temperature, times=batch / len(normal))
 
 
-def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: each anomalous one (A,) is to stand out from all normal ones (N,)."""
-    return info_nce(tamed(anomalous), tamed(normal), temperature)
-
-
-def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """L_con on the cosine, closest to the paper's words; all (A, K). Neg_Box_s are latents of x- where its defect is,
-    Box_s those of x+ at the same places. Box_s is pulled towards x+ anywhere, and pushed away from Neg_Box_s."""
-    box, negative_box, normal = F.normalize(box, dim=1), F.normalize(negative_box, dim=1), F.normalize(normal, dim=1)
-    return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
-
-
 class Losses(nn.Module):
     """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows: of as many as there
     are anomalous ones, since a density needs fewer than the classifier does. Both proxy tasks take normal rows with
     noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
     DistributedDataParallel wraps.
 
-    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K), of synthetic defects (A, K), and, if
-    the contrast asks for them, of x+ at the same places as those, (A, K). Returns the losses of the batch by name;
-    "loss" is the one to descend."""
+    `forward(normal, anomalous)`: whitened rows of good images (N, K), and of synthetic defects (A, K). Returns the
+    losses of the batch by name; "loss" is the one to descend."""
 
     def __init__(self, model: CLFlow):
         super().__init__()
         self.model = model
 
-    def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, normal: Tensor, anomalous: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
         z, log_det = self.model.latents(normal[: len(anomalous)])
-        e = energy(z, log_det)
-        losses = {"nll": e.mean()}
+        losses = {"nll": energy(z, log_det).mean()}
         loss = losses["nll"]
         if settings.has_classifier:
             odds = self.odds(normal, anomalous)
@@ -269,10 +255,7 @@ class Losses(nn.Module):
             losses["classification"] = classification_loss(*odds, settings.smoothing)
             loss = loss + settings.classification_weight * losses["classification"]
         if settings.contrast_weight:
-            if settings.contrast == "odds":
-                losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
-            else:
-                losses["contrast"] = self.contrast_of_latents(z, e, anomalous, untouched)
+            losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
             loss = loss + settings.contrast_weight * losses["contrast"]
         return {"loss": loss, **losses}
 
@@ -282,15 +265,6 @@ class Losses(nn.Module):
         noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
         odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
         return odds[: len(normal)], odds[len(normal) :]
-
-    def contrast_of_latents(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor | None) -> Tensor:
-        """L_con of normal latents (N, K) and energies (N,) against rows of defects (A, K)."""
-        settings = self.model.settings
-        negative_box, log_det = self.model.latents(anomalous)
-        if settings.contrast == "energy":
-            return contrast_energy(e, energy(negative_box, log_det), settings.temperature)
-        box, _ = self.model.latents(untouched)
-        return contrast_cosine(box, negative_box, z[: len(box)], settings.temperature)
 
 
 # ---------------------------------------------------------------- one way through training
@@ -399,15 +373,13 @@ def calibrate_as_new(model: CLFlow, feed: "Feed", held_out: list[Tensor], as_new
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
-    Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
-    each image gave but some. Of painted defects also `untouched` (N, C), rows of the same places without them, if a
-    loss asks for these."""
+    """Rows y (N, C) in float16, and the numbers (N,) of the good images that they are of, in ascending order. Of good
+    images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless each image
+    gave but some."""
 
     y: Tensor
     images: Tensor
     inside: Tensor | None = None
-    untouched: Tensor | None = None
 
 
 def good_rows(model: CLFlow, painter: Painter) -> Rows:
@@ -441,21 +413,16 @@ def paint(
 def painted_rows(model: CLFlow, painter: Painter) -> Rows:
     """Rows of PAINTED synthetic defects."""
     print(f"painting {PAINTED} synthetic defects", flush=True)
-    anomalous, untouched, images = [], [], []
+    anomalous, images = [], []
     for after, mask, numbers in painter.painted(PAINTED // TOGETHER):
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
         files = torch.from_numpy(painter.file_number(numbers))
         images.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
-        if model.settings.needs_untouched:
-            before = to_tensor(np.stack([painter.untouched(number) for number in numbers]))
-            untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
     images = torch.cat(images)
     order = images.argsort(stable=True)
-    there = order.to(model.device)
-    rows = torch.cat(anomalous)[there]
-    return Rows(rows, images[order], untouched=torch.cat(untouched)[there] if untouched else None)
+    return Rows(torch.cat(anomalous)[order.to(model.device)], images[order])
 
 
 def real_rows(model: CLFlow, feed: "Feed", held_out: list[Tensor], good: GoodImages) -> Tensor:
@@ -522,9 +489,6 @@ class Feed:
         self.device = model.device
         self.normal = whitened(model, normal.y, normal.images)
         self.anomalous = whitened(model, painted.y, painted.images)
-        self.untouched = None
-        if painted.untouched is not None:
-            self.untouched = whitened(model, painted.untouched, painted.images)
         self.real = None
         self.images = normal.images, painted.images
         self.inside = normal.inside
@@ -556,7 +520,7 @@ class Feed:
         code[self.inside] = rows
         return code.permute(2, 0, 1)[None]
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
         count = math.ceil(batch / 4)
@@ -565,8 +529,7 @@ class Feed:
         anomalous = self.anomalous[painted]
         if real:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
-        untouched = None if self.untouched is None else self.untouched[painted].float().to(self.device)
-        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device), untouched
+        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device)
 
 
 def where(is_allowed: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def add_method_groups(parser: Parser) -> None:
     add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
-    add("--contrast", choices=("odds", "energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
+    add("--contrast", choices=("cosine", "energy"), help=default_text("contrast", "what InfoNCE compares"))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
 
 
@@ -141,8 +141,6 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
     if not contrasts:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
-    if args.method == "paper" and options["contrast"] == "odds":
-        raise InputError("--contrast odds: needs the classifier of --method clflow; give cosine or energy")
     if args.method == "clflow" and not options["local"]:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if not args.defects:
@@ -165,8 +163,6 @@ def check_learns_from_defects(options: dict) -> None:
     """Raises InputError if no loss would take rows of real defects."""
     if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
         raise InputError("--classification-weight 0 --contrast-weight 0: then nothing learns from real defects")
-    if options["contrast_weight"] != 0 and options["contrast"] == "cosine":
-        raise InputError("--contrast cosine: asks for the same places without the defect, which real ones do not have")
 
 
 # ---------------------------------------------------------------- evaluate.py

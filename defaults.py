@@ -27,18 +27,12 @@ class CLFlowSettings(Settings):
     classification_weight: float = 1.0
     smoothing: float = 0.1
     contrast_weight: float = 1.0
-    contrast: str = "odds"  # or "energy", or "cosine"
     temperature: float = 1.0
 
     @property
     def has_classifier(self) -> bool:
         """Whether there is a loss that trains one."""
-        return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
-
-    @property
-    def needs_untouched(self) -> bool:
-        """Whether a loss compares rows of defects with those of the same places without them."""
-        return self.contrast_weight > 0 and self.contrast == "cosine"
+        return self.classification_weight > 0 or self.contrast_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,6 @@ VARIANTS = {
     "likelihood, local scale": LIKELIHOOD,
     "without the contrast": {"contrast_weight": 0.0},
     "without the classification": {"classification_weight": 0.0},
-    "contrast of energies 0.1 instead": {"contrast_weight": 0.1, "contrast": "energy"},
-    "contrast by the cosine 0.1 instead": {"contrast_weight": 0.1, "contrast": "cosine"},
     "8 epochs": {"epochs": 8},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
@@ -55,7 +52,7 @@ VARIANTS = {
 def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor | float]:
     """All features of a category that an experiment needs, in float16: of all good images, whatever a seed holds out,
     of what is painted on them, and of the test images. `seconds` is what the first two took."""
-    model = clflow.CLFlow(replace(settings, contrast="cosine", contrast_weight=1.0)).eval()
+    model = clflow.CLFlow(settings).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
     files = data.list_images(data.good_folder(category))
@@ -71,7 +68,6 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
         "good": good,
         "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
-        "untouched": painted.untouched,
         "painted_on": painted.images,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
@@ -108,7 +104,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 
-def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched: bool) -> tuple[Rows, Rows]:
+def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
     """Rows of the good images that are trained on, and of what is painted on these."""
     good = as_rows(kept["good"][trained_on])
     numbers = torch.full((len(kept["good"]),), -1)
@@ -116,8 +112,7 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched
     painted_on = numbers[kept["painted_on"]]
     order = painted_on.argsort(stable=True)
     order = order[painted_on[order] >= 0]
-    untouched = kept["untouched"][order] if with_untouched else None
-    painted = Rows(kept["anomalous"][order], painted_on[order], untouched=untouched)
+    painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
     return Rows(good, origins(good, range(len(trained_on))), everywhere), painted
 
@@ -129,7 +124,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     model = clflow.CLFlow(settings).eval().to(device)
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
-    normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
+    normal, painted = training_rows(kept, trained_on)
     started = time.perf_counter()
     model.fit(*clflow.candidates(normal, GoodImages([], []), settings.seed), int(normal.inside.sum()))
     for _ in clflow.epochs(model, clflow.Feed(model, normal, painted), ALONE):
@@ -157,7 +152,7 @@ def kept_features(
         settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
-    for part in ("good", "anomalous", "untouched", "tests"):
+    for part in ("good", "anomalous", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
 

@@ -23,7 +23,7 @@ from kit.sizes import Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
-FORMAT = 11  # of the checkpoint
+FORMAT = 12  # of the checkpoint
 SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
 
 

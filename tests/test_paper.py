@@ -319,5 +319,5 @@ def test_options_that_the_paper_s_form_lacks_are_refused(category, tmp_path, cap
     attempt("--no-local", words=["--local has no effect with --method paper"])
     attempt("--defects", category, words=["--defects has no effect with --method paper"])
     attempt("--contrast-weight", 0, "--contrast", "energy", words=["--contrast has no effect"])
-    attempt("--contrast", "odds", words=["--contrast", "odds", "cosine"])
+    attempt("--contrast", "odds", words=["--contrast", "odds", "cosine", "energy"])
     attempt("--size", 2048, words=["--size 2048", "paper", "2097152 pixels"])

@@ -105,10 +105,10 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     textures = tmp_path / "textures" / "striped"
     textures.mkdir(parents=True)
     Image.effect_noise((64, 64), 80).save(textures / "noise.png")
-    choices = ["--contrast", "cosine", "--contrast-weight", 0.1, "--textures", tmp_path / "textures", "--no-local"]
+    choices = ["--contrast-weight", 0, "--textures", tmp_path / "textures", "--no-local"]
     choices += ["--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices)
-    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "seconds"]
+    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "seconds"]
     model = load(tmp_path / "run" / "model.pt")
     assert len(model.flow.steps) == 2 and model.classifier is None and len(model.levels) == 1
 
@@ -334,8 +334,9 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     for flag, value in (("--steps", 2), ("--classification-weight", 1), ("--contrast-weight", 1),
                         ("--contrast", "cosine"), ("--temperature", 2), ("--smoothing", 0)):  # fmt: skip
         attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
-    for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):
-        attempt("--contrast-weight", 0, flag, value, words=[flag, "no effect", "--contrast-weight 0"])
+    attempt("--contrast-weight", 0, "--temperature", 2, words=["--temperature", "no effect", "--contrast-weight 0"])
+    for form in ("cosine", "energy"):
+        attempt("--contrast", form, words=["--contrast has no effect with --method clflow"])
     attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
     attempt("--no-local", "--bank", 99, words=["--bank", "no effect", "--no-local"])
     attempt("--method", "autoencoder", "--size", 100, words=["--size 100", "8"])
