@@ -195,6 +195,10 @@ class Losses(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
+        if not settings.classification_weight and not settings.contrast_weight:
+            likelihoods = [energy(z, log_det).mean() for z, log_det in self.model.latents(images[: -len(mask)])]
+            nll = torch.stack(likelihoods).mean()
+            return {"loss": nll, "nll": nll}  # x- have no part in it
         scales = [self.of_scale(z, log_det, mask, boxes) for z, log_det in self.model.latents(images)]
         losses = {name: torch.stack([scale[name] for scale in scales]).mean() for name in scales[0]}
         loss = losses["nll"]

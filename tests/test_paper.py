@@ -276,9 +276,12 @@ def test_the_gradient_of_each_loss_reaches_all_three_flows_and_nothing_else(name
 
 def test_a_loss_without_weight_is_left_out():
     images, mask, boxes = torch.rand(3, 3, 64, 64), torch.ones(1, 1, 64, 64), torch.tensor([[0, 0, 64, 64]])
-    found = paper.Losses(make_model(classification_weight=0, contrast_weight=0))(images, mask, boxes)
-    assert list(found) == ["loss", "nll"] and found["loss"] == found["nll"]
-    assert "contrast" not in paper.Losses(make_model(contrast_weight=0))(images, mask, boxes)
+    both = paper.Losses(make_model())(images, mask, boxes)
+    for off, left in (("classification", "contrast"), ("contrast", "classification")):
+        assert list(paper.Losses(make_model(**{f"{off}_weight": 0}))(images, mask, boxes)) == ["loss", "nll", left]
+    likelihood = paper.Losses(make_model(classification_weight=0, contrast_weight=0))(images, mask, boxes)
+    assert list(likelihood) == ["loss", "nll"] and likelihood["loss"] == likelihood["nll"]
+    assert likelihood["nll"].item() == pytest.approx(both["nll"].item(), rel=1e-4)  # of x+ alone in both
 
 
 # ---------------------------------------------------------------- the same scripts
