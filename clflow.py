@@ -216,39 +216,24 @@ def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: 
     return info_nce(anomalous, normal, temperature, times=batch / len(normal))
 
 
-def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: each anomalous one (A,) is to stand out from all normal ones (N,)."""
-    return info_nce(tamed(anomalous), tamed(normal), temperature)
-
-
-def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """L_con on the cosine, closest to the paper's words; all (A, K). Neg_Box_s are latents of x- where its defect is,
-    Box_s those of x+ at the same places. Box_s is pulled towards x+ anywhere, and pushed away from Neg_Box_s."""
-    box, negative_box, normal = F.normalize(box, dim=1), F.normalize(negative_box, dim=1), F.normalize(normal, dim=1)
-    return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
-
-
 class Losses(nn.Module):
     """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows: of as many as there
     are anomalous ones, since a density needs fewer than the classifier does. Both proxy tasks take normal rows with
     noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
     DistributedDataParallel wraps.
 
-    `forward(normal, anomalous, untouched)`: whitened rows of good images (N, K); rows of synthetic defects (A, K), none
-    if no loss learns from them; and, if the contrast asks for them, rows of x+ at the
-    same places, (A, K). Returns the losses of the batch by name;
-    "loss" is the one to descend."""
+    `forward(normal, anomalous)`: whitened rows of good images (N, K), and of synthetic defects (A, K), none if no loss
+    learns from them. Returns the losses of the batch by name; "loss" is the one to descend."""
 
     def __init__(self, model: CLFlow):
         super().__init__()
         self.model = model
 
-    def forward(self, normal: Tensor, anomalous: Tensor, untouched: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, normal: Tensor, anomalous: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
         count = len(anomalous) or math.ceil(len(normal) / 4)  # the same where no defects are painted
         z, log_det = self.model.latents(normal[:count])
-        e = energy(z, log_det)
-        losses = {"nll": e.mean()}
+        losses = {"nll": energy(z, log_det).mean()}
         loss = losses["nll"]
         if settings.has_classifier:
             odds = self.odds(normal, anomalous)
@@ -256,10 +241,7 @@ class Losses(nn.Module):
             losses["classification"] = classification_loss(*odds, settings.smoothing)
             loss = loss + settings.classification_weight * losses["classification"]
         if settings.contrast_weight:
-            if settings.contrast == "odds":
-                losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
-            else:
-                losses["contrast"] = self.contrast_of_latents(z, e, anomalous, untouched)
+            losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
             loss = loss + settings.contrast_weight * losses["contrast"]
         return {"loss": loss, **losses}
 
@@ -269,15 +251,6 @@ class Losses(nn.Module):
         noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
         odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
         return odds[: len(normal)], odds[len(normal) :]
-
-    def contrast_of_latents(self, z: Tensor, e: Tensor, anomalous: Tensor, untouched: Tensor | None) -> Tensor:
-        """L_con of normal latents (N, K) and energies (N,) against rows of defects (A, K)."""
-        settings = self.model.settings
-        negative_box, log_det = self.model.latents(anomalous)
-        if settings.contrast == "energy":
-            return contrast_energy(e, energy(negative_box, log_det), settings.temperature)
-        box, _ = self.model.latents(untouched)
-        return contrast_cosine(box, negative_box, z[: len(box)], settings.temperature)
 
 
 # ---------------------------------------------------------------- one way through training
@@ -312,7 +285,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
 
     # Rows of painted defects. All rows are seen from the bank without their own image's prototypes, and whitened.
     painted = None
-    if settings.needs_painted:
+    if settings.has_classifier:  # nothing else learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
     feed = Feed(model, normal, painted)

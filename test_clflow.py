@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clflow
@@ -241,19 +240,6 @@ def test_info_nce_by_hand():
     assert (anomalous.grad < 0).all()  # descent raises the energies of anomalies
 
 
-def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
-    box = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    negative = torch.tensor([[3.0, 3.0]], requires_grad=True)
-    pull = torch.tensor([[0.0, 2.0]], requires_grad=True)
-    loss = clflow.contrast_cosine(box, negative, pull, temperature=1.0)
-    cosine = math.sqrt(0.5)
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(cosine)), rel=1e-5)
-    loss.backward()
-
-    away, nearer = (F.cosine_similarity(box, x - 0.1 * x.grad).item() for x in (negative, pull))
-    assert away < cosine and nearer > 0
-
-
 def test_tamed_energy_is_continuous_and_grows_like_the_logarithm():
     e = torch.tensor([-3.0, 0.5, 1.0, 1.0001, math.e, 1e8], requires_grad=True)
     tame = clflow.tamed(e)
@@ -277,45 +263,29 @@ class Given(torch.nn.Module):
         return rows[:, 1] - 2 * rows[:, 2]
 
 
-@pytest.mark.parametrize("contrast", ["odds", "energy", "cosine"])
-def test_losses_against_a_loop_over_rows(monkeypatch, contrast):
+def test_losses_against_a_loop_over_rows(monkeypatch):
     torch.manual_seed(0)
-    normal, anomalous, untouched = torch.randn(40, 4), 2 * torch.randn(3, 4), torch.randn(3, 4)
+    normal, anomalous = torch.randn(40, 4), 2 * torch.randn(3, 4)
     noise = torch.randn(3, 4)
     monkeypatch.setattr(torch, "randn_like", lambda rows: noise)
-    found = clflow.Losses(Given(contrast=contrast))(normal, anomalous, untouched)
+    found = clflow.Losses(Given())(normal, anomalous)
 
     def energy(row):
         return sum(float(1.5 * v) ** 2 for v in row) / 8 - float(row[0]) / 4
 
-    def tame(e):
-        return e if e <= 1 else 1 + math.log(e)
-
     def odds(row):
         return float(row[1] - 2 * row[2])
 
-    energies = [energy(row) for row in normal[:3]]  # the flow sees as many as there are defects
-    nll = np.mean(energies)
+    nll = np.mean([energy(row) for row in normal[:3]])  # the flow sees as many as there are defects
     wrong = [cross_entropy(odds(row), 0.1) for row in normal]
     noised = [row + clflow.NOISE * move for row, move in zip(normal, noise, strict=False)]
     missed = [cross_entropy(odds(row), 0.9) for row in (*anomalous, *noised)]
     classification = np.mean(wrong) + np.mean(missed)
     info = []
-    if contrast == "odds":
-        rivals = 2 * sum(math.exp(odds(row) / 0.5) for row in normal)  # of a batch of 80, another process has 40
-        for row in (*anomalous, *noised):
-            similar = math.exp(odds(row) / 0.5)
-            info.append(-math.log(similar / (similar + rivals)))
-    elif contrast == "energy":
-        rivals = sum(math.exp(tame(e) / 0.5) for e in energies)
-        for row in anomalous:
-            similar = math.exp(tame(energy(row)) / 0.5)
-            info.append(-math.log(similar / (similar + rivals)))
-    else:
-        for anchor, pull in zip(untouched, normal, strict=False):
-            similar = math.exp(F.cosine_similarity(anchor, pull, dim=0) / 0.5)
-            rivals = sum(math.exp(F.cosine_similarity(anchor, other, dim=0) / 0.5) for other in anomalous)
-            info.append(-math.log(similar / (similar + rivals)))
+    rivals = 2 * sum(math.exp(odds(row) / 0.5) for row in normal)  # of a batch of 80, another process has 40
+    for row in (*anomalous, *noised):
+        similar = math.exp(odds(row) / 0.5)
+        info.append(-math.log(similar / (similar + rivals)))
     parts = [found[name].item() for name in ("nll", "classification", "contrast")]
     assert parts == pytest.approx([nll, classification, np.mean(info)], rel=1e-4)
     assert found["loss"].item() == pytest.approx(nll + 0.3 * classification + 0.7 * np.mean(info), rel=1e-4)
@@ -324,19 +294,19 @@ def test_losses_against_a_loop_over_rows(monkeypatch, contrast):
 @pytest.mark.parametrize("off", ["classification", "contrast"])
 def test_a_proxy_task_of_weight_zero_is_left_out(off):
     rows = torch.randn(40, 4)
-    found = clflow.Losses(Given(**{f"{off}_weight": 0}))(rows, rows[:3], None)
+    found = clflow.Losses(Given(**{f"{off}_weight": 0}))(rows, rows[:3])
     assert off not in found and len(found) == 3
 
 
-def test_the_contrast_raises_the_energies_of_defects_and_lowers_the_others():
+def test_the_contrast_raises_the_log_odds_of_defects_and_lowers_the_others():
     """One step down the loss, on the rows themselves: the direction in which each kind goes."""
     torch.manual_seed(0)
     normal, anomalous = torch.randn(64, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
-    clflow.Losses(Given(classification_weight=0, contrast="energy"))(normal, anomalous, None)["loss"].backward()
+    model = Given(classification_weight=0)
+    clflow.Losses(model)(normal, anomalous)["contrast"].backward()
 
     def change(rows):
-        energies = [clflow.energy(1.5 * x, x[:, 0]) for x in (rows - 0.1 * rows.grad, rows)]
-        return (energies[0] - energies[1]).mean()
+        return (model.log_odds(rows - 0.1 * rows.grad) - model.log_odds(rows)).mean()
 
     assert change(anomalous) > 0 > change(normal)
 
@@ -422,7 +392,7 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
 
 def test_without_a_loss_that_trains_a_classifier_there_is_one_expert():
     assert len(clflow.CLFlow(replace(SETTINGS, classification_weight=0)).levels) == 2
-    model = clflow.CLFlow(replace(SETTINGS, classification_weight=0, contrast="energy"))
+    model = clflow.CLFlow(replace(SETTINGS, classification_weight=0, contrast_weight=0))
     assert len(model.experts(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
 
 
@@ -492,36 +462,23 @@ class Painted:
     def file_number(self, number):
         return number % 2
 
-    def surrounded(self, number):
-        return np.full((64, 64, 3), number, dtype=np.float32), None, None
 
-
-@pytest.mark.parametrize("contrast", ["energy", "cosine"])
-def test_feed_gives_rows_of_defects_beside_those_of_the_same_places(monkeypatch, model, contrast):
+def test_feed_gives_rows_of_good_images_and_of_defects(monkeypatch, model):
     x = torch.cat((features(2), features(2) + 9))  # of images that are 0, 1 all over, and of those with defects, 2, 3
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
-    model.settings = replace(model.settings, contrast_weight=0.5, contrast=contrast)
     monkeypatch.setattr(kit_rows, "ROWS", 101)  # fifty of an image, and not one more in all
     normal = good_rows(model, Painted())
     assert normal.images.tolist() == 50 * [0] + 50 * [1]
     feed = Feed(model, normal, painted_rows(model, Painted(), 300))
     assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
 
-    def three_of_each(offset):
-        """The rows of the defects in the order of their images, each without the prototypes of its own."""
-        rows = torch.cat([x[number + offset, :, 0, :3].T for number in (0, 1)])
-        return whitened(model, rows, torch.tensor([0, 0, 0, 1, 1, 1])).float()
-
-    assert torch.allclose(feed.anomalous.float(), three_of_each(2), rtol=1e-2, atol=1e-2)
-    if contrast == "cosine":
-        assert torch.allclose(feed.untouched.float(), three_of_each(0), rtol=1e-2, atol=1e-2)
-    for normal, anomalous, untouched in (feed.draw(30) for _ in range(5)):
+    # The rows of the defects in the order of their images, each without the prototypes of its own.
+    three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
+    expected = whitened(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+    assert torch.allclose(feed.anomalous.float(), expected, rtol=1e-2, atol=1e-2)
+    for normal, anomalous in (feed.draw(30) for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8
-        if contrast == "cosine":  # the same ones of the six
-            which = [(feed.anomalous.float() == row).all(dim=1).nonzero()[0].item() for row in anomalous]
-            assert torch.equal(untouched, feed.untouched[which].float())
-        else:
-            assert feed.untouched is None and untouched is None
+        assert all((feed.anomalous.float() == row).all(dim=1).any() for row in anomalous)
 
 
 def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
@@ -529,7 +486,7 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     feed = Feed(model, good_rows(model, Painted()), painted_rows(model, Painted(), 300))
     first = feed.only(torch.tensor([True, False]))
-    normal, anomalous, _ = first.draw(500)
+    normal, anomalous = first.draw(500)
     assert (
         torch.isin(normal, feed.normal[:64].float()).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
     )

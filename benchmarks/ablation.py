@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,8 +43,6 @@ VARIANTS = {
     "likelihood, local scale": LIKELIHOOD,
     "without the contrast": {"contrast_weight": 0.0},
     "without the classification": {"classification_weight": 0.0},
-    "contrast of energies 0.1 instead": {"contrast_weight": 0.1, "contrast": "energy"},
-    "contrast by the cosine 0.1 instead": {"contrast_weight": 0.1, "contrast": "cosine"},
     "8 epochs": {"epochs": 8},
     "the default with 4 flow steps": {"steps": 4},
     "the default with 4,000 prototypes": {"bank": 4000},
@@ -54,24 +51,26 @@ VARIANTS = {
 
 
 @torch.no_grad()
-def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor]:
-    """All features of a category that an experiment needs, with half the bits: of all good images, whatever a seed
-    holds out, of what is painted on them, and of the test images."""
-    model = clflow.CLFlow(replace(settings, contrast="cosine", contrast_weight=1.0)).eval()
+def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor | float]:
+    """All features of a category that an experiment needs, in float16: of all good images, whatever a seed holds out,
+    of what is painted on them, and of the test images. `seconds` is what the first two took."""
+    model = clflow.CLFlow(settings).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
+    started = time.perf_counter()
     painter = Painter(GoodImages([], files), partial(synthesize, defects=clflow.TOGETHER), model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])
 
+    good = features(files)
     return {
-        "good": features(files),
+        "good": good,
+        "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
-        "untouched": painted.untouched,
         "painted_on": painted.images,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
@@ -108,7 +107,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 
-def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched: bool) -> tuple[Rows, Rows]:
+def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
     """Rows of the good images that are trained on, and of what is painted on these."""
     good = as_rows(kept["good"][trained_on])
     numbers = torch.full((len(kept["good"]),), -1)
@@ -116,25 +115,26 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int], with_untouched
     painted_on = numbers[kept["painted_on"]]
     order = painted_on.argsort(stable=True)
     order = order[painted_on[order] >= 0]
-    untouched = kept["untouched"][order] if with_untouched else None
-    painted = Rows(kept["anomalous"][order], painted_on[order], untouched=untouched)
+    painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
     return Rows(good, origins(good, range(len(trained_on))), everywhere), painted
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
-    """Train on kept features; the figures of the last epoch. Of the default also what single experts and the nearest
-    neighbour alone give."""
+    """Train on kept features; the figures of the last epoch, and the seconds that bank and training took. Of the
+    default also what single experts and the nearest neighbour alone give."""
     torch.manual_seed(settings.seed)
     model = clflow.CLFlow(settings).eval().to(device)
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
     trained_on = sorted(trained_on)
-    normal, painted = training_rows(kept, trained_on, settings.needs_untouched)
+    normal, painted = training_rows(kept, trained_on)
+    started = time.perf_counter()
     model.fit(*candidates(normal, GoodImages([], []), settings.seed, CANDIDATES), int(normal.inside.sum()))
     for _ in clflow.epochs(model, Feed(model, normal, painted), ALONE):
         pass
+    seconds = round(time.perf_counter() - started, 1)
     energies = judged(model, kept["good"][held_out], kept["tests"])
-    figures = measure(joined_maps(model, energies), kept)
+    figures = measure(joined_maps(model, energies), kept) | {"seconds": seconds}
     if is_default:
         for expert, name in enumerate(("flow", "classifier")):
             alone = torch.cat([anomaly_map(batch[expert], model.shape) for batch in energies])
@@ -144,18 +144,28 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     return figures
 
 
-def kept_features(category: Path, args: argparse.Namespace) -> dict[str, Tensor]:
+def kept_features(
+    category: Path, args: argparse.Namespace, size: int = CLFlowSettings.size
+) -> dict[str, Tensor | float]:
     """What `extract` found, now or in an earlier call; features on args.device."""
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
-        size = input_size(CLFlowSettings.size, data.list_images(data.good_folder(category)))
+        size = input_size(size, data.list_images(data.good_folder(category)))
         settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
-    for part in ("good", "anomalous", "untouched", "tests"):
+    for part in ("good", "anomalous", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
+
+
+def settings_of(kept: dict[str, Tensor | float], backbone: str, seed: int, changed: dict) -> CLFlowSettings:
+    """The default settings of an experiment on kept features, but for what is `changed`."""
+    images = len(kept["good"])
+    facts = {"images": images, "held_out": held_out_count(images)}
+    size = tuple(kept["masks"].shape[1:])
+    return CLFlowSettings(seed=seed, backbone=backbone, size=size, **facts, **changed)
 
 
 def run_category(category: Path, args: argparse.Namespace) -> None:
@@ -169,10 +179,7 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
             continue
         started = time.perf_counter()
         changed = VARIANTS[variant]
-        images = len(kept["good"])
-        facts = {"images": images, "held_out": held_out_count(images)}
-        size = tuple(kept["masks"].shape[1:])
-        settings = CLFlowSettings(seed=seed, backbone=args.backbone, size=size, **facts, **changed)
+        settings = settings_of(kept, args.backbone, seed, changed)
         row = {"category": name, "variant": variant, "seed": seed}
         row |= experiment(kept, settings, args.device, is_default=not changed)
         with open(results, "a") as file:

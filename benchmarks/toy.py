@@ -14,9 +14,10 @@ from sklearn.datasets import make_moons
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from clflow import contrast_energy, energy  # noqa: E402
+from clflow import energy, tamed  # noqa: E402
 from flows import Flow2D  # noqa: E402
 from kit.draw import save_picture  # noqa: E402
+from methods.paper import contrast_energy  # noqa: E402
 
 PANEL = 320  # pixels
 REACH = 3.0  # of the plane that is drawn: -REACH..REACH
@@ -47,7 +48,8 @@ def train(steps: int, contrast_weight: float) -> Flow2D:
         normal = energies(flow, moons(BATCH))
         loss = normal.mean()
         if contrast_weight:
-            loss = loss + contrast_weight * contrast_energy(normal, energies(flow, elsewhere(BATCH // 4)), 1.0)
+            anomalous = energies(flow, elsewhere(BATCH // 4))
+            loss = loss + contrast_weight * contrast_energy(tamed(normal), tamed(anomalous), 1.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)

@@ -24,6 +24,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -488,16 +489,29 @@ display(picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)))
 # higher than with the likelihood alone, since one flow is bent for two purposes. Now on features, everything else
 # alike:
 
+
 # %%
-of_energies, its_loop = begin(contrast_weight=0.1, contrast="energy")
-follow(of_energies, its_loop)
+class WithEnergies(clflow.Losses):
+    """The losses of part 5, and InfoNCE on the flow's tamed energies."""
+
+    def forward(self, normal, anomalous):
+        losses = super().forward(normal, anomalous)
+        few = clflow.energy(*self.model.latents(normal[: len(anomalous)]))
+        defects = clflow.energy(*self.model.latents(anomalous))
+        contrast = clflow.info_nce(clflow.tamed(defects), clflow.tamed(few), temperature=1.0)
+        return losses | {"loss": losses["loss"] + 0.1 * contrast, "contrast": contrast}
+
+
+of_energies, its_loop = begin(contrast_weight=0.0)
+with patch.object(clflow, "Losses", WithEnergies):
+    follow(of_energies, its_loop)
 
 # %% [markdown]
 # Compare L_nll, *nll* above, with that of part 5. On the plane the anomalies fill nearly all that is not normal; in the
 # 76 dimensions of w painted defects show few directions of very many, and what the flow gives up to push these away is
 # missing elsewhere.
 #
-# The classifier has nothing to give up. So f and f_k are its log-odds by default (`clflow.contrast_odds`): each defect
+# The classifier has nothing to give up. So f and f_k are its log-odds here (`clflow.contrast_odds`): each defect
 # is to stand out from *all* normal rows of a batch. The logarithm of their sum is nearly the highest of them, so that
 # what looks most like a defect counts most, as no mean over rows can have it. Beside the cross-entropy of part 5:
 

@@ -61,20 +61,22 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 class Convolutional(Backbone):
-    """Two layers (`taps`) of a convolutional network, at strides 8 and 16, each averaged with its neighbours, joined at
-    stride 8, as in PatchCore."""
+    """Layers of a convolutional network at the given `strides`, the finest first, each averaged with its neighbours;
+    `features` joins them at the finest stride, as in PatchCore."""
 
-    stride = 8
+    TAPS: dict[int, str]  # the name of the layer at each stride
     reach = 192  # what is farther away changes features by less than a thousandth, which a test checks
 
-    def __init__(self, name: str, make: Callable[[], nn.Module], taps: list[str]):
+    def __init__(self, name: str, make: Callable[[], nn.Module], strides: tuple[int, ...]):
         """`make` gives the network, untrained."""
         super().__init__()
         self.name = name
         self.make = make
-        self.taps = taps
+        self.stride = strides[0]
+        self.taps = [self.TAPS[stride] for stride in strides]
         self.net = folded(self.extractor())
-        self.channels = sum(layer.shape[1] for layer in self.layers(torch.zeros(1, 3, 64, 64)))
+        self.widths = [layer.shape[1] for layer in self.layers(torch.zeros(1, 3, 64, 64))]
+        self.channels = sum(self.widths)
 
     def extractor(self) -> fx.GraphModule:
         """The untrained network, less what comes after the last tap."""
@@ -82,13 +84,16 @@ class Convolutional(Backbone):
         return net.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
-        fine, coarse = self.layers(images)
-        fine = averaged(fine)
-        coarse = F.interpolate(averaged(coarse), fine.shape[2:], mode="bilinear")
-        return torch.cat((fine, coarse), dim=1)
+        finest, *coarser = self.scales(images)
+        enlarged = [F.interpolate(x, finest.shape[2:], mode="bilinear") for x in coarser]
+        return torch.cat((finest, *enlarged), dim=1)
+
+    def scales(self, images: Tensor) -> list[Tensor]:
+        """The averaged maps (B, widths[i], h, w), one for each stride."""
+        return [averaged(x) for x in self.layers(images)]
 
     def layers(self, images: Tensor) -> list[Tensor]:
-        """The maps of the two taps."""
+        """The network's own maps, one for each stride."""
         images = images.contiguous(memory_format=torch.channels_last)
         return list(self.net(self.normalised(images)).values())
 
@@ -147,10 +152,12 @@ def averaged(x: Tensor) -> Tensor:
 
 
 class ResNet(Convolutional):
-    """One of torchvision's ResNets, by name: layers 2 and 3."""
+    """One of torchvision's ResNets, by name; by default its layers 2 and 3."""
 
-    def __init__(self, name: str):
-        super().__init__(name, partial(torchvision.models.get_model, name), ["layer2", "layer3"])
+    TAPS = {4: "layer1", 8: "layer2", 16: "layer3"}
+
+    def __init__(self, name: str, strides: tuple[int, ...] = (8, 16)):
+        super().__init__(name, partial(torchvision.models.get_model, name), strides)
 
     def normalised(self, images: Tensor) -> Tensor:
         return (images - MEAN.to(images.device)) / DEVIATION.to(images.device)
@@ -161,10 +168,12 @@ class ResNet(Convolutional):
 
 
 class EfficientNetLite0(Convolutional):
-    """EfficientNet-Lite0: its third and fifth stage."""
+    """EfficientNet-Lite0; by default its third and fifth stage."""
 
-    def __init__(self):
-        super().__init__(LITE0, efficientnet_lite0, ["features.3", "features.5"])
+    TAPS = {4: "features.2", 8: "features.3", 16: "features.5"}
+
+    def __init__(self, strides: tuple[int, ...] = (8, 16)):
+        super().__init__(LITE0, efficientnet_lite0, strides)
 
     def normalised(self, images: Tensor) -> Tensor:
         return (images * 255 - 127) / 128
@@ -256,7 +265,7 @@ def wheel_names(net: EfficientNet) -> dict[str, str]:
 
 
 # What --backbone may name, and how each is made, untrained.
-BACKBONES: dict[str, Callable[[], Backbone]] = {
+BACKBONES: dict[str, Callable[..., Backbone]] = {
     **{name: partial(ResNet, name) for name in RESNETS},
     LITE0: EfficientNetLite0,
 }

@@ -90,7 +90,7 @@ def training_parser() -> Parser:
     add("--defect-masks", type=Path, metavar="FOLDER", help="of their masks; ../ground_truth/<name> if not given")
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, which a page of evaluate.py wrote")
     add("--epochs", type=int, help=default_text("epochs"))
-    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for CL-Flow"))
+    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for clflow"))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
     size_help = "as many pixels as SIZE x SIZE, in the shape of the good images; or HEIGHTxWIDTH, or native"
     add("--size", type=parsed_size, help=default_text("size", size_help))
@@ -113,7 +113,7 @@ def training_parser() -> Parser:
 
 
 def add_method_groups(parser: Parser) -> None:
-    """What belongs to the backbone and its prototypes, and to CL-Flow."""
+    """What belongs to the backbone and its prototypes, and to both forms of CL-Flow."""
     add = parser.add_argument_group("the backbone and its prototypes").add_argument
     backbones = "a ResNet of torchvision, or efficientnet_lite0"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
@@ -126,7 +126,7 @@ def add_method_groups(parser: Parser) -> None:
     add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
-    add("--contrast", choices=("odds", "energy", "cosine"), help=default_text("contrast", "form of the InfoNCE loss"))
+    add("--contrast", choices=("cosine", "energy"), help=default_text("contrast", "what InfoNCE compares"))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
 
 
@@ -195,8 +195,6 @@ def check_learns_from_defects(options: dict) -> None:
     """Raises InputError if no loss would take rows of real defects."""
     if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
         raise InputError("--classification-weight 0 --contrast-weight 0: then nothing learns from real defects")
-    if options["contrast_weight"] != 0 and options["contrast"] == "cosine":
-        raise InputError("--contrast cosine: asks for the same places without the defect, which real ones do not have")
 
 
 # ---------------------------------------------------------------- evaluate.py

@@ -112,8 +112,8 @@ class Painter:
         """x+ of this number, (H, W, 3)."""
         return self.image(self.files[self.file_number(number)], self.place(number))
 
-    def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x+ and x- of this number, (H, W, 3), and the mask (H, W) of where they differ."""
+    def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+        """x+ and x- of this number, (H, W, 3), the mask (H, W) of where they differ, and the box around it."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
         path, place = self.files[self.file_number(number)], self.place(number)
         image = self.image(path, place)
@@ -122,26 +122,27 @@ class Painter:
         source = sources[rng.integers(len(sources))]
         if self.patch != self.shape and not use_texture:
             source = path  # to decode another large image takes long
-        painted, mask, _ = self.paint(image, rng, self.image(source, self.place(number, part=1)), self.roi[place])
-        return image, painted, mask
+        other = self.image(source, self.place(number, part=1))
+        painted, mask, box = self.paint(image, rng, other, self.roi[place])
+        return image, painted, mask, box
 
     def surroundings(self, number: int) -> tuple[slice, slice]:
         """Where on its image the patch of x- with this number is, with all that the backbone sees around it."""
         rows, columns = self.place(number)
         return widened(rows, self.reach, self.shape[0]), widened(columns, self.reach, self.shape[1])
 
-    def surrounded(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x+ and x- of this number with their `surroundings`, (H, W, 3), and the mask (H, W) of where they differ.
+    def surrounded(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """x- of this number with its `surroundings`, (H, W, 3), and the mask (H, W) of where it differs from x+.
 
         A patch alone would teach the wrong thing: features near its rim see the padding of convolutions, which those of
         good images do not."""
-        _, painted, changed = self.anomalous(number)
+        _, painted, changed, _ = self.anomalous(number)
         place, around = self.place(number), self.surroundings(number)
-        image = self.image(self.files[self.file_number(number)], around)
+        anomalous = self.image(self.files[self.file_number(number)], around).copy()
         patch = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(place, around, strict=True))
-        anomalous, mask = image.copy(), np.zeros(image.shape[:2], dtype=bool)
+        mask = np.zeros(anomalous.shape[:2], dtype=bool)
         anomalous[patch], mask[patch] = painted, changed
-        return image, anomalous, mask
+        return anomalous, mask
 
     def normal(self) -> Iterator[Tensor]:
         """This process's part of the files x+, each once, as (<= 8, 3, H, W) tensors; the larger, the less of them."""
@@ -177,7 +178,7 @@ class Paintings(Dataset):
         """Some of them, each stacked. Arrays, not tensors: what a loader's worker hands over as a tensor goes through
         shared memory, of which a container has 64 MB, less than a few batches."""
         numbers = [self.numbers[i] for i in indices]
-        _, after, masks = zip(*(self.painter.surrounded(number) for number in numbers), strict=True)
+        after, masks = zip(*(self.painter.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
 
 
@@ -192,10 +193,10 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.painter.files) * self.repeats
 
-    def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
-        (B + A, H, W, 3) float32; and the masks, (A, H, W, 1) float32. (H, W) is the images' shape, or a patch's.
-        Arrays, as in `Paintings`.
+        (B + A, H, W, 3) float32; the masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4).
+        (H, W) is the images' shape, or a patch's. Arrays, as in `Paintings`.
 
         Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
         batch, so that each process makes one. Every process gets at least one image and one x-."""
@@ -204,15 +205,16 @@ class Pairs(Dataset):
         mine = painter.processes.part(numbers)
         half = (len(numbers) + 1) // 2  # of the whole batch
         pairs = max(1, len(range(rank, half, count)))
-        normal, painted, masks = [], [], []
+        normal, painted, masks, boxes = [], [], [], []
         for number in mine[:pairs]:
-            image, anomalous, mask = painter.anomalous(number)
+            image, anomalous, mask, box = painter.anomalous(number)
             normal.append(image)
             painted.append(anomalous)
             masks.append(mask)
+            boxes.append(box)
         for number in mine[pairs:]:
             normal.append(painter.untouched(number))
-        return np.stack(normal + painted), np.float32(masks)[..., None]
+        return np.stack(normal + painted), np.float32(masks)[..., None], np.array(boxes)
 
 
 def within(middle: int, length: int, limit: int) -> slice:

@@ -7,7 +7,6 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +15,7 @@ from kit import data
 from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter, to_tensor
+from kit.good import GoodImages, Painter
 
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
@@ -30,13 +29,11 @@ HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 
 class Rows:
     """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
     Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
-    each image gave but some. Of painted defects also `untouched` (N, C), rows of the same places without them, if a
-    loss asks for these."""
+    each image gave but some."""
 
     y: Tensor
     images: Tensor
     inside: Tensor | None = None
-    untouched: Tensor | None = None
 
 
 def good_rows(model: Detector, painter: Painter) -> Rows:
@@ -98,21 +95,17 @@ def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[T
 
 def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
     """Rows of synthetic defects, which are painted on so many images."""
-    anomalous, untouched, origin = [], [], []
+    anomalous, origin = [], []
     for after, mask, numbers in painter.painted(images):
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
         files = torch.from_numpy(painter.file_number(numbers))
         origin.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
-        if model.settings.needs_untouched:
-            before = to_tensor(np.stack([painter.surrounded(number)[0] for number in numbers]))
-            untouched.append(model.features(before).permute(0, 2, 3, 1)[touched].half())
     origin = torch.cat(origin)
     order = origin.argsort(stable=True)
-    there = order.to(model.device)
-    rows = torch.cat(anomalous)[there]
-    return Rows(rows, origin[order], untouched=torch.cat(untouched)[there] if untouched else None)
+    rows = torch.cat(anomalous)[order.to(model.device)]
+    return Rows(rows, origin[order])
 
 
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -163,9 +156,6 @@ class Feed:
         self.anomalous, painted_images = self.normal[:0], normal.images[:0]
         if painted is not None:
             self.anomalous, painted_images = whitened(model, painted.y, painted.images), painted.images
-        self.untouched = None
-        if painted is not None and painted.untouched is not None:
-            self.untouched = whitened(model, painted.untouched, painted.images)
         self.real = None
         self.images = normal.images, painted_images
         self.inside = normal.inside
@@ -197,7 +187,7 @@ class Feed:
         code[self.inside] = rows
         return code.permute(2, 0, 1)[None]
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
         """A batch for `Losses.forward`; which, depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
         count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
@@ -206,8 +196,7 @@ class Feed:
         anomalous = self.anomalous[painted]
         if real:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
-        untouched = None if self.untouched is None else self.untouched[painted].float().to(self.device)
-        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device), untouched
+        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device)
 
 
 def where(is_allowed: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ FALSE_ALARM = 0.02  # default share of good images that may be flagged
 # what judges the others. With four or fewer, median and spread of the scores hang on single images: measured on *wood*,
 # a detector flags a quarter to three quarters of other good images.
 LEAST_IMAGES = 5
+FOR_HELD_OUT = 4 * LEAST_IMAGES  # good images, where held-out ones alone calibrate: these are a quarter of few images
 UNIT = 32  # pixels: sides are multiples of it, so that every layer of a backbone halves them evenly
 
 Shape = tuple[int, int]  # (height, width), in pixels
@@ -56,23 +57,12 @@ class CLFlowSettings(Settings):
     classification_weight: float = 1.0
     smoothing: float = 0.1
     contrast_weight: float = 1.0
-    contrast: str = "odds"  # or "energy", or "cosine"
     temperature: float = 1.0
 
     @property
     def has_classifier(self) -> bool:
         """Whether there is a loss that trains one."""
-        return self.classification_weight > 0 or (self.contrast_weight > 0 and self.contrast == "odds")
-
-    @property
-    def needs_painted(self) -> bool:
-        """Whether there is a loss that learns from defects."""
         return self.classification_weight > 0 or self.contrast_weight > 0
-
-    @property
-    def needs_untouched(self) -> bool:
-        """Whether a loss compares rows of defects with those of the same places without them."""
-        return self.contrast_weight > 0 and self.contrast == "cosine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +74,25 @@ class NearestSettings(Settings):
     backbone: str = "resnet18"
     bank: int = 16000
     local: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperSettings(Settings):
+    """The options of CL-Flow in the paper's own form, and their defaults."""
+
+    method: str = "paper"
+    size: int | Shape = 256
+    epochs: int = 4
+    batch: int = 8  # images
+    lr: float = 2e-3
+    textures: str | None = None
+    backbone: str = "resnet18"
+    steps: int = 8  # of each flow
+    classification_weight: float = 0.02
+    smoothing: float = 0.1
+    contrast_weight: float = 0.02
+    contrast: str = "cosine"  # or "energy"
+    temperature: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +131,11 @@ class Options:
 
 OPTIONS = {
     "clflow": Options(CLFlowSettings, {"backbone": "efficientnet_lite0"}),
+    "paper": Options(PaperSettings, {"backbone": "efficientnet_lite0"}, least_images=FOR_HELD_OUT),
     "nearest": Options(NearestSettings, {"backbone": "efficientnet_lite0"}),
     "autoencoder": Options(
         AutoencoderSettings,
         {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
-        least_images=4 * LEAST_IMAGES,  # it is calibrated on held-out ones alone: a quarter of few images
+        least_images=FOR_HELD_OUT,
     ),
 }

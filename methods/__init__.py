@@ -9,7 +9,7 @@ import clflow
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError
 from kit.training import Epoch
-from methods import autoencoder, nearest
+from methods import autoencoder, nearest, paper
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Method:
 
 METHODS = {
     "clflow": Method(clflow.CLFlow, clflow.train),
+    "paper": Method(paper.Paper, paper.train),
     "nearest": Method(nearest.Nearest, nearest.train),
     "autoencoder": Method(autoencoder.Autoencoder, autoencoder.train),
 }

@@ -240,7 +240,7 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
         painted = iter(batches)  # draws the order of the images, which is the same for all processes
         if good.processes.rank:
             seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+        for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
             batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
             steps.append(descent.step(losses(*batch)))
         ready()

@@ -62,6 +62,13 @@ def projecting_run(category, tmp_path_factory) -> Path:
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
 
 
+@pytest.fixture(scope="session")
+def paper_run(category, tmp_path_factory) -> Path:
+    """A run of CL-Flow in the paper's own form."""
+    options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 3, "--steps", 4]
+    return train_blind(category, tmp_path_factory.mktemp("paper"), *options)
+
+
 @pytest.fixture
 def run(finished_run, tmp_path) -> Path:
     """A copy of the CL-Flow run, to write into."""

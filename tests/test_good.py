@@ -14,7 +14,7 @@ from kit.images import read_image
 from kit.processes import Processes
 from kit.settings import UNIT
 from methods import load
-from synth import synthesize
+from synth import bounding_box, synthesize
 
 
 def make_painter(category, processes: Processes = Processes(), size: int = 64) -> Painter:  # noqa: B008 (it is frozen)
@@ -52,12 +52,13 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
     indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
-    whole, masks = make_pairs(category).__getitems__(indices)
+    whole, masks, boxes = make_pairs(category).__getitems__(indices)
     assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
+    assert [tuple(box) for box in boxes] == [bounding_box(mask[..., 0] > 0) for mask in masks]
     assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
     normal, anomalous = [], []
     for rank in range(world):
-        images, masks = make_pairs(category, Processes(rank, world)).__getitems__(indices)
+        images, masks, _ = make_pairs(category, Processes(rank, world)).__getitems__(indices)
         normal += list(images[: -len(masks)])
         anomalous += list(images[-len(masks) :])
     assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
@@ -68,8 +69,8 @@ def test_processes_divide_a_batch(category, world, size):
 
 def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     pairs = make_pairs(category)
-    images, _ = pairs.__getitems__([3, 4])
-    again, _ = pairs.__getitems__([3, 9])
+    images, _, _ = pairs.__getitems__([3, 4])
+    again, _, _ = pairs.__getitems__([3, 9])
     assert np.array_equal(images[2], again[2])
     pairs.painter.epoch = 1
     assert not np.array_equal(pairs.__getitems__([3, 4])[0][2], images[2])

@@ -22,7 +22,7 @@ from kit.detector import read_checkpoint
 from kit.files import LIST, STATE, UNFINISHED, OwnFiles, held
 from kit.processes import Processes
 from kit.rows import good_rows, painted_rows
-from methods import autoencoder, load
+from methods import autoencoder, load, paper
 
 
 def log_of(run) -> list[dict]:
@@ -102,10 +102,10 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
     textures = tmp_path / "textures" / "striped"
     textures.mkdir(parents=True)
     Image.effect_noise((64, 64), 80).save(textures / "noise.png")
-    choices = ["--contrast", "cosine", "--contrast-weight", 0.1, "--textures", tmp_path / "textures", "--no-local"]
+    choices = ["--contrast-weight", 0, "--textures", tmp_path / "textures", "--no-local"]
     choices += ["--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, *choices)
-    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "contrast", "seconds"]
+    assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "seconds"]
     model = load(tmp_path / "run" / "model.pt")
     assert len(model.flow.steps) == 2 and model.classifier is None and len(model.levels) == 1
 
@@ -181,10 +181,18 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("method", [[*LITE, "--steps", 2, "--batch", 64], ["--method", "autoencoder", *LITE]])
+@pytest.mark.parametrize(
+    "method",
+    [
+        [*LITE, "--steps", 2, "--batch", 64],
+        ["--method", "autoencoder", *LITE],
+        ["--method", "paper", *LITE, "--steps", 1, "--batch", 8],
+    ],
+)
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
     """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
     monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 36)
+    monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 36)
     mine = shutil.copytree(category, tmp_path / "mine")
 
     def arguments(out, *more):
@@ -192,8 +200,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     call(train.main, *arguments("whole"))
     step, steps = torch.optim.Adam.step, []
-    # In the third epoch: one of the autoencoder has 5 steps, 18 images, twice, in batches of 8.
-    interrupted_at = 12 if "autoencoder" in method else 2 * clflow.STEPS_PER_EPOCH + 3
+    # In the third epoch: one of the other methods has 5 steps, 18 images, twice, in batches of 8.
+    interrupted_at = 12 if "--method" in method else 2 * clflow.STEPS_PER_EPOCH + 3
 
     def interrupted(self, *args):
         steps.append(1)
@@ -416,8 +424,9 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     for flag, value in (("--steps", 2), ("--classification-weight", 1), ("--contrast-weight", 1),
                         ("--contrast", "cosine"), ("--temperature", 2), ("--smoothing", 0)):  # fmt: skip
         attempt("--method", "autoencoder", flag, value, words=[flag, "--method autoencoder"])
-    for flag, value in (("--contrast", "cosine"), ("--temperature", 2)):
-        attempt("--contrast-weight", 0, flag, value, words=[flag, "no effect", "--contrast-weight 0"])
+    attempt("--contrast-weight", 0, "--temperature", 2, words=["--temperature", "no effect", "--contrast-weight 0"])
+    for form in ("cosine", "energy"):
+        attempt("--contrast", form, words=["--contrast has no effect with --method clflow"])
     attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
     attempt("--no-local", "--bank", 99, words=["--bank", "no effect", "--no-local"])
     attempt("--method", "autoencoder", "--size", 100, words=["--size 100", "8"])
@@ -426,7 +435,7 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
 def test_a_method_by_its_former_name_is_told_the_new_one(category, tmp_path, capsys):
     command = ["--data", category, "--out", tmp_path / "out", "--method"]
     refuse(train.main, capsys, *command, "patchcore", words=["--method", "patchcore", "is called nearest now"])
-    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, nearest, autoencoder"])
+    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, paper, nearest, autoencoder"])
 
 
 def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path, capsys):

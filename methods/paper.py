@@ -1,0 +1,281 @@
+"""CL-Flow in the paper's own form (Wang, Li, Luo, Bi, arXiv 2311.06794), from the image to the loss. Only the abstract
+was available, so this is a reconstruction; clflow.py is our own form, which finds more.
+
+    a frozen backbone's maps at three scales -> a 2D flow for each -> energies, the exact likelihood of each position
+    pairs x+ and x- = synthesize(x+) -> L = L_nll + lambda_cls L_cls + lambda_con L_con, trained in one stage
+
+Shapes: images (B, 3, H, W) in [0, 1]; at each scale features x and latents z (B, C, h, w), log-determinants and
+energies (B, h, w). A training step sees B images x+, and A images x- that were made from the first A of them."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clflow import classification_loss, energy, info_nce, tamed
+from flows import Flow2D
+from kit import data
+from kit.backbone import BACKBONES, as_rows
+from kit.detector import Detector
+from kit.errors import InputError
+from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
+from kit.processes import counted
+from kit.rows import touches
+from kit.settings import PaperSettings, Shape, as_shape
+from kit.shapes import as_text
+from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.windows import PIXELS
+from synth import synthesize
+
+STRIDES = (4, 8, 16)  # pixels: the three scales
+FITTED = 100  # good images at most, from which the standardisation is fitted
+BORDER = 3.0  # standard deviations above the mean energy of normal positions, where the class changes
+POSITIONS = 64  # drawn from each x-, so that small defects count like large ones
+IMAGES_PER_EPOCH = 200
+WEIGHT_DECAY = 1e-5
+
+
+# ---------------------------------------------------------------- image -> features -> latents -> energies
+
+
+class Standardisation(nn.Module):
+    """x -> (x - mean) / deviation, channel by channel. Fitted once and never trained: a trained norm would lower the
+    NLL for free, since no log-determinant accounts for it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+
+    def fit(self, means: Tensor, mean_squares: Tensor) -> None:
+        """From the mean of x and of x^2 over each of n normal images, (n, C) both."""
+        mean = means.mean(dim=0)
+        variance = (mean_squares.mean(dim=0) - mean.square()).clamp(min=0)
+        floor = 1e-3 * variance.mean() + 1e-12  # a channel that hardly varies is noise, and stays small
+        self.mean.copy_(mean[:, None, None])
+        self.deviation.copy_((variance + floor).sqrt()[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.deviation
+
+
+class Paper(Detector):
+    """The detector: the energies of three flows, each an expert. `Detector` turns them into a map, a score and a
+    verdict, each on the scale that held-out good images give it. At test time nothing but the likelihood counts."""
+
+    SETTINGS = PaperSettings
+
+    def __init__(self, settings: PaperSettings):
+        if math.prod(as_shape(settings.size)) > PIXELS:  # the flows see all of an image at once
+            raise InputError(f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
+        backbone = BACKBONES[settings.backbone](strides=STRIDES)
+        super().__init__(settings, backbone, experts=len(STRIDES))
+        self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)
+        self.flows = nn.ModuleList(
+            Flow2D(channels, settings.steps, kernel_sizes=(3,), hidden_ratio=1.0) for channels in backbone.widths
+        )
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def scales(self, images: Tensor) -> list[Tensor]:
+        """The frozen features of each scale, averaged 3x3: [(B, C, h, w)]."""
+        with self.autocast():
+            return self.backbone.scales(images.to(self.device))
+
+    def latents(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Latents z (B, C, h, w) and log-determinants (B, h, w) of each scale."""
+        found = []
+        for x, norm, flow in zip(self.scales(images), self.norms, self.flows, strict=True):
+            with self.autocast():
+                found.append(flow(norm(x)))
+        return found
+
+    @torch.no_grad()
+    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+        """The tamed energies of each scale, all enlarged to the finest one: [(B, h, w)]."""
+        found = [tamed(energy(z, log_det)) for z, log_det in self.latents(images)]
+        finest = found[0].shape[1:]
+        return [F.interpolate(e[:, None], finest, mode="bilinear")[:, 0] for e in found]
+
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
+        """For a figure: one image (1, 3, H, W) on its way to the energies, as (what it is, map (h, w))."""
+        steps = []
+        for stride, x, norm, flow in zip(STRIDES, self.scales(images), self.norms, self.flows, strict=True):
+            x = norm(x)
+            with self.autocast():
+                z, log_det = flow(x)
+            steps.append((f"|x|, stride {stride}", x[0].norm(dim=0)))
+            steps.append((f"tamed E, stride {stride}", tamed(energy(z, log_det))[0]))
+        return steps
+
+    @torch.no_grad()
+    def fit(self, good: GoodImages) -> None:
+        """Fit the standardisation of each scale on at most FITTED good images."""
+        means = [[] for _ in STRIDES]
+        mean_squares = [[] for _ in STRIDES]
+        for images in data.batches(good.trained_on[:FITTED], self.shape):
+            for scale, x in enumerate(self.scales(images)):
+                means[scale].append(x.mean(dim=(2, 3)))
+                mean_squares[scale].append(x.square().mean(dim=(2, 3)))
+        for scale, norm in enumerate(self.norms):
+            norm.fit(torch.cat(means[scale]), torch.cat(mean_squares[scale]))
+
+
+# ---------------------------------------------------------------- which positions a loss sees
+
+
+def positions_in_boxes(boxes: Tensor, image: Shape, shape: Shape) -> Tensor:
+    """The positions of maps of `shape` (h, w) that boxes (A, 4) touch, as (A, h, w) bool. The boxes are (y0, x0, y1,
+    x1), half-open, in pixels of images of the shape `image` (H, W)."""
+    y0, x0, y1, x1 = boxes.T[:, :, None]  # (A, 1) each
+    row = torch.arange(shape[0], device=boxes.device)
+    column = torch.arange(shape[1], device=boxes.device)
+    pixels_down, pixels_across = image[0] / shape[0], image[1] / shape[1]  # of one position
+    rows = (row * pixels_down < y1) & ((row + 1) * pixels_down > y0)  # (A, h)
+    columns = (column * pixels_across < x1) & ((column + 1) * pixels_across > x0)  # (A, w)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def drawn_places(where: Tensor) -> Tensor:
+    """POSITIONS places of each map, among those that `where` (A, h, w) bool marks, with replacement: (A, n)."""
+    return torch.multinomial(where.flatten(1).float(), POSITIONS, replacement=True)
+
+
+def rows_at(maps: Tensor, places: Tensor) -> Tensor:
+    """Maps (A, C, h, w) at places (A, n) -> rows (A n, C)."""
+    index = places[:, None].expand(-1, maps.shape[1], -1)  # (A, C, n)
+    return maps.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def log_odds(e: Tensor, normal: Tensor) -> Tensor:
+    """Log-odds of being anomalous, from energies e: by how many standard deviations of normal energies they lie above
+    the border between the classes,
+
+        p(normal) = sigmoid((m - e) / sigma);   m = mean + BORDER sigma
+
+    with the mean and sigma of `normal` energies, which get no gradient here: they say where the border lies. At the
+    mean the log-odds are -3, which nearly is the smoothed label of 0.05: the classification then does not pull at what
+    is typically normal, and the likelihood alone decides there."""
+    normal = normal.detach()
+    sigma = normal.std() + 1e-6
+    return (e - normal.mean()) / sigma - BORDER
+
+
+def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
+    """L_con on energies: InfoNCE, in which each anomalous one (A,) is to stand out from all normal ones (N,)."""
+    return info_nce(anomalous, normal, temperature)
+
+
+def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
+    """L_con on the cosine, as the abstract has it; all (n, C). Box_s are latents of x+ inside the box of the defect,
+    Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ anywhere, and pushed away from Neg_Box_s:
+
+        -log( e^(cos(Box, Z) / T) / (e^(cos(Box, Z) / T) + sum_k e^(cos(Box, Neg_Box_k) / T)) )
+    """
+    box, negative_box, normal = F.normalize(box, dim=1), F.normalize(negative_box, dim=1), F.normalize(normal, dim=1)
+    return info_nce((box * normal).sum(dim=1), box @ negative_box.T, temperature)
+
+
+class Losses(nn.Module):
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con, each the mean over the scales. A module, since that is what
+    DistributedDataParallel wraps.
+
+    `forward(images, mask, boxes)`: B images x+, then A images x- that were made from the first A of them, (B + A, 3, H,
+    W); the masks (A, 1, H, W) of the defects, and the boxes (A, 4) around them. Returns the losses of the batch by
+    name; "loss" is the one to descend."""
+
+    def __init__(self, model: Paper):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        settings = self.model.settings
+        if not settings.classification_weight and not settings.contrast_weight:
+            likelihoods = [energy(z, log_det).mean() for z, log_det in self.model.latents(images[: -len(mask)])]
+            nll = torch.stack(likelihoods).mean()
+            return {"loss": nll, "nll": nll}  # x- have no part in it
+        scales = [self.of_scale(z, log_det, mask, boxes) for z, log_det in self.model.latents(images)]
+        losses = {name: torch.stack([scale[name] for scale in scales]).mean() for name in scales[0]}
+        loss = losses["nll"]
+        if settings.classification_weight:
+            loss = loss + settings.classification_weight * losses["classification"]
+        if settings.contrast_weight:
+            loss = loss + settings.contrast_weight * losses["contrast"]
+        return {"loss": loss, **losses}
+
+    def of_scale(self, z: Tensor, log_det: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """The losses of one scale that have a weight. On x- energies know no bounds: the proxy tasks see tamed ones, or
+        a few outliers would be all that clipped gradients follow."""
+        settings = self.model.settings
+        pairs = len(mask)
+        e = energy(z, log_det)
+        normal = e[:-pairs]  # of x+, (B, h, w)
+        losses = {"nll": normal.mean()}
+        touched = drawn_places(touches(mask, z.shape[2:]))
+        normal = tamed(normal).flatten()  # (B h w,)
+        anomalous = tamed(rows_at(e[-pairs:, None], touched))[:, 0]  # of x- where its defect is, (A n,)
+        if settings.classification_weight:
+            odds = log_odds(normal, normal), log_odds(anomalous, normal)
+            losses["classification"] = classification_loss(*odds, settings.smoothing)
+        if settings.contrast_weight and settings.contrast == "energy":
+            losses["contrast"] = contrast_energy(normal, anomalous, settings.temperature)
+        if settings.contrast_weight and settings.contrast == "cosine":
+            losses["contrast"] = self.contrast_of_boxes(z, mask, boxes)
+        return losses
+
+    def contrast_of_boxes(self, z: Tensor, mask: Tensor, boxes: Tensor) -> Tensor:
+        """`contrast_cosine` of latents (B + A, C, h, w) of one scale, at places drawn from the boxes."""
+        pairs = len(boxes)
+        inside = drawn_places(positions_in_boxes(boxes, mask.shape[2:], z.shape[2:]))
+        box = rows_at(z[:pairs], inside)
+        negative_box = rows_at(z[-pairs:], inside)
+        everywhere = as_rows(z[:-pairs])
+        normal = everywhere[torch.randint(len(everywhere), (len(box),))]
+        return contrast_cosine(box, negative_box, normal, self.model.settings.temperature)
+
+
+# ---------------------------------------------------------------- the training
+
+
+def train(model: Paper, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
+    """Train a model whose backbone has ImageNet weights on good images, in one stage. A generator: it yields after each
+    epoch, and once before the first step; the model is calibrated on the held-out images then, ready to judge. The
+    number of epochs is fixed, and the last one counts.
+
+    With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    settings = model.settings
+    painter = Painter(good, synthesize, model)
+    batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
+    if progress is None:
+        model.fit(good)
+
+    losses = shared(Losses(model), good.processes)
+    descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
+    done = descent.go_on_from(progress)
+    calibrate(model, good)
+    yield descent.epoch(done, [], good.processes)
+    for number in range(done + 1, settings.epochs + 1):
+        seed_epoch(settings.seed, number)
+        painter.epoch = number
+        steps = []
+        pairs = iter(batches)  # draws the order of the images, which is the same for all processes
+        if good.processes.rank:
+            seed_epoch(settings.seed, number, good.processes.rank)
+        for images, masks, boxes in counted(pairs, f"epoch {number}/{settings.epochs}, steps", len(batches)):
+            batch = to_tensor(images), to_tensor(masks), torch.from_numpy(boxes)
+            steps.append(descent.step(losses(*(part.to(model.device) for part in batch))))
+        calibrate(model, good)
+        yield descent.epoch(number, steps, good.processes)
+
+
+def calibrate(model: Paper, good: GoodImages) -> None:
+    """The calibration on the held-out images. To judge the others as if they were new would take three more trainings
+    of the flows."""
+    held_out = data.batches(good.held_out, model.shape)
+    model.calibrate((model.judge(images) for images in held_out), good.held_out)

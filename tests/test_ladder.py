@@ -1,0 +1,80 @@
+"""benchmarks/ladder.py on a drawn category, with a tiny budget."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import LITE, ROOT, call
+
+import clflow
+from methods import paper
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ladder  # noqa: E402
+
+SIDE = 64
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 18)
+    monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 5)
+    monkeypatch.setattr(ladder, "SMALL", SIDE)
+    monkeypatch.setattr(ladder, "OURS", {step: (SIDE, changed) for step, (_, changed) in ladder.OURS.items()})
+
+
+def lines(out, name) -> list[dict]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_the_ladder_goes_on_where_it_was_stopped(tiny, category, tmp_path, monkeypatch, capsys):
+    command = [category, "--out", tmp_path, *LITE]
+    climb, climbed = ladder.climb, []
+
+    def stopped(category, step, seed, args):
+        if step == ladder.STEPS[4]:
+            raise KeyboardInterrupt
+        return climb(category, step, seed, args)
+
+    monkeypatch.setattr(ladder, "climb", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        call(ladder.main, *command)
+    assert [row["step"] for row in lines(tmp_path, category.name)] == ladder.STEPS[:4]
+    monkeypatch.setattr(ladder, "climb", lambda *args: climbed.append(args[1]) or climb(*args))
+    call(ladder.main, *command)
+    rows = lines(tmp_path, category.name)
+    assert [row["step"] for row in rows] == ladder.STEPS and climbed == ladder.STEPS[4:]
+    assert all(0 <= row["image_auroc"] <= 1 and 0.5 < row["pixel_auroc"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert len({row["pixel_auroc"] for row in rows[:-1]}) == len(rows) - 1  # no step is that before it; here the
+    assert rows[-1]["pixel_auroc"] == rows[-2]["pixel_auroc"]  # last one has images of the same size
+    assert f"| {ladder.STEPS[0]} | {rows[0]['image_auroc']:.4f} |" in capsys.readouterr().out
+
+
+def test_the_table_by_hand(tmp_path, capsys):
+    """Of two categories with two seeds; a third has not all steps yet."""
+    figures = {"a": [(0.9, 0.8), (0.7, 0.9)], "b": [(0.6, 0.8), (1.0, 0.9)], "c": [(0.1, 0.1)]}
+    for name, by_step in figures.items():
+        rows = []
+        for step, pair in zip(ladder.STEPS, by_step, strict=False):
+            for seed, auroc in enumerate(pair):
+                rows.append({"category": name, "step": step, "seed": seed, "image_auroc": auroc, "seconds": 10 + seed})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(ladder.main, "none", "--out", tmp_path, "--table")
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| step | mean of 2 ")
+    assert table[2] == f"| {ladder.STEPS[0]} | 0.7750 | 0.700 (b) | 10 |"  # of a .85, of b .70
+    assert table[3] == f"| {ladder.STEPS[1]} | 0.8750 | 0.800 (a) | 10 |" and len(table) == 4
+
+
+class LogOdds(torch.nn.Module):
+    def log_odds(self, rows):
+        return rows[:, 0]
+
+
+def test_without_noise_painted_rows_are_the_only_anomalous_ones():
+    normal, anomalous = torch.randn(8, 3), torch.randn(2, 3)
+    found = ladder.LossesWithoutNoise(LogOdds()).odds(normal, anomalous)
+    assert torch.equal(found[0], normal[:, 0]) and torch.equal(found[1], anomalous[:, 0])
+    with_noise = clflow.Losses(LogOdds()).odds(normal, anomalous)
+    assert len(with_noise[1]) == 4
