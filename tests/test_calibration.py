@@ -113,13 +113,13 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
 # ---------------------------------------------------------------- too few images
 
 
-@pytest.mark.parametrize("method, least", [("clflow", 5), ("nearest", 5), ("autoencoder", 20)])
+@pytest.mark.parametrize("method, least", [("clflow", 5), ("nearest", 5), ("autoencoder", 20), ("paper", 20)])
 def test_training_asks_for_enough_images(tmp_path, capsys, method, least):
     few = draw_buttons(tmp_path / "few", least - 1, day=4)
     words = ["--data", f"{least - 1} good images", f"training takes {least}"]
     refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", "--method", method, *LITE, words=words)
     assert least == OPTIONS[method].least_images
-    calibrating = least if method != "autoencoder" else held_out_count(least)
+    calibrating = held_out_count(least) if method in ("autoencoder", "paper") else least
     assert calibrating == LEAST_IMAGES
 
 
