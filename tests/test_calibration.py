@@ -12,8 +12,8 @@ from PIL import Image
 
 import evaluate
 import train
-from kit import calibration, data
-from kit.demo import draw_button, write_png
+from kit import calibration, data, draw
+from kit.demo import draw_button
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, held_out_count
@@ -47,7 +47,9 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
 def draw_buttons(to: Path, count: int, day: int) -> Path:
     """A folder of good images that no category has."""
     for number in range(count):
-        write_png(to / f"{number}.png", draw_button(np.random.default_rng([100 + day, number]), "good")[0])
+        draw.save_picture(
+            to / f"{number}.png", Image.fromarray(draw_button(np.random.default_rng([100 + day, number]), "good")[0])
+        )
     return to
 
 
@@ -99,7 +101,7 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
             image, _ = draw_button(np.random.default_rng([200, number]), "good")
             for copy in range(times):
                 moved = np.roll(image, rng.integers(-2, 3, 2), axis=(0, 1)) * rng.uniform(0.98, 1.02)
-                write_png(to / f"{number}_{copy}.png", np.uint8(moved.clip(0, 255)))
+                draw.save_picture(to / f"{number}_{copy}.png", Image.fromarray(np.uint8(moved.clip(0, 255))))
         return to
 
     call(evaluate.main, run, "--recalibrate", frames(10, 6, tmp_path / "frames"))
@@ -230,7 +232,7 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
         image, _ = draw_button(np.random.default_rng([0, number]), "good")
         for copy in range(8):
             moved = np.roll(image, rng.integers(-2, 3, 2), axis=(0, 1)) * rng.uniform(0.98, 1.02)
-            write_png(tmp_path / "good" / f"{number}_{copy}.png", np.uint8(moved.clip(0, 255)))
+            draw.save_picture(tmp_path / "good" / f"{number}_{copy}.png", Image.fromarray(np.uint8(moved.clip(0, 255))))
     call(train.main, "--data", tmp_path / "good", "--out", tmp_path / "run", *NEAREST)
     said = capsys.readouterr().out
     model = load(tmp_path / "run" / "model.pt")
