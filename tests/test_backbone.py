@@ -143,13 +143,13 @@ class VisionTransformer(Backbone):
 def test_a_vision_transformer_goes_through_training_and_judging(category, tmp_path, monkeypatch, options):
     monkeypatch.setitem(BACKBONES, "vit_b_16", VisionTransformer)
     out = tmp_path / "run"
-    call(train.main, "--data", category, "--out", out, "--backbone", "vit_b_16", "--size", 96, *options)
+    call(train.main, "--data", category, "--out", out, "--backbone", "vit_b_16", "--size", 192, *options)
     call(evaluate.main, out)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["backbone"] == "vit_b_16"
     assert all(math.isfinite(metrics[name]) for name in ("image_auroc", "pixel_auroc", "aupro", "threshold"))
     model = load(out / "model.pt")
-    images = data.read_batch(data.list_images(category / "test" / "chip"), (96, 96))
-    assert model.features(images).shape == (4, 768, 6, 6)
+    images = data.read_batch(data.list_images(category / "test" / "chip"), (192, 192))
+    assert model.features(images).shape == (4, 768, 12, 12)
     maps, scores = model(images)
-    assert maps.shape == (4, 96, 96) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (4,)
+    assert maps.shape == (4, 192, 192) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (4,)
