@@ -49,12 +49,12 @@ class Standardisation(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("deviation", torch.ones(channels, 1, 1))
 
-    def fit(self, means: Tensor, mean_squares: Tensor) -> None:
-        """From the mean of x and of x^2 over each of n normal images, (n, C) both."""
-        mean = means.mean(dim=0)
-        variance = (mean_squares.mean(dim=0) - mean.square()).clamp(min=0)
+    def fit(self, means: Tensor, variances: Tensor) -> None:
+        """From the mean and the variance of x within each of n normal images, (n, C) both. The variance over all of
+        them is that within images and that between them."""
+        variance = variances.mean(dim=0) + means.var(dim=0, correction=0)
         floor = 1e-3 * variance.mean() + 1e-12  # a channel that hardly varies is noise, and stays small
-        self.mean.copy_(mean[:, None, None])
+        self.mean.copy_(means.mean(dim=0)[:, None, None])
         self.deviation.copy_((variance + floor).sqrt()[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,13 +115,13 @@ class Paper(Detector):
     def fit(self, good: GoodImages) -> None:
         """Fit the standardisation of each scale on at most FITTED good images."""
         means = [[] for _ in STRIDES]
-        mean_squares = [[] for _ in STRIDES]
+        variances = [[] for _ in STRIDES]
         for images in data.batches(good.trained_on[:FITTED], self.shape):
             for scale, x in enumerate(self.scales(images)):
                 means[scale].append(x.mean(dim=(2, 3)))
-                mean_squares[scale].append(x.square().mean(dim=(2, 3)))
+                variances[scale].append(x.var(dim=(2, 3), correction=0))
         for scale, norm in enumerate(self.norms):
-            norm.fit(torch.cat(means[scale]), torch.cat(mean_squares[scale]))
+            norm.fit(torch.cat(means[scale]), torch.cat(variances[scale]))
 
 
 # ---------------------------------------------------------------- which positions a loss sees

@@ -13,7 +13,7 @@ from methods import paper
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ladder  # noqa: E402
 
-SIDE = 64
+SIDE = 128  # smaller masks would vanish
 
 
 @pytest.fixture

@@ -74,14 +74,13 @@ def test_the_three_scales_are_those_of_torchvision_averaged(tmp_path):
 
 def test_features_are_standardised_channel_by_channel_over_all_positions(category):
     model = make_model()
+    model.backbone.load_imagenet()
     files = data.list_images(category / "train" / "good")
     model.fit(GoodImages(files[20:], files[:20]))
     scales = [x.double() for x in model.scales(data.read_batch(files[:20], (64, 64)))]
     for x, norm in zip(scales, model.norms, strict=True):
-        variance = x.var(dim=(0, 2, 3), correction=0)
-        expected = (x - x.mean(dim=(0, 2, 3))[:, None, None]) / (variance + 1e-3 * variance.mean()).sqrt()[
-            :, None, None
-        ]
+        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+        expected = (x - mean) / (variance + 1e-3 * variance.mean()).sqrt()
         assert torch.allclose(norm(x.float()).double(), expected, atol=1e-3) and expected.std() > 0.9
 
 
@@ -210,10 +209,10 @@ def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
     torch.manual_seed(0)
     latents = [(torch.randn(5, 6, n, n), torch.randn(5, n, n)) for n in (4, 2)]
     mask = torch.zeros(2, 1, 16, 16)
-    mask[0, 0, 1, 2] = mask[0, 0, 15, 3] = mask[1, 0, 9, 9] = 1
-    boxes = torch.tensor([[1, 2, 16, 4], [9, 9, 10, 10]])
-    first = [[(0, 0), (2, 2)], [(0, 0), (1, 1)]]  # position that is touched first, by scale and image
-    inside = [[(1, 0), (2, 2)], [(1, 0), (1, 1)]]  # a later one inside the box: the second, by scale and image
+    mask[0, 0, 1, 14] = mask[0, 0, 15, 3] = mask[1, 0, 9, 9] = 1
+    boxes = torch.tensor([[1, 3, 16, 15], [9, 9, 10, 10]])
+    first = [[(0, 3), (2, 2)], [(0, 1), (1, 1)]]  # position that is touched first, by scale and image
+    inside = [[(0, 1), (2, 2)], [(0, 1), (1, 1)]]  # the second one inside the box; the first is not touched
     monkeypatch.setattr(paper, "POSITIONS", 1)
 
     def draw(where):
