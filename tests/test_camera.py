@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from kit.camera import (
+    MEASURES,
+    blurred,
+    camera_copy,
+    compressed,
+    differences,
+    measured,
+    quantization_step,
+    told,
+    usual,
+)
+from kit.demo import draw_button
+
+
+def photographs(count: int, defect: str = "good") -> list[np.ndarray]:
+    return [np.float32(draw_button(np.random.default_rng([50, i]), defect)[0]) / 255 for i in range(count)]
+
+
+def measures_of(images: list[np.ndarray]) -> np.ndarray:
+    return np.stack([measured(image) for image in images])
+
+
+CHANGES = {
+    "noisier": lambda image: image + np.random.default_rng(0).normal(0, 0.02, image.shape),
+    "blurrier": lambda image: ndimage.gaussian_filter(image, (1.5, 1.5, 0)),
+    "sharper": lambda image: image + 2 * (image - ndimage.gaussian_filter(image, (1, 1, 0))),
+    "brighter": lambda image: image * 1.2,
+    "darker": lambda image: image * 0.8,
+}
+
+
+@pytest.mark.parametrize("word", CHANGES)
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_change_of_the_camera_is_named(word, count):
+    images = [np.float32(CHANGES[word](image)).clip(0, 1) for image in photographs(count)]
+    assert word in differences(measures_of(images), usual(measures_of(photographs(40)[20:])))
+
+
+def test_images_of_the_same_camera_do_not_differ_nor_do_defects():
+    normal = usual(measures_of(photographs(40)[20:]))
+    assert differences(measures_of(photographs(20)), normal) == []
+    assert [differences(measures_of([image]), normal) for image in photographs(20)] == [[]] * 20
+    assert differences(measures_of(photographs(20, "chip")), normal) == []
+
+
+def test_compression_is_read_from_the_file(tmp_path):
+    image = Image.fromarray(np.uint8(photographs(1)[0] * 255))
+    image.save(tmp_path / "fine.jpg", quality=95)
+    image.save(tmp_path / "poor.jpg", quality=30)
+    image.save(tmp_path / "a.png")
+    assert quantization_step(tmp_path / "a.png") == 0
+    assert 0 < quantization_step(tmp_path / "fine.jpg") < quantization_step(tmp_path / "poor.jpg")
+    pixels = photographs(1)[0]
+    fine, poor, png = (measured(pixels, tmp_path / name)[None] for name in ("fine.jpg", "poor.jpg", "a.png"))
+    assert differences(poor, usual(fine)) == ["more strongly compressed"]
+    assert differences(png, usual(fine)) == ["less compressed"]
+    assert differences(measured(pixels)[None], usual(fine)) == []  # an array: nobody knows
+
+
+def test_told_names_all_differences():
+    assert told(["noisier"], 1).startswith("this image is noisier than the training images")
+    assert told(["darker", "noisier", "blurrier"], 9).startswith("these 9 images are darker, noisier and blurrier than")
+
+
+def test_copies_are_a_little_worse_and_reproducible():
+    (image,) = photographs(1)
+    copies = [camera_copy(image, np.random.default_rng(i)) for i in range(30)]
+    away = [np.abs(copy - image).mean() for copy in copies]
+    assert all(copy.shape == image.shape and copy.dtype == np.float32 for copy in copies)
+    assert all(0 <= copy.min() and copy.max() <= 1 for copy in copies)
+    assert min(away) > 0 and max(away) < 0.04 and np.std(away) > 0.002
+    assert (copies[3] == camera_copy(image, np.random.default_rng(3))).all()
+
+
+def test_grey_copies_stay_grey():
+    grey = photographs(1)[0].mean(axis=2, keepdims=True).repeat(3, axis=2)
+    for i in range(10):
+        copy = camera_copy(grey, np.random.default_rng(i))
+        assert np.ptp(copy, axis=2).max() < 0.005
+
+
+def test_blur_and_compression_against_pillow(tmp_path):
+    (image,) = photographs(1)
+    flat = np.full_like(image, 0.5)
+    assert np.allclose(blurred(flat, 2.0), 0.5)
+    assert np.allclose(blurred(image, 1.0).mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=1e-3)
+    Image.fromarray(np.uint8(np.round(image * 255))).save(tmp_path / "a.jpg", quality=50)
+    assert (compressed(image, 50) == np.float32(Image.open(tmp_path / "a.jpg")) / 255).all()
+
+
+def test_measures_have_names():
+    assert measured(photographs(1)[0]).shape == (len(MEASURES),)
