@@ -22,6 +22,7 @@ import torch.distributed as dist
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import show_suspects
+from kit.camera import usual_of
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -91,6 +92,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         print(line)
     if others := shapes.others_among(run.files, model.shape):
         print(shapes.others_told(others, len(run.files), model.shape))
+    if progress is None:
+        model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kit import data, draw
+from kit.camera import usual_of
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles
@@ -225,6 +226,7 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
         )
     model.calibrate(energies)
     model.different = torch.tensor(different, device=model.device)
+    model.camera = torch.from_numpy(usual_of(files, model.shape)).to(model.camera)
 
 
 @torch.no_grad()

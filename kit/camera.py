@@ -12,11 +12,13 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from kit.images import FORMATS
+from kit.images import FORMATS, read_image
 
 BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
 NOISE = 0.03  # standard deviation, at most
 QUALITY = (40, 95)  # of the JPEG file
+MIDDLE = 1024  # pixels a side that are measured
+MEASURED = 50  # good images at most, whose measures say what is usual
 
 # For each measure: what its rise and its fall are called, and the least change that is worth a word.
 MEASURES = {
@@ -66,8 +68,9 @@ def measured(image: np.ndarray, path: Path | None = None) -> np.ndarray:
     """MEASURES of an image (H, W, 3), as the detector sees it: (4,).
 
     Noise is the median response of a Laplacian filter, after Immerkaer (1996). Sharpness compares the strongest details
-    of one pixel with those of two. Compression is read from the header of the file `path`; NaN without a file."""
-    grey = image.mean(axis=2)
+    of one pixel with those of two. Compression is read from the header of the file `path`; NaN without a file. Of a
+    large image only the middle counts."""
+    grey = middle_of(image).mean(axis=2)
     kernel = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
     response = np.abs(ndimage.convolve(grey, kernel))
     noise = np.median(response) / (6 * 0.6745)
@@ -79,11 +82,23 @@ def measured(image: np.ndarray, path: Path | None = None) -> np.ndarray:
     return np.array([grey.mean(), math.log(noise + 2e-3), math.log(details / larger_details), math.log1p(step)])
 
 
+def middle_of(image: np.ndarray) -> np.ndarray:
+    """At most MIDDLE pixels along each axis, from the middle of an image (H, W, 3)."""
+    top, left = (max(0, (length - MIDDLE) // 2) for length in image.shape[:2])
+    return image[top : top + MIDDLE, left : left + MIDDLE]
+
+
 def quantization_step(path: Path) -> float:
     """The mean quantization step of a JPEG file's brightness; 0 for other formats."""
     with Image.open(path, formats=FORMATS) as image:
         tables = getattr(image, "quantization", None)
     return float(np.mean(tables[0])) if tables else 0.0
+
+
+def usual_of(files: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:
+    """What is `usual` among these good images, at this shape (H, W), from at most MEASURED of them: (2, 4)."""
+    some = files[:: math.ceil(len(files) / MEASURED)]
+    return usual(np.stack([measured(read_image(path, shape), path) for path in some]))
 
 
 def usual(measures: np.ndarray) -> np.ndarray:
@@ -108,7 +123,7 @@ def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
     return words
 
 
-def told(words: Sequence[str], images: int) -> str:
+def told(words: list[str], images: int) -> str:
     """A line on the `differences` of new images."""
     which = f"these {images} images are" if images > 1 else "this image is"
     listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

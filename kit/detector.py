@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
 from kit.backbone import Backbone
+from kit.camera import MEASURES
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
 from kit.settings import Settings, Shape, as_shape
@@ -102,7 +103,7 @@ class Detector(nn.Module):
     verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images, as if training had not
     seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
     maxima of n of them, which show `different` ones. `roi` (H, W) is the region of interest; what is outside it does
-    not count."""
+    not count. `camera` (2, 4) is what light, noise, sharpness and compression usually are (see kit/camera.py)."""
 
     SETTINGS: type[Settings]
 
@@ -119,6 +120,7 @@ class Detector(nn.Module):
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
+        self.register_buffer("camera", torch.full((2, len(MEASURES)), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated with half the bits
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw, shapes
+from kit import camera, data, draw, shapes
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import (
@@ -272,11 +272,14 @@ def judge_new(work: Inspection, images: Path) -> None:
         if len(todo) < len(files):
             print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before")
         judged = judge_files(work.model, todo, work.limits, complaints)
-        for path, photo, verdict in counted(judged, "judging images", len(todo)):
-            judgements.add(name_below(root, path), photo, verdict, stamps[path])
+        measures = []
+        for image, verdict in counted(judged, "judging images", len(todo)):
+            judgements.add(name_below(root, image.path), image.photo, verdict, stamps[image.path])
+            measures.append(image.measures)
         judgements.close()
         entries = judgements.write_page()
     print(f"wrote {PAGE}, {TABLE} and {REGIONS} into {out}: {len(entries)} images by detector {work.detector}")
+    print_camera(work.model, measures)
     now = {name_below(root, path) for path in files}
     print_drift(work.model, np.array([entry.score for entry in entries if entry.name in now]))
     if judgements.complaints:
@@ -328,19 +331,22 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image file as the detector sees it, `pixels` (h, w, 3); as a person does; and its shape (H, W)."""
+    """An image file as the detector sees it, `pixels` (h, w, 3); as a person does; its shape (H, W); and `measures`
+    (4,) of its camera."""
 
     path: Path
     pixels: np.ndarray
     photo: Image.Image
     shape: tuple[int, int]
+    measures: np.ndarray
 
 
 def decode(path: Path, model: Detector) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
     image = turned(load_image(path))  # once, for all three
     pixels = named(path, image, model.shape)
-    return Decoded(path, pixels, draw.dimmed(photograph(image, draw.LARGE), model.roi), shape_of(image))
+    photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
+    return Decoded(path, pixels, photo, shape_of(image), camera.measured(pixels, path))
 
 
 def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -> Iterator[list[Decoded]]:
@@ -359,15 +365,15 @@ def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -
 
 def judge_files(
     model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
-) -> Iterator[tuple[Path, Image.Image, Verdict]]:
-    """Each file with its `photograph` and the verdict on it. A line on each unreadable one is added to `complaints`,
+) -> Iterator[tuple[Decoded, Verdict]]:
+    """Each file, decoded, and the verdict on it. A line on each unreadable one is added to `complaints`,
     which is complete when the last file is through."""
     for batch in data.ahead(decoded_batches(files, model, complaints)):
         images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
         with torch.no_grad():
             maps, scores = model(images)
         for image, heat, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
-            yield image.path, image.photo, model.verdict(score, heat, image.shape, limits)
+            yield image, model.verdict(score, heat, image.shape, limits)
 
 
 def scores_row(name: str, verdict: Verdict) -> list:
@@ -380,6 +386,17 @@ def regions_rows(name: str, verdict: Verdict) -> list[list]:
     """Rows of regions.csv, highest peak first."""
     numbered = enumerate(verdict.regions, start=1)
     return [[plain_cell(name), number, *r.box, r.area, f"{r.peak:.6f}"] for number, r in numbered]
+
+
+def print_camera(model: Detector, measures: list[np.ndarray]) -> list[str]:
+    """A line, if light, noise, sharpness or compression of these images, with measures (4,) each, differ from those of
+    the training images. Returns the words for what differs."""
+    if not measures:
+        return []
+    words = camera.differences(np.stack(measures), model.camera.cpu().numpy())
+    if words:
+        print(camera.told(words, len(measures)), flush=True)
+    return words
 
 
 def print_drift(model: Detector, scores: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from kit.inspection import (
     check_findings,
     judge_files,
     name_below,
+    print_camera,
     print_drift,
     stamp_of,
 )
@@ -60,15 +62,18 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
     is_page_old = is_told = False
+    measures: deque[np.ndarray] = deque(maxlen=RECENT)
     while True:
         looked = time.monotonic()
         now = unseen(folder, [*last_look, *listing.look()], seen)
         whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
         last_look = now
         complaints: list[str] = []
-        for path, photo, verdict in judge_files(judgements.model, whole, judgements.limits, complaints):
+        for image, verdict in judge_files(judgements.model, whole, judgements.limits, complaints):
+            path = image.path
             if stamp_of(path) == now[path]:  # else it was written while it was read: next time
-                judgements.add(name_below(folder, path), photo, verdict, now[path])
+                judgements.add(name_below(folder, path), image.photo, verdict, now[path])
+                measures.append(image.measures)
                 is_page_old = True
                 if not is_told and shapes.is_other(verdict.heat.shape, judgements.model.shape):
                     print(shapes.others_told({path.name: verdict.heat.shape}, 1, judgements.model.shape), flush=True)
@@ -82,6 +87,7 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
         seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
         if is_page_old and time.monotonic() > page_is_due:
             entries = judgements.write_page()
+            print_camera(judgements.model, list(measures))
             print_drift(judgements.model, np.array([entry.score for entry in entries[-RECENT:]]))
             is_page_old = False
             page_is_due = time.monotonic() + PAGE_EVERY

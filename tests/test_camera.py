@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from helpers import call
 from PIL import Image
 from scipy import ndimage
 
+import evaluate
 from kit.camera import (
     MEASURES,
     blurred,
@@ -95,3 +97,21 @@ def test_blur_and_compression_against_pillow(tmp_path):
 
 def test_measures_have_names():
     assert measured(photographs(1)[0]).shape == (len(MEASURES),)
+
+
+def test_evaluate_says_how_new_images_differ_and_recalibrating_learns_them(run, category, tmp_path, capsys):
+    """Of images as they are nothing is said; of noisier ones a line is; after a recalibration on such ones none."""
+    rng = np.random.default_rng(0)
+    folders = {name: tmp_path / name for name in ("noisy", "new-good")}
+    for folder in folders.values():
+        folder.mkdir()
+        for i in range(12):
+            image = photographs(12)[i] + rng.normal(0, 0.03, (256, 256, 3))
+            Image.fromarray(np.uint8(255 * image.clip(0, 1))).save(folder / f"{i}.png")
+    call(evaluate.main, run, "--images", category / "test" / "good", "--out", tmp_path / "a")
+    assert "than the training images" not in capsys.readouterr().out
+    call(evaluate.main, run, "--images", folders["noisy"], "--out", tmp_path / "b")
+    assert "these 12 images are noisier than the training images" in capsys.readouterr().out
+    call(evaluate.main, run, "--recalibrate", folders["new-good"])
+    call(evaluate.main, run / "recalibrated.pt", "--images", folders["noisy"], "--out", tmp_path / "c")
+    assert "than the training images" not in capsys.readouterr().out
