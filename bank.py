@@ -114,11 +114,14 @@ def covering(rows: Tensor, count: int) -> Tensor:
 
 
 def spacing_of(bank: Tensor) -> Tensor:
-    """The mean distance of each vector of a bank (P, C) to its own NEIGHBOURS nearest: (P,)."""
+    """The mean distance of each vector of a bank (P, C) to its own NEIGHBOURS nearest, but at least the median of these
+    distances: (P,). Where good parts are smooth, prototypes lie so close together that the noise of a camera would be
+    many spacings away."""
     neighbours = min(NEIGHBOURS, len(bank) - 1)
     parts = []
     for part in bank.split(search.CHUNK):  # all distances at once would fill the memory
         distances = torch.cdist(part, bank).topk(1 + neighbours, largest=False).values
         parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
     spacing = torch.cat(parts)
-    return spacing.clamp(min=1e-3 * float(spacing.mean()))  # equal vectors: no division by zero
+    least = max(spacing.median(), 1e-3 * spacing.mean())  # if most vectors are equal: no division by zero
+    return spacing.clamp(min=float(least))

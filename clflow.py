@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from bank import Prototypes
 from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
+from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.processes import Processes, counted
 from kit.search import CANDIDATES, prototype_count, search_parts, seen_at_once
 from kit.settings import CLFlowSettings
 from kit.training import Descent, Epoch, seed_epoch, shared
+from synth import synthesize
 
 if TYPE_CHECKING:  # what only training needs is imported by `train`
     from kit.good import GoodImages
@@ -266,12 +269,12 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     from kit.good import Painter
     from kit.real_defects import real_rows
     from kit.rows import Feed, HeldOut, candidates, check_rows, good_rows, painted_rows
-    from synth import synthesize
 
     settings = model.settings
-    painter = Painter(good, partial(synthesize, defects=TOGETHER), model)
+    painter = Painter(good, paint, model)
 
-    # Features of the good images: each position is a row. On some of them bank and whitening are fitted, once.
+    # Features of the good images, and of a camera copy of each: each position is a row. On some of these rows bank and
+    # whitening are fitted, once.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed, CANDIDATES)
     check_rows(len(some[0]), model)
@@ -318,6 +321,17 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
     print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
     calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
+
+
+def paint(
+    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+    """x+ -> (x-, mask, box) for training: `synthesize` with TOGETHER defects. Every second x- becomes a camera copy of
+    itself, so that noise and blur tell nothing about defects."""
+    painted, mask, box = synthesize(image, rng, other, roi, TOGETHER)
+    if rng.random() < 0.5:
+        painted = camera_copy(painted, rng)
+    return painted, mask, box
 
 
 def epochs(

@@ -420,7 +420,9 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
     x = features(5)
     rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
-    normal = Rows(rows, origins(rows, range(5)), inside)
+    copies = features(5).permute(0, 2, 3, 1)[:, 0, 2:].flatten(0, 1).half()  # six rows of each
+    images = torch.cat((origins(rows, range(5)), origins(copies, range(5))))
+    normal = Rows(torch.cat((rows, copies)), images, inside, originals=len(rows))
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.whitened_map(x[number : number + 1], without=torch.tensor([number]))
@@ -453,6 +455,9 @@ class Painted:
     def normal(self):
         yield torch.zeros(2, 3, 64, 64)
 
+    def copies(self):
+        yield torch.ones(2, 3, 64, 64)
+
     def painted(self, count):
         mask = torch.zeros(1, 1, 64, 64)
         mask[0, 0, :8, :20] = 1  # three positions
@@ -463,14 +468,15 @@ class Painted:
         return number % 2
 
 
-def test_feed_gives_rows_of_good_images_and_of_defects(monkeypatch, model):
+def test_feed_gives_rows_of_good_images_their_copies_and_defects(monkeypatch, model):
     x = torch.cat((features(2), features(2) + 9))  # of images that are 0, 1 all over, and of those with defects, 2, 3
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     monkeypatch.setattr(kit_rows, "ROWS", 101)  # fifty of an image, and not one more in all
     normal = good_rows(model, Painted())
-    assert normal.images.tolist() == 50 * [0] + 50 * [1]
+    assert normal.images.tolist() == 50 * [0] + 50 * [1] + 13 * [0] + 13 * [1]  # a quarter of each copy
+    assert torch.isin(normal.y[100:], as_rows(x[1:2]).half()).all()  # what the copies look like here
     feed = Feed(model, normal, painted_rows(model, Painted(), 300))
-    assert len(feed.normal) == 100 and feed.normal.dtype == torch.float16
+    assert len(feed.normal) == 126 and feed.normal.dtype == torch.float16
 
     # The rows of the defects in the order of their images, each without the prototypes of its own.
     three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
@@ -487,7 +493,6 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
     feed = Feed(model, good_rows(model, Painted()), painted_rows(model, Painted(), 300))
     first = feed.only(torch.tensor([True, False]))
     normal, anomalous = first.draw(500)
-    assert (
-        torch.isin(normal, feed.normal[:64].float()).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
-    )
-    assert not torch.isin(feed.draw(500)[0], feed.normal[:64].float()).all()  # the whole feed is as it was
+    mine = torch.cat((feed.normal[:64], feed.normal[128:144])).float()  # its rows, and those of its copy
+    assert torch.isin(normal, mine).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
+    assert not torch.isin(feed.draw(500)[0], mine).all()  # the whole feed is as it was

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.images import read_image
 from kit.processes import ALONE, Processes, counted
@@ -69,7 +70,8 @@ class Painter:
     somewhere; `surrounded` adds what the backbone sees around it. Decoded images are kept in memory with half the bits,
     up to CACHE_BYTES; of the others only the last ones."""
 
-    def __init__(self, good: GoodImages, paint: Paint, model: Detector):
+    def __init__(self, good: GoodImages, paint: Paint | None, model: Detector):
+        """`paint` is None if nothing is painted."""
         self.files = good.trained_on
         self.textures = good.textures
         self.processes = good.processes
@@ -151,6 +153,15 @@ class Painter:
         for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
+    def copies(self) -> Iterator[Tensor]:
+        """A camera copy of each of this process's files x+, as (<= 8, 3, H, W) tensors: what a slightly worse camera
+        would see."""
+        batch = at_once(self.shape)
+        mine = self.processes.part(range(len(self.files)))
+        batches = loader(Copies(self, mine), batch, shuffle=False)
+        for (images,) in counted(batches, "features of copies", len(mine), each=batch):
+            yield to_tensor(images)
+
     def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """x- (A, 3, H, W), `surrounded`, their masks (A, 1, H, W), and their numbers (A,): this process's part of
         `count` of them in all, on as many files as there are, one after the other."""
@@ -162,6 +173,26 @@ class Painter:
         batches = loader(Paintings(self, mine), batch, shuffle=False)
         for after, masks, numbers in counted(batches, "painting defects", len(mine), each=batch):
             yield to_tensor(after), to_tensor(masks), numbers
+
+
+class Copies(Dataset):
+    """Camera copies of a painter's files with these numbers, (H, W, 3) each."""
+
+    def __init__(self, painter: Painter, numbers: Sequence[int]):
+        self.painter = painter
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray]:
+        """Some of them, stacked. An array, as in `Paintings`."""
+        numbers = [self.numbers[i] for i in indices]
+        return (np.stack([self.copy(number) for number in numbers]),)
+
+    def copy(self, number: int) -> np.ndarray:
+        painter = self.painter
+        return camera_copy(painter.image(painter.files[number]), np.random.default_rng([painter.seed, number]))
 
 
 class Paintings(Dataset):

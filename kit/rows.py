@@ -19,6 +19,7 @@ from kit.good import GoodImages, Painter
 
 ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
 ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
+COPIED = 4  # one position in so many of a camera copy becomes a row
 HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 384 x 384, or 13 of 13 megapixels
 
 
@@ -27,17 +28,23 @@ HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows y (N, C) with half the bits, and the numbers (N,) of the good images that they are of, in ascending order.
-    Of good images also where on a map they may be from, `inside` (h, w) bool: there they are from everywhere, unless
-    each image gave but some."""
+    """Rows y (N, C) in float16, and the numbers (N,) of the good images that they are of.
+
+    Rows of good images also have `inside` (h, w) bool, where on a map they may be from: they are from everywhere there,
+    unless each image gave only some. The first `originals` rows are of the images themselves, all if it is None; rows
+    of camera copies follow, with the numbers of their originals."""
 
     y: Tensor
     images: Tensor
     inside: Tensor | None = None
+    originals: int | None = None
 
 
 def good_rows(model: Detector, painter: Painter) -> Rows:
-    """Rows of this process's good images; at most ROWS, spread over all images, of all processes together."""
+    """Rows of this process's good images, and of a camera copy of each.
+
+    All processes together keep at most ROWS rows of images, spread over all images. Of a copy, one in COPIED of as many
+    positions becomes a row."""
     mine = painter.processes.part(range(len(painter.files)))
     per_image = max(1, ROWS // len(painter.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
@@ -45,7 +52,11 @@ def good_rows(model: Detector, painter: Painter) -> Rows:
     rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
-    return Rows(rows, origins(rows, mine), is_inside)
+    maps = map(model.features, painter.copies())
+    copied_per_image = math.ceil(len(rows) / len(mine) / COPIED)
+    copied, _ = spread(maps, len(mine), model, copied_per_image, generator, torch.half)
+    images = torch.cat((origins(rows, mine), origins(copied, mine)))
+    return Rows(torch.cat((rows, copied)), images, is_inside, originals=len(rows))
 
 
 def spread(
@@ -145,10 +156,11 @@ class HeldOut:
 
 
 class Feed:
-    """What training draws from: rows w of good images (N, K), and of painted defects (A, K), seen from the bank without
-    the prototypes of their own image, and whitened; with half the bits. A batch has as many normal rows as it is large,
-    and a quarter as many anomalous ones; drawn with replacement, so that few defects will do. With rows of real defects
-    beside them, half of the anomalous ones are real."""
+    """What training draws from: rows w of good images and their camera copies (N, K), and of painted defects (A, K).
+    They are seen from the bank without the prototypes of their own image, whitened, and kept in float16.
+
+    A batch has as many normal rows as it is large, and a quarter as many anomalous ones. They are drawn with
+    replacement, so that few defects will do. With rows of real defects, half of the anomalous ones are real."""
 
     def __init__(self, model: Detector, normal: Rows, painted: Rows | None):
         self.device = model.device
@@ -159,6 +171,7 @@ class Feed:
         self.real = None
         self.images = normal.images, painted_images
         self.inside = normal.inside
+        self.originals = len(normal.y) if normal.originals is None else normal.originals
         # The rows that are drawn from: all.
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
@@ -180,7 +193,8 @@ class Feed:
     def code(self, number: int) -> Tensor | None:
         """The map w (1, K, h, w) of the good image with this number, zero outside the region of interest; None if not
         all of its rows are here."""
-        rows = self.normal[self.images[0] == number].float().to(self.device)
+        mine = torch.nonzero(self.images[0][: self.originals] == number)[:, 0]
+        rows = self.normal[mine].float().to(self.device)
         if len(rows) < self.inside.sum():
             return None
         code = rows.new_zeros(*self.inside.shape, rows.shape[1])

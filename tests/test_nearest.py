@@ -187,7 +187,8 @@ def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch, farthest):
     plain.fit(rows, torch.arange(300), 40, torch.Generator())
     assert sorted(plain.origin.tolist()) == sorted(chosen)
     between = np.sort(distance.cdist(rows[plain.origin], rows[chosen]), axis=1)
-    assert np.allclose(between[:, 1:6].mean(axis=1), plain.spacing, rtol=1e-3)
+    mean = between[:, 1:6].mean(axis=1)
+    assert np.allclose(np.maximum(mean, np.quantile(mean, 0.5, method="lower")), plain.spacing, rtol=1e-3)
 
 
 def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
@@ -228,11 +229,13 @@ def bank_run(category, tmp_path_factory):
     return out
 
 
-def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank(bank_run):
+def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_median_of_these(bank_run):
     model = load(bank_run / "model.pt")
     assert model.prototypes.bank.shape == (400, 40 + 112)
     between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
-    assert np.allclose(between[:, 1:6].mean(axis=1), model.prototypes.spacing, rtol=1e-3)
+    mean = between[:, 1:6].mean(axis=1)
+    expected = np.maximum(mean, np.quantile(mean, 0.5, method="lower"))
+    assert np.allclose(expected, model.prototypes.spacing, rtol=1e-3) and mean.min() < 0.9 * expected.min()
 
 
 def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
