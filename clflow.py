@@ -79,14 +79,20 @@ def classifier(components: int) -> nn.Sequential:
 
 
 class CLFlow(Detector):
-    """The detector: two experts on the rows of a frozen backbone's features, the flow's energies and the classifier's
-    log-odds. What it inherits makes map, score and verdict of them, and knows the device."""
+    """The detector: three experts on the rows of a frozen backbone's features.
+
+    The flow's energy and the distance to the nearest prototype tell how normal a row is. They share one half of the
+    map; the other half is the classifier's log-odds. `Detector` turns these energies into map, score and verdict."""
 
     SETTINGS = CLFlowSettings
 
     def __init__(self, settings: CLFlowSettings):
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=2 if settings.has_classifier else 1)
+        shares = [1 / 2, 1 / 2] if settings.local else [1.0]  # of the flow, and of the distance
+        if settings.has_classifier:
+            shares = [share / 2 for share in shares] + [1 / 2]
+        super().__init__(settings, backbone, experts=len(shares))
+        self.shares = shares
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
         self.prototypes = Prototypes(channels)
@@ -113,13 +119,17 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
-        """All that training never changes: images -> maps of whitened rows w (B, K, h, w)."""
-        return self.whitened_map(self.features(images), without)
+        """All that training never changes: images -> codes (B, K + 1, h, w)."""
+        return self.code_map(self.features(images), without)
 
-    def whitened_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
-        """Features (B, C, h, w) -> (B, K, h, w)."""
-        relative = self.relative(as_rows(x), search_parts(*x.shape[2:]), without)
-        return self.whitening(relative).view(-1, *x.shape[2:], self.whitening.out_features).permute(0, 3, 1, 2)
+    def code_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
+        """Features (B, C, h, w) -> codes (B, K + 1, h, w)."""
+        code = self.code_of(self.relative(as_rows(x), search_parts(*x.shape[2:]), without))
+        return code.view(-1, *x.shape[2:], code.shape[1]).permute(0, 3, 1, 2)
+
+    def code_of(self, relative: Tensor) -> Tensor:
+        """Rows r (N, C) -> (N, K + 1): whitened rows w, and the distance |r| to the nearest prototype."""
+        return torch.cat((self.whitening(relative), relative.norm(dim=1, keepdim=True)), dim=1)
 
     def latents(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Latents z and log-determinants of whitened rows (N, K), or of maps of them (B, K, h, w): (N,), (B, h, w)."""
@@ -136,16 +146,19 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def experts(self, code: Tensor) -> list[Tensor]:
-        """Maps w (B, K, h, w) -> energies (B, h, w) of flow and classifier; of large maps some lines at a time."""
+        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier; of large maps some lines at a
+        time."""
         parts = [self.opinions(part) for part in code.split(max(1, POSITIONS // code.shape[3]), dim=2)]
         return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
     def opinions(self, code: Tensor) -> list[Tensor]:
         """The same, all at once."""
-        opinions = [tamed(energy(*self.latents(code)))]
+        w, distance = code[:, :-1], code[:, -1]
+        opinions = [tamed(energy(*self.latents(w)))]
+        if self.settings.local:  # else there are no prototypes
+            opinions.append(distance)
         if self.classifier is not None:
-            batch, _, height, width = code.shape
-            opinions.append(self.log_odds(as_rows(code)).view(batch, height, width))
+            opinions.append(self.log_odds(as_rows(w)).view(distance.shape))
         return opinions
 
     @torch.no_grad()
@@ -153,20 +166,20 @@ class CLFlow(Detector):
         """For a figure: one image (1, 3, H, W) on its way to the energies, equation by equation of
         docs/method.md, as (what it is, map (h, w))."""
         x = self.features(images)
-        relative = self.relative(as_rows(x), search_parts(*x.shape[2:])).view(*x.shape[2:], -1)
-        code = self.whitened_map(x)
-        z, log_det = self.latents(code)
+        code = self.code_map(x)
+        w, distance = code[:, :-1], code[0, -1]
+        z, log_det = self.latents(w)
         e = energy(z, log_det)
         steps = [
             ("|y|, features", x[0].norm(dim=0)),
-            ("|r|, seen from the nearest prototype", relative.norm(dim=2)),
-            ("|w|, whitened", code[0].norm(dim=0)),
+            ("|r|, seen from the nearest prototype", distance),
+            ("|w|, whitened", w[0].norm(dim=0)),
             ("1/2 mean z^2, latents", 0.5 * z[0].square().mean(dim=0)),
             ("log|det| / K", log_det[0] / z.shape[1]),
             ("tamed E, the flow's energy", tamed(e)[0]),
         ]
         if self.classifier is not None:
-            steps.append(("log-odds of the classifier", self.log_odds(as_rows(code)).view(code.shape[2:])))
+            steps.append(("log-odds of the classifier", self.log_odds(as_rows(w)).view(distance.shape)))
         return steps
 
     @torch.no_grad()
@@ -297,7 +310,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     held_out = HeldOut(model, good.held_out)
 
     def calibrate() -> None:
-        """The calibration on the held-out images, from their maps w."""
+        """The calibration on the held-out images, from their codes."""
         model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
 
     def learn_anew(feed: "Feed", number: int, what: str) -> None:

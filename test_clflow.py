@@ -16,7 +16,7 @@ from kit import rows as kit_rows
 from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
-from kit.rows import Feed, Rows, good_rows, origins, painted_rows, spread, touches, whitened
+from kit.rows import Feed, Rows, codes, good_rows, origins, painted_rows, spread, touches
 from kit.settings import CLFlowSettings
 
 
@@ -380,20 +380,35 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     x = features(3)
     monkeypatch.setattr(model, "features", lambda images: x)
     code = model.encode(torch.empty(3, 3, 64, 64))
-    flow, odds = model.experts(code)
-    assert flow.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
+    flow, distance, odds = model.experts(code)
+    assert flow.shape == distance.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
-        row = model.whitening(model.relative(x[image, :, y, column][None]))
-        assert torch.allclose(code[image, :, y, column], row[0], atol=1e-3)
+        relative = model.relative(x[image, :, y, column][None])
+        row = model.whitening(relative)
+        assert torch.allclose(code[image, :-1, y, column], row[0], atol=1e-3)
+        assert torch.allclose(distance[image, y, column], relative.norm(), atol=1e-3)
         alone = clflow.tamed(clflow.energy(*model.latents(row)))
         assert torch.allclose(flow[image, y, column], alone[0], atol=1e-3)
         assert torch.allclose(odds[image, y, column], model.log_odds(row)[0], atol=1e-3)
 
 
-def test_without_a_loss_that_trains_a_classifier_there_is_one_expert():
-    assert len(clflow.CLFlow(replace(SETTINGS, classification_weight=0)).levels) == 2
-    model = clflow.CLFlow(replace(SETTINGS, classification_weight=0, contrast_weight=0))
-    assert len(model.experts(torch.randn(2, CHANNELS // 2, 8, 8))) == len(model.levels) == 1
+@pytest.mark.parametrize(
+    "local, classifies, shares",
+    [
+        (True, True, [1 / 4, 1 / 4, 1 / 2]),
+        (True, False, [1 / 2, 1 / 2]),
+        (False, True, [1 / 2, 1 / 2]),
+        (False, False, [1]),
+    ],
+)
+def test_the_map_has_the_experts_that_there_are(local, classifies, shares):
+    """Flow; distance, if there are prototypes; classifier, if a loss trains it."""
+    weight = float(classifies)
+    model = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=weight, contrast_weight=weight))
+    energies = model.experts(torch.randn(2, CHANNELS // 2 + 1, 8, 8))
+    assert model.shares == shares and len(energies) == len(model.levels) == len(shares)
+    one_sided = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=0.0))
+    assert one_sided.classifier is not None  # the contrast trains it
 
 
 def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
@@ -425,7 +440,7 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     normal = Rows(torch.cat((rows, copies)), images, inside, originals=len(rows))
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
-        expected = model.whitened_map(x[number : number + 1], without=torch.tensor([number]))
+        expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
         code = feed.code(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
     some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # of 48
@@ -480,11 +495,11 @@ def test_feed_gives_rows_of_good_images_their_copies_and_defects(monkeypatch, mo
 
     # The rows of the defects in the order of their images, each without the prototypes of its own.
     three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
-    expected = whitened(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+    expected = codes(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
     assert torch.allclose(feed.anomalous.float(), expected, rtol=1e-2, atol=1e-2)
     for normal, anomalous in (feed.draw(30) for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8
-        assert all((feed.anomalous.float() == row).all(dim=1).any() for row in anomalous)
+        assert all((feed.anomalous[:, :-1].float() == row).all(dim=1).any() for row in anomalous)
 
 
 def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):

@@ -12,7 +12,6 @@ import itertools
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,10 @@ from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
-from kit.rows import Feed, Rows, candidates, origins, painted_rows  # noqa: E402
+from kit.rows import COPIED, Feed, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
-from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -53,22 +51,25 @@ VARIANTS = {
 @torch.no_grad()
 def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor | float]:
     """All features of a category that an experiment needs, in float16: of all good images, whatever a seed holds out,
-    of what is painted on them, and of the test images. `seconds` is what the first two took."""
+    of a camera copy of each, of what is painted on them, and of the test images. `seconds` is what all but the last
+    took."""
     model = clflow.CLFlow(settings).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
-    painter = Painter(GoodImages([], files), partial(synthesize, defects=clflow.TOGETHER), model)
+    painter = Painter(GoodImages([], files), clflow.paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])
 
     good = features(files)
+    copies = torch.cat([model.features(batch).half() for batch in painter.copies()])
     return {
         "good": good,
+        "copies": copies,
         "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
         "painted_on": painted.images,
@@ -91,8 +92,8 @@ def measure(maps: Tensor, kept: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def judged(model: clflow.CLFlow, held_out: Tensor, tests: Tensor) -> list[list[Tensor]]:
     """The experts' energies of the test images, batch by batch, after a calibration on the held-out ones."""
-    model.calibrate(model.experts(model.whitened_map(x.float())) for x in held_out.split(8))
-    return [model.experts(model.whitened_map(x.float())) for x in tests.split(8)]
+    model.calibrate(model.experts(model.code_map(x.float())) for x in held_out.split(8))
+    return [model.experts(model.code_map(x.float())) for x in tests.split(8)]
 
 
 @torch.no_grad()
@@ -110,6 +111,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
 def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
     """Rows of the good images that are trained on, and of what is painted on these."""
     good = as_rows(kept["good"][trained_on])
+    copies = as_rows(kept["copies"][trained_on])[::COPIED]
     numbers = torch.full((len(kept["good"]),), -1)
     numbers[trained_on] = torch.arange(len(trained_on))
     painted_on = numbers[kept["painted_on"]]
@@ -117,7 +119,9 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows,
     order = order[painted_on[order] >= 0]
     painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
-    return Rows(good, origins(good, range(len(trained_on))), everywhere), painted
+    images = origins(good, range(len(trained_on)))
+    normal = Rows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), everywhere, originals=len(good))
+    return normal, painted
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
@@ -136,7 +140,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     energies = judged(model, kept["good"][held_out], kept["tests"])
     figures = measure(joined_maps(model, energies), kept) | {"seconds": seconds}
     if is_default:
-        for expert, name in enumerate(("flow", "classifier")):
+        for expert, name in enumerate(("flow", "distance", "classifier")):
             alone = torch.cat([anomaly_map(batch[expert], model.shape) for batch in energies])
             figures[name] = measure(alone, kept)
         for name, local in (("nearest, local scale", True), ("nearest", False)):
@@ -155,7 +159,7 @@ def kept_features(
         settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
-    for part in ("good", "anomalous", "tests"):
+    for part in ("good", "copies", "anomalous", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
 

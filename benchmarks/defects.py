@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,6 @@ from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
 from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
-from synth import synthesize  # noqa: E402
 
 UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories of which one kind after the other is left out
 COUNTS = (1, 3, 10)
@@ -99,7 +97,7 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    painter = Painter(good, partial(synthesize, defects=clflow.TOGETHER), model)
+    painter = Painter(good, clflow.paint, model)
     normal = good_rows(model, painter)
     model.fit(*candidates(normal, good, settings.seed, CANDIDATES), int(normal.inside.sum()))
     feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))

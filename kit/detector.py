@@ -116,6 +116,7 @@ class Detector(nn.Module):
         self.pixels = math.prod(self.shape)  # of the region of interest
         self.is_precision_told = False  # whether a warning said so
         self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
+        self.shares = [1 / experts] * experts  # of each expert in the map
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
@@ -199,12 +200,13 @@ class Detector(nn.Module):
     def maps(self, energies: list[Tensor]) -> Tensor:
         """Anomaly maps (B, H, W) of the experts' energies, on the common scale that good images gave them:
 
-            mean over experts of (E - level) / unit, Gaussian-filtered
+            sum over experts of share (E - level) / unit, Gaussian-filtered
 
         0 is typically normal, as all outside the region of interest is, and 1 is as conspicuous as the worst place of a
         good image usually is."""
-        scaled = [(e - level) / unit for e, level, unit in zip(energies, self.levels, self.units, strict=True)]
-        return self.map_within(torch.stack(scaled).mean(dim=0), outside=0)
+        parts = zip(energies, self.levels, self.units, self.shares, strict=True)
+        scaled = [share * (e - level) / unit for e, level, unit, share in parts]
+        return self.map_within(torch.stack(scaled).sum(dim=0), outside=0)
 
     def map_within(self, e: Tensor, outside: float | Tensor) -> Tensor:
         """`anomaly_map` of energies, of which those outside the region of interest count as `outside`."""

@@ -69,7 +69,7 @@ def copies(
 
 
 def real_rows(model: Detector, defects: list[Defect], count: int, first_training: Callable[[], None]) -> Tensor:
-    """Rows w (A, K) of real defects, about `count` of them with their copies: where their masks are, or where they
+    """Codes (A, K + 1) of real defects, about `count` of them with their copies: where their masks are, or where they
     stand out after a first training."""
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in defects):
@@ -82,7 +82,7 @@ def real_rows(model: Detector, defects: list[Defect], count: int, first_training
 
 @torch.no_grad()
 def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
-    """Rows w (A, K) of real defects and of some copies of each, less of many; with half the bits. They are of no good
+    """Codes (A, K + 1) of real defects and of some copies of each, less of many; with half the bits. They are of no good
     image: so they are seen from all prototypes. Raises InputError if nothing is marked on any of the defects."""
     each = max(1, min(COPIES, count // len(defects)))
     rng = np.random.default_rng(model.settings.seed)

@@ -125,12 +125,13 @@ def touches(mask: Tensor, shape: torch.Size) -> Tensor:
     return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
 
 
-# ---------------------------------------------------------------- rows w, whitened
+# ---------------------------------------------------------------- rows w, whitened, and distances
 
 
 class HeldOut:
-    """Maps w (B, K, h, w) of the held-out images in float16, batch by batch, as often as they are asked for. Training
-    never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
+    """Codes (B, K + 1, h, w) of the held-out images in float16, batch by batch, as often as they are asked for.
+
+    Training never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
 
     def __init__(self, model: Detector, files: list[Path]):
         self.model = model
@@ -156,18 +157,19 @@ class HeldOut:
 
 
 class Feed:
-    """What training draws from: rows w of good images and their camera copies (N, K), and of painted defects (A, K).
-    They are seen from the bank without the prototypes of their own image, whitened, and kept in float16.
+    """What training draws from: codes of good images and their camera copies (N, K + 1), and of painted defects (A,
+    K + 1), in float16. They are seen from the bank without the prototypes of their own image. Training uses their rows
+    w, and not their distances.
 
     A batch has as many normal rows as it is large, and a quarter as many anomalous ones. They are drawn with
     replacement, so that few defects will do. With rows of real defects, half of the anomalous ones are real."""
 
     def __init__(self, model: Detector, normal: Rows, painted: Rows | None):
         self.device = model.device
-        self.normal = whitened(model, normal.y, normal.images)
+        self.normal = codes(model, normal.y, normal.images)
         self.anomalous, painted_images = self.normal[:0], normal.images[:0]
         if painted is not None:
-            self.anomalous, painted_images = whitened(model, painted.y, painted.images), painted.images
+            self.anomalous, painted_images = codes(model, painted.y, painted.images), painted.images
         self.real = None
         self.images = normal.images, painted_images
         self.inside = normal.inside
@@ -177,7 +179,7 @@ class Feed:
         self.anomalous_index = torch.arange(len(self.anomalous))
 
     def beside(self, real: Tensor) -> "Feed":
-        """The same, with these rows w (A', K) of real defects, which are of no good image: `only` keeps all of them."""
+        """The same, with these codes (A', K + 1) of real defects. These are of no good image: `only` keeps all."""
         more = copy(self)
         more.real = real
         return more
@@ -191,8 +193,9 @@ class Feed:
         return part
 
     def code(self, number: int) -> Tensor | None:
-        """The map w (1, K, h, w) of the good image with this number, zero outside the region of interest; None if not
-        all of its rows are here."""
+        """The code (1, K + 1, h, w) of the good image with this number, zero outside the region of interest.
+
+        None if not all of its rows are here."""
         mine = torch.nonzero(self.images[0][: self.originals] == number)[:, 0]
         rows = self.normal[mine].float().to(self.device)
         if len(rows) < self.inside.sum():
@@ -202,7 +205,7 @@ class Feed:
         return code.permute(2, 0, 1)[None]
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """A batch for `Losses.forward`; which, depends on torch's seed."""
+        """A batch for `Losses.forward`, rows w (N, K) and (A, K); which, depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
         count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
         real = count // 2 if self.real is not None else 0
@@ -210,7 +213,7 @@ class Feed:
         anomalous = self.anomalous[painted]
         if real:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
-        return self.normal[normal].float().to(self.device), anomalous.float().to(self.device)
+        return self.normal[normal][:, :-1].float().to(self.device), anomalous[:, :-1].float().to(self.device)
 
 
 def where(is_allowed: Tensor) -> Tensor:
@@ -224,10 +227,11 @@ def drawn(index: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def whitened(model: Detector, rows: Tensor, images: Tensor) -> Tensor:
-    """Rows y (N, C) of images with these numbers (N,) -> w (N, K), with half the bits."""
-    found, filled = rows.new_empty(len(rows), model.whitening.out_features, dtype=torch.half), 0
+def codes(model: Detector, rows: Tensor, images: Tensor) -> Tensor:
+    """Rows y (N, C) of images with these numbers (N,) -> codes (N, K + 1) in float16."""
+    width = model.whitening.out_features + 1
+    found, filled = rows.new_empty(len(rows), width, dtype=torch.half), 0
     for part in model.as_new(rows, images):
-        found[filled : filled + len(part)] = model.whitening(part)
+        found[filled : filled + len(part)] = model.code_of(part)
         filled += len(part)
     return found

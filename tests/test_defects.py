@@ -98,7 +98,7 @@ def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(m
         torch.ones(4, 5).bool(),
     )
     painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
-    real = torch.full((2, model.whitening.out_features), 99.0).half()
+    real = torch.full((2, model.whitening.out_features + 1), 99.0).half()
     plain = Feed(model, normal, painted)
     feed = plain.beside(real)
     for some in (feed, feed.only(torch.tensor([True, False, True]))):

@@ -159,3 +159,17 @@ def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_
     said = capsys.readouterr().out
     assert "painting" not in said and "nll" in said and "loss nan" not in said
     assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)
+
+
+def test_each_image_has_one_camera_copy_whatever_the_processes(category):
+    """The same one each time, and like the image; of two processes each has those of its own images."""
+    painter = make_painter(category)
+    copies = torch.cat(list(painter.copies()))
+    images = torch.cat(list(painter.normal()))
+    assert copies.shape == images.shape == (24, 3, 64, 64)
+    away = (copies - images).abs().mean(dim=(1, 2, 3))
+    to_another = (copies - images.roll(1, 0)).abs().mean(dim=(1, 2, 3))
+    assert (away > 0).all() and (away < to_another).all()
+    for rank in (0, 1):
+        mine = torch.cat(list(make_painter(category, Processes(rank, 2)).copies()))
+        assert torch.equal(mine, copies[rank::2])

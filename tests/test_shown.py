@@ -34,9 +34,11 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     images = data.read_batch([chip], model.shape)
     stages = dict(model.stages(images))
     with torch.no_grad():
-        flow, odds = model.experts(model.encode(images))
+        flow, distance, odds = model.experts(model.encode(images))
     found = [stages[name] for name in stages if name.startswith("tamed E") or name.startswith("log-odds")]
     assert torch.allclose(found[0], flow[0], atol=1e-3) and torch.allclose(found[1], odds[0], atol=1e-3)
+    (seen,) = [stages[name] for name in stages if name.startswith("|r|")]
+    assert torch.allclose(seen, distance[0], atol=1e-3)
     z_part, log_det_part = (
         next(m for name, m in stages.items() if name.startswith(s)) for s in ("1/2 mean", "log|det|")
     )
