@@ -82,8 +82,10 @@ def real_rows(model: Detector, defects: list[Defect], count: int, first_training
 
 @torch.no_grad()
 def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
-    """Codes (A, K + 1) of real defects and of some copies of each, less of many; with half the bits. They are of no good
-    image: so they are seen from all prototypes. Raises InputError if nothing is marked on any of the defects."""
+    """Codes (A, K + 1) of real defects and of some copies of each, in float16; of many defects there are fewer copies.
+
+    They are of no good image, so they are seen from all prototypes. Raises InputError if nothing is marked on any of
+    the defects."""
     each = max(1, min(COPIES, count // len(defects)))
     rng = np.random.default_rng(model.settings.seed)
     rows, outside = [], []
