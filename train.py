@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
-from kit.calibration import show_suspects
+from kit.calibration import print_camera_copies, show_suspects
 from kit.camera import usual_of
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
@@ -167,6 +167,7 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
         return
     own = unfinished_files(run.out)
     show_suspects(model, own, run.out)
+    print_camera_copies(model, good.held_out)
     write_atomically(own.claim(MODEL), model.save)
     install(run.out)
 

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from PIL import Image
 import evaluate
 import train
 from kit import calibration, data, draw
+from kit.camera import camera_copy
 from kit.demo import draw_button
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, held_out_count
+from kit.images import read_image
 from kit.processes import Processes
 from kit.settings import LEAST_IMAGES, OPTIONS, NearestSettings
 from methods import load
@@ -248,3 +251,20 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
 def test_independent_images_are_no_series(category, tmp_path, capsys):
     call(train.main, "--data", category, "--out", tmp_path, *NEAREST)
     assert "a series" not in capsys.readouterr().out and load(tmp_path / "model.pt").different == 24
+
+
+def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category, monkeypatch, capsys):
+    """All of them if the threshold is very low, none if it is very high, one if it is below the highest score."""
+    model = load(run / "model.pt")
+    held_out = data.list_images(category / "train" / "good")[:6]
+    scores = []
+    for number, path in enumerate(held_out):
+        copy = camera_copy(read_image(path, model.shape), np.random.default_rng([0, number]))
+        scores.append(model(torch.from_numpy(copy).permute(2, 0, 1)[None])[1].item())
+    highest, second = sorted(scores, reverse=True)[:2]
+    for limit, expected in ((-1e3, 6), (1e3, 0), ((highest + second) / 2, 1)):
+        monkeypatch.setattr(model, "thresholds", lambda limit=limit: SimpleNamespace(score=limit))
+        calibration.print_camera_copies(model, held_out)
+        assert f"6 held-out good images with slight blur, noise and JPEG compression: {expected} exceed" in (
+            capsys.readouterr().out
+        )
