@@ -35,18 +35,17 @@ MEASURES = {
 def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The image as a slightly worse camera would see it: (H, W, 3) -> (H, W, 3).
 
-    A blur in half of the copies, then Gaussian noise in all, then JPEG compression in two thirds. Noise and compression
-    are mostly weak: their strength is the square of a uniform number. Grey images stay grey."""
+    A blur in half of the copies, then Gaussian noise of a random strength in all, then JPEG compression in two thirds.
+    Grey images stay grey."""
     is_grey = np.ptp(image, axis=2).max() < 0.02
     channels = 1 if is_grey else 3
     copy = image
     if rng.random() < 1 / 2:
         copy = blurred(copy, rng.uniform(*BLUR))
     noise = rng.standard_normal((*image.shape[:2], channels), dtype=np.float32)
-    copy = (copy + np.float32(NOISE * rng.random() ** 2) * noise).clip(0, 1)
+    copy = (copy + np.float32(rng.uniform(0, NOISE)) * noise).clip(0, 1)
     if rng.random() < 2 / 3:
-        worst, best = QUALITY
-        copy = compressed(copy, round(best - (best - worst) * rng.random() ** 2))
+        copy = compressed(copy, int(rng.uniform(*QUALITY)))
     return copy
 
 
