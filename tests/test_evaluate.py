@@ -410,7 +410,7 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),
         ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "files that are read"]),
-        ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "it takes 5"]),
+        ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "give at least 5"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
         ([tmp_path / "junk.pt"], ["junk.pt"]),
