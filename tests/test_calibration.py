@@ -108,7 +108,7 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
     call(evaluate.main, run, "--recalibrate", frames(10, 6, tmp_path / "frames"))
     said = capsys.readouterr().out
     different = int(load(run / "recalibrated.pt").different)
-    assert "a series:" in said and 5 <= different <= 24 and f"from {different} good images" in said
+    assert "look like a series" in said and 5 <= different <= 24 and f"from {different} good images" in said
     with pytest.raises(InputError, match="--recalibrate: 3 different new images; give at least 5"):
         calibration.recalibrate(Scored(), [Path("not_read.png")] * 30, alike=10.0)
 
@@ -238,7 +238,7 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
     said = capsys.readouterr().out
     model = load(tmp_path / "run" / "model.pt")
     different = int(model.different)
-    assert "a series:" in said and 5 <= different <= 36 and f"about {different} different" in said
+    assert "look like a series" in said and 5 <= different <= 36 and f"about {different} different" in said
     assert model.normal.shape == (2, 72)  # not the held-out ones, which have neighbours among the others
     assert model.thresholds().images == different
     others = [draw_button(np.random.default_rng([9, number]), "good")[0] for number in range(40)]
