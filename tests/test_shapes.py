@@ -180,9 +180,8 @@ def test_another_shape_is_judged_and_told(strips_run, tmp_path, capsys):
     (tmp_path / "new").mkdir()
     Image.new("L", (200, 200), 130).save(tmp_path / "new" / "square.png")
     call(evaluate.main, strips_run, "--images", tmp_path / "new", "--out", tmp_path / "found")
-    assert (
-        "1 of 1 images have another shape than 320 x 64, for example square.png (200 x 200)" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "1 of 1 images have another shape than 320 x 64, for example square.png (200 x 200)" in said
     assert (tmp_path / "found" / "scores.csv").read_text().count("\n") == 2
 
 
