@@ -158,7 +158,7 @@ def test_another_precision_than_that_of_the_calibration_is_told(
     model.halved = torch.tensor(calibrated == "bfloat16")
     model.save(run / "model.pt")
     image = data.list_images(category / "test/good")[0]
-    line = f"the threshold comes from scores in {calibrated}, and this machine judges in {judged}"
+    line = f"the threshold comes from scores in {calibrated}, but this machine judges in {judged}"
     out = ["--out", tmp_path / "out"]
     ways = [[], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
     for as_calibrated in (False, True):

@@ -252,13 +252,13 @@ def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_pa
         shutil.copytree(category / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
     before = (run / "tests" / "set" / "metrics.json").read_bytes()
-    words = ["holds the figures of", "a/set", "another --out"]
+    words = ["holds the metrics of", "a/set", "another --out"]
     refuse(evaluate.main, capsys, run, "--data", tmp_path / "b" / "set", words=words)
     assert (run / "tests" / "set" / "metrics.json").read_bytes() == before
     out = tmp_path / "figures"
     call(evaluate.main, run, "--data", tmp_path / "a" / "set", "--out", out)
     command = [other_detector(run), "--data", tmp_path / "a" / "set", "--out", out]
-    refuse(evaluate.main, capsys, *command, words=["figures of another detector", "another --out"])
+    refuse(evaluate.main, capsys, *command, words=["metrics of another detector", "another --out"])
 
 
 def test_a_name_of_250_letters_costs_no_other_image(run, category, tmp_path):
