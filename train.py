@@ -284,7 +284,9 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     categories = data.category_folders(args.data)
     if categories != [args.data] and (args.defects or args.corrections):
         flag = "--defects" if args.defects else "--corrections"
-        raise InputError(f"{flag}: belongs to one category, but --data {args.data} has several; train that one alone")
+        raise InputError(
+            f"{flag}: belongs to one category, but --data {args.data} has several; train that category alone"
+        )
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
     if args.weights and args.resume and all(resumable(run.out) for run in planned):

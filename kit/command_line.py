@@ -124,7 +124,7 @@ def add_method_groups(parser: Parser) -> None:
     backbones = "frozen backbone: efficientnet_lite0, or a ResNet of torchvision"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
     add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: the published ones)")
-    add("--bank", type=int, help=default_text("bank", "maximum number of prototypes"))
+    add("--bank", type=int, help=default_text("bank", "maximum number of prototypes in the bank"))
     local = "scale each feature by the local spacing of the prototypes; clflow and nearest only"
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument

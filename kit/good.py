@@ -195,7 +195,7 @@ class Pairs(Dataset):
         return len(self.painter.files) * self.repeats
 
     def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
+        """This process's part of a batch: B images x+, then A images x- that were made from the first A of them, as
         (B + A, H, W, 3) float32; the masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4).
         (H, W) is the images' shape, or a patch's. Arrays, as in `Paintings`.
 

@@ -51,7 +51,7 @@ def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
     """`values` with a last axis of channels. Raises InputError if one is not within 0..white."""
     if not (values.min() >= 0 and values.max() <= white):  # written this way, NaN is refused as well
         found = f"{values.min():g}..{values.max():g}"
-        raise InputError(f"its {kind} are in the range {found}, not 0..{white}; convert the image first")
+        raise InputError(f"{kind} in the range {found}, not 0..{white}; convert the image first")
     return np.atleast_3d(values)
 
 

@@ -269,9 +269,7 @@ def judge_new(work: Inspection, images: Path) -> None:
         stamps = {path: stamp_of(path) or (0, 0) for path in files}
         todo = [path for path in files if not judgements.has(name_below(root, path), stamps[path])]
         if len(todo) < len(files):
-            print(
-                f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before: kept as they are"
-            )
+            print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before; they are kept")
         judged = judge_files(work.model, todo, work.limits, complaints)
         for path, photo, verdict in counted(judged, "judging images", len(todo)):
             judgements.add(name_below(root, path), photo, verdict, stamps[path])

@@ -100,7 +100,7 @@ def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[da
         print(f"left out {len(seen)} test images, since the detector was trained with them: {names}")
     left = [test for test in tests if test not in seen]
     if not left:
-        raise InputError("--data: the detector was trained with all of its test images; give others")
+        raise InputError("--data: the detector was trained with all of its test images; give other test images")
     return left
 
 

@@ -34,7 +34,7 @@ def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
         raise InputError(f"--defects {folder}: no such folder, or no images in it")
     found = data.by_stem(data.list_images(masks or usual_masks(folder)))
     if masks and not any(path.stem in found for path in files):
-        raise InputError(f"--defect-masks {masks}: no such folder, or no masks in it with the names of the images")
+        raise InputError(f"--defect-masks {masks}: no such folder, or no masks in it with the stems of the images")
     if found:
         data.by_stem(files)  # no two images may claim one mask
     return [Defect(path, found.get(path.stem)) for path in files]

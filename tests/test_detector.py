@@ -183,7 +183,7 @@ def test_every_way_to_hand_over_an_image_gives_the_same_verdict(monkeypatch, mod
     floats = read_image(chip)
     for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):  # rounded once more, before the resizing
         assert model.inspect(image).score == pytest.approx(expected.score, rel=0.02)
-    monkeypatch.setattr(model, "full_precision", True)  # half the bits may move a box by some pixels
+    monkeypatch.setattr(model, "full_precision", True)  # bfloat16 may move a box by some pixels
     expected = model.inspect(chip)
     for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):
         verdict = model.inspect(image)
