@@ -1,9 +1,8 @@
-"""The bank of prototypes: normal features that cover all others, and how far apart they lie. The local scale sees a
-feature from its nearest prototype, in units of the spacing there.
+"""The bank of prototypes: normal features that cover all others, and the local spacing between them. On the local scale
+a feature is taken relative to its nearest prototype and divided by the spacing there.
 
-Everything here is the plain form, as one reads it. The program searches large banks with kit/search.py, behind the same
-calls. Shapes: features (B, C, h, w) of the backbone; rows y (N, C): one feature for each position of each image. A bank
-has P prototypes p."""
+This file has the plain form. Behind the same calls, kit/search.py searches large banks faster. Shapes: features
+(B, C, h, w) of the backbone; rows y (N, C), one feature per position of each image. A bank has P prototypes p."""
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +11,18 @@ from kit import search
 from kit.backbone import as_rows
 from kit.errors import InputError
 
-NEIGHBOURS = 5  # of a bank vector, whose mean distance is the spacing there
+NEIGHBOURS = 5  # of a prototype; their mean distance is the spacing there
 
 
 class Prototypes(nn.Module):
-    """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each to its own 5
-    nearest (after REB, arXiv 2308.12577). Features of a busy kind lie far apart, those of a smooth kind close together:
-    what is near, and what is far, has to be asked place by place. The bank (P, C) is kept less its `centre` (C,), with
-    its `origin` (P,): the number of the training image that each comes from.
+    """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
+    5 nearest neighbours (after REB, arXiv 2308.12577). Features of busy textures lie far apart, those of smooth areas
+    close together, so distances are compared with the local spacing. The bank (P, C) is stored minus its `centre` (C,).
+    `origin` (P,) is the number of the training image that each prototype comes from.
 
-    If `fast`, the bank is chosen and searched by kit/search.py, which finds the same prototype, or one that is hardly
-    farther. For that it is divided into cells: each prototype belongs to that one of the `centres` (K, C) that it is
-    nearest to. The bank is in the order of the cells; the first `sizes[0]` prototypes are of the first one."""
+    If `fast`, kit/search.py chooses and searches the bank. It finds the nearest prototype, or one that is hardly
+    farther. For this the bank is divided into cells: each prototype belongs to the nearest of the `centres` (K, C). The
+    bank is sorted by cell; the first `sizes[0]` prototypes belong to the first cell."""
 
     def __init__(self, channels: int, fast: bool = True):
         super().__init__()
@@ -37,11 +36,11 @@ class Prototypes(nn.Module):
         self.keys = search.Keys()
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
-        """Choose a bank of P = `count` from normal rows (N, C), N >= P, of the training images with these numbers
-        (N,). Raises InputError if the backbone made no numbers of them."""
+        """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the number of each
+        row's training image. Raises InputError if a row is NaN or infinite."""
         candidates = candidates.float()
         if not candidates.isfinite().all():
-            raise InputError("--weights: the backbone's features are no finite numbers; give other weights")
+            raise InputError("--weights: the backbone produced NaN or infinite features; give other weights")
         self.centre.copy_(candidates.mean(dim=0))
         candidates = candidates - self.centre
         if self.fast:
@@ -54,16 +53,16 @@ class Prototypes(nn.Module):
         self.divide()
 
     def divide(self) -> None:
-        """Divide the bank into cells, and put it into their order."""
+        """Divide the bank into cells, and sort it by cell."""
         order, self.centres, self.sizes = search.cells_of(self.bank)
         self.bank, self.spacing, self.origin = self.bank[order], self.spacing[order], self.origin[order]
 
     def nearest(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, without: Tensor | None = None
     ) -> Tensor:
-        """Which prototype is nearest to each of rows (N, C): (N,). Prototypes that came from the training images with
-        the numbers `without` (n,) do not count; or (N, n), for each row others. So an image is judged as if it, or what
-        is like it, were new. The fast search takes the rows in equal `parts`, and computes in `dtype`."""
+        """The index (N,) of the nearest prototype of each of rows (N, C). Prototypes of the training images with the
+        numbers `without` do not count: (n,) for all rows, or (N, n) for each row. So a training image is judged as if
+        it were new. The fast search takes the rows in equal `parts`, and computes in `dtype`."""
         if self.fast:
             return search.nearest(self, rows, parts, dtype, without)
         distances = torch.cdist(rows - self.centre, self.bank)
@@ -72,28 +71,28 @@ class Prototypes(nn.Module):
         return distances.argmin(dim=1)
 
     def is_left_out(self, without: Tensor) -> Tensor:
-        """Which prototypes do not count, (P,) bool; or (N, P), for each row others. Raises InputError if none would
-        count."""
+        """Which prototypes do not count, as bool: (P,) for all rows, or (N, P) for each row. Raises InputError if none
+        would be left."""
         is_out = (self.origin == without.to(self.origin.device)[..., None]).any(dim=-2)
         if is_out.all(dim=-1).any():
             raise InputError(search.NOTHING_ELSE)
         return is_out
 
     def away(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rows (N, C) less the prototypes with these numbers (N,)."""
+        """Rows (N, C) minus the prototypes with these indices (N,)."""
         return rows - self.centre - self.bank[index]
 
     def relative(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, without: Tensor | None = None
     ) -> Tensor:
-        """The local scale, r = (y - p) / spacing of p, (N, C): rows y seen from where they are, p being the nearest
-        prototype; see `nearest`."""
+        """The local scale, r = (y - p) / spacing of p, (N, C): rows y relative to their nearest prototypes p. For the
+        other arguments see `nearest`."""
         index = self.nearest(rows, parts, dtype, without)
         return self.away(rows, index) / self.spacing[index][:, None]
 
     def energies(self, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
-        """E = d / spacing (B, h, w) of features (B, C, h, w), d the distance to the nearest prototype. If `local`, the
-        spacing is that of the bank there; else the bank's mean. For the others see `nearest`."""
+        """E = d / spacing (B, h, w) of features (B, C, h, w), where d is the distance to the nearest prototype. If
+        `local`, the spacing is that of this prototype, else the bank's mean. For other arguments see `nearest`."""
         rows = as_rows(x)
         batch, _, height, width = x.shape
         index = self.nearest(rows, search.search_parts(height, width), dtype, without)
@@ -102,8 +101,8 @@ class Prototypes(nn.Module):
 
 
 def covering(rows: Tensor, count: int) -> Tensor:
-    """PatchCore's coreset (arXiv 2106.08265): which `count` of rows (N, C) cover them. Greedy: the next one is always
-    the row that is farthest from all that are chosen."""
+    """PatchCore's coreset (arXiv 2106.08265): the indices (count,) of rows that cover all rows (N, C). Greedy: each
+    step chooses the row that is farthest from all chosen rows."""
     chosen = [0]
     distance = torch.cdist(rows, rows[:1])[:, 0]  # to the nearest chosen row
     while len(chosen) < count:
@@ -114,8 +113,8 @@ def covering(rows: Tensor, count: int) -> Tensor:
 
 
 def spacing_of(bank: Tensor) -> Tensor:
-    """The mean distance of each vector of a bank (P, C) to its own NEIGHBOURS nearest, but at least the median of these
-    distances: (P,). Where good parts are smooth, prototypes lie so close together that the noise of a camera would be
+    """The mean distance of each prototype of a bank (P, C) to its NEIGHBOURS nearest ones, but at least the median of
+    these distances: (P,). Where good parts are smooth, prototypes lie so close together that a camera's noise would be
     many spacings away."""
     neighbours = min(NEIGHBOURS, len(bank) - 1)
     parts = []

@@ -1,9 +1,9 @@
-"""CL-Flow (arXiv 2311.06794), from top to bottom as the data flow: frozen features -> the local scale -> a flow, whose
-energy is the exact likelihood of what it sees, and a classifier beside it -> the losses -> one way through training.
+"""CL-Flow (arXiv 2311.06794), in the order in which the data flow: frozen features -> the local scale -> a flow, whose
+energy is an exact likelihood, and a classifier -> the losses -> the training loop.
 
-Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone. One position's feature is a row:
-rows y (N, C); r (N, C), seen from the nearest prototype; w (N, K), whitened; latents z (N, K); log-determinants and
-energies (N,). Training sees rows, drawn from all images at once."""
+Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone. The feature of one position is a row:
+rows y (N, C); r (N, C), relative to the nearest prototype; w (N, K), whitened; latents z (N, K); log-determinants and
+energies (N,). Training uses rows that are drawn from all images."""
 
 import math
 from collections.abc import Iterator
@@ -32,9 +32,9 @@ if TYPE_CHECKING:  # what only training needs is imported by `train`
     from kit.rows import Feed
 
 HIDDEN = 1024  # units of the classifier
-POSITIONS = 2**15  # of an image, that flow and classifier see at once
-PAINTED = 600  # synthetic anomalies in all, however many good images there are
-TOGETHER = 2  # of these on one image: the backbone, which takes the time, sees them together
+POSITIONS = 2**15  # of an image, that flow and classifier process at once
+PAINTED = 600  # synthetic anomalies in total, for any number of good images
+TOGETHER = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviations
@@ -44,9 +44,9 @@ NOISE = 2.0  # standard deviations
 
 
 class Whitening(nn.Linear):
-    """PCA whitening to the K strongest components: rows r (N, C) -> w (N, K). Fitted once on normal rows, never
-    trained: that would lower the NLL for free, as no log-determinant accounts for it. With it, the flow starts as a
-    Mahalanobis distance."""
+    """PCA whitening to the K strongest components: rows r (N, C) -> w (N, K). Fitted once on normal rows and never
+    trained: training would lower the NLL for free, since no log-determinant accounts for it. Because of the whitening,
+    the untrained flow's energy is a Mahalanobis distance."""
 
     def __init__(self, channels: int, components: int):
         super().__init__(channels, components)
@@ -54,7 +54,7 @@ class Whitening(nn.Linear):
 
     def fit(self, rows: Tensor) -> None:
         """rows: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
-        rows = rows.to("cpu", torch.float64)  # not every device has it
+        rows = rows.to("cpu", torch.float64)  # not every device supports float64
         variance, axes = torch.linalg.eigh(torch.cov(rows.T))  # in ascending order
         variance, axes = variance.flip(0), axes.flip(1)
         matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T[: self.out_features]
@@ -63,13 +63,13 @@ class Whitening(nn.Linear):
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
-    """E = 1/2 mean_c z^2 - log|det| / K: one position's term of the exact NLL per dimension, less 1/2 log 2 pi. Latents
-    (N, K, ...) and log-determinants (N, ...) -> (N, ...)."""
+    """E = 1/2 mean_c z^2 - log|det| / K: one position's term of the exact NLL per dimension, without the constant 1/2
+    log 2 pi. Latents (N, K, ...) and log-determinants (N, ...) -> (N, ...)."""
     return 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
 
 
 def tamed(e: Tensor) -> Tensor:
-    """E up to 1, 1 + log E above: E knows no bounds on anomalies, and one position must not count like a thousand."""
+    """E up to 1, 1 + log E above: E is unbounded on anomalies, and one position must not outweigh a thousand others."""
     return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
@@ -101,7 +101,7 @@ class CLFlow(Detector):
         self.to(memory_format=torch.channels_last)
 
     def renew_experts(self) -> None:
-        """Put a new flow, and a new classifier if there is a loss that trains it, in place of the present ones."""
+        """Replace the flow by a new one, and the classifier too if a loss trains it."""
         components = self.whitening.out_features
         flow = Flow2D(components, self.settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
         self.flow = flow.to(self.device, memory_format=torch.channels_last)
@@ -111,15 +111,15 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def relative(self, rows: Tensor, parts: int = 1, without: Tensor | None = None) -> Tensor:
-        """r (N, C), rows y seen from the nearest prototype: see `Prototypes.relative`. Density on these is local by
-        construction. With --no-local the rows as they are."""
+        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.relative`. A density of r is local by
+        construction. With --no-local, rows y unchanged."""
         if not self.settings.local:
             return rows
         return self.prototypes.relative(rows, parts, self.dtype, without)
 
     @torch.no_grad()
     def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
-        """All that training never changes: images -> codes (B, K + 1, h, w)."""
+        """The part that training never changes: images -> codes (B, K + 1, h, w)."""
         return self.code_map(self.features(images), without)
 
     def code_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class CLFlow(Detector):
             return self.flow(w)
 
     def log_odds(self, w: Tensor) -> Tensor:
-        """The classifier's opinion of whitened rows: (N, K) -> (N,)."""
+        """The classifier's log-odds that whitened rows are anomalous: (N, K) -> (N,)."""
         with self.autocast():
             return self.classifier(w)[:, 0].float()
 
@@ -146,13 +146,13 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def experts(self, code: Tensor) -> list[Tensor]:
-        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier; of large maps some lines at a
-        time."""
+        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier. Large maps are processed in
+        strips."""
         parts = [self.opinions(part) for part in code.split(max(1, POSITIONS // code.shape[3]), dim=2)]
         return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
     def opinions(self, code: Tensor) -> list[Tensor]:
-        """The same, all at once."""
+        """`experts`, without strips."""
         w, distance = code[:, :-1], code[:, -1]
         opinions = [tamed(energy(*self.latents(w)))]
         if self.settings.local:  # else there are no prototypes
@@ -163,8 +163,8 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: one image (1, 3, H, W) on its way to the energies, equation by equation of
-        docs/method.md, as (what it is, map (h, w))."""
+        """For a figure: the steps from one image (1, 3, H, W) to its energies, one for each equation of docs/method.md,
+        as (title, map (h, w))."""
         x = self.features(images)
         code = self.code_map(x)
         w, distance = code[:, :-1], code[0, -1]
@@ -172,7 +172,7 @@ class CLFlow(Detector):
         e = energy(z, log_det)
         steps = [
             ("|y|, features", x[0].norm(dim=0)),
-            ("|r|, seen from the nearest prototype", distance),
+            ("|r|, relative to the nearest prototype", distance),
             ("|w|, whitened", w[0].norm(dim=0)),
             ("1/2 mean z^2, latents", 0.5 * z[0].square().mean(dim=0)),
             ("log|det| / K", log_det[0] / z.shape[1]),
@@ -184,21 +184,21 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def fit(self, rows: Tensor, images: Tensor, positions: int) -> None:
-        """Fit what is never trained, prototypes and whitening, on rows y (N, C) of the good images with these numbers
-        (N,), of which each has so many positions. Raises InputError if these are copies of one."""
+        """Fit prototypes and whitening, which are never trained, on rows y (N, C) of good images. `images` (N,) is each
+        row's image number; an image has this many `positions`. Raises InputError if all are copies of one image."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, images, prototype_count(self.settings, positions), generator)
         relative = torch.cat(list(self.as_new(rows, images)))
         if not relative.norm(dim=1).median() > 0:
-            raise InputError("--data: its good images are copies of one; give different photographs")
+            raise InputError("--data: the good images are copies of one image; give different photographs")
         self.whitening.fit(relative)
 
     @torch.no_grad()
     def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
-        """`relative` rows r (n, C), some at a time, of rows y (N, C) of images with these numbers (N,); each seen
-        without the prototypes of its own image, since a new image has none. In a series the neighbours' prototypes
-        stay, so there these rows lie nearer to the bank than those of a new image will."""
+        """Rows r (n, C), some at a time, of rows y (N, C) with these image numbers (N,). Each is computed without the
+        prototypes of its own image, since a new image has none in the bank. In a series the prototypes of similar
+        images stay, so there these rows lie nearer to the bank than those of a new image."""
         count = seen_at_once(rows.device)
         for part, numbers in zip(rows.split(count), images.split(count), strict=True):
             yield self.relative(part.float(), without=numbers[:, None])
@@ -208,8 +208,8 @@ class CLFlow(Detector):
 
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
-    """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels, both kinds alike. A
-    smoothed label is met at finite odds: what is certain pulls no more."""
+    """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels; both kinds have equal
+    weight. A smoothed label is reached at finite odds, so the loss does not push certain rows any further."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2))
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
     return wrong + missed
@@ -220,26 +220,25 @@ def info_nce(anchors: Tensor, others: Tensor, temperature: float, times: float =
 
         mean over anchors of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
-    f (A,) of the anchors, f_k (A, n) of the others, or (n,) for all, each of which stands for so many `times` itself.
-    The logarithm of the sum is nearly the highest f_k: what looks most like an anchor is what counts."""
+    f (A,) belong to the anchors, f_k to the others: (A, n), or (n,) for all anchors. Each of the others counts `times`
+    times. The logarithm of the sum is close to the highest f_k, so those that look most like an anchor count most."""
     rest = (others / temperature).logsumexp(dim=-1) + math.log(times)
     return F.softplus(rest - anchors / temperature).mean()
 
 
 def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: int) -> Tensor:
-    """L_con on the classifier's log-odds: each anomalous row's (A,) are to stand out from those of all normal rows of
-    the `batch` (N,), of which this process may have but a part."""
+    """L_con on the classifier's log-odds: each anomalous row (A,) should stand out from all normal rows of the batch.
+    Of these `batch` rows this process may have only a part (N,)."""
     return info_nce(anomalous, normal, temperature, times=batch / len(normal))
 
 
 class Losses(nn.Module):
-    """L = L_nll + lambda_cls L_cls + lambda_con L_con, L_nll being the mean energy of normal rows: of as many as there
-    are anomalous ones, since a density needs fewer than the classifier does. Both proxy tasks take normal rows with
-    noise for anomalous ones, too, as many as there are synthetic defects. A module, since that is what
-    DistributedDataParallel wraps.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con. L_nll is the mean energy of the first A normal rows: a density
+    needs fewer than the classifier does. For both proxy tasks, A normal rows with added noise are anomalous, too. This
+    is a module because DistributedDataParallel wraps modules.
 
-    `forward(normal, anomalous)`: whitened rows of good images (N, K), and of synthetic defects (A, K), none if no loss
-    learns from them. Returns the losses of the batch by name; "loss" is the one to descend."""
+    `forward(normal, anomalous)`: whitened rows of good images (N, K) and of synthetic defects (A, K); A is 0 if no loss
+    learns from them. Returns the losses of the batch by name; training minimises "loss", their weighted sum."""
 
     def __init__(self, model: CLFlow):
         super().__init__()
@@ -247,7 +246,7 @@ class Losses(nn.Module):
 
     def forward(self, normal: Tensor, anomalous: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
-        count = len(anomalous) or math.ceil(len(normal) / 4)  # the same where no defects are painted
+        count = len(anomalous) or math.ceil(len(normal) / 4)  # the same number if no defects are painted
         z, log_det = self.model.latents(normal[:count])
         losses = {"nll": energy(z, log_det).mean()}
         loss = losses["nll"]
@@ -262,22 +261,22 @@ class Losses(nn.Module):
         return {"loss": loss, **losses}
 
     def odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
-        """The classifier's log-odds of normal rows (N, K): (N,), and of rows of defects (A, K) and as many normal ones
+        """The classifier's log-odds of normal rows (N, K): (N,); and of defect rows (A, K) together with A normal rows
         with noise: (2 A,)."""
         noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
         odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
         return odds[: len(normal)], odds[len(normal) :]
 
 
-# ---------------------------------------------------------------- one way through training
+# ---------------------------------------------------------------- the training
 
 
 def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> Iterator[Epoch]:
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
-    once before the first step; the model is calibrated on the held-out images then, ready to judge. The number of
+    once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
     epochs is fixed, and the last one counts.
 
-    With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    With the `progress` of an earlier call's epoch, and its model, training continues from there."""
     from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
     from kit.good import Painter
     from kit.real_defects import real_rows
@@ -286,8 +285,8 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     settings = model.settings
     painter = Painter(good, paint, model)
 
-    # Features of the good images, and of a camera copy of each: each position is a row. On some of these rows bank and
-    # whitening are fitted, once.
+    # Features of the good images, and of a camera copy of each: each position is a row. Bank and whitening are fitted
+    # once, on some of the rows.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed, CANDIDATES)
     check_rows(len(some[0]), model)
@@ -299,13 +298,13 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     as_new = AsNew(good, settings.seed, alike)
     as_new.check_processes()
 
-    # Rows of painted defects. All rows are seen from the bank without their own image's prototypes, and whitened.
+    # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
     painted = None
-    if settings.has_classifier:  # nothing else learns from them
+    if settings.has_classifier:  # only the classifier learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
     feed = Feed(model, normal, painted)
-    del normal, some, painted  # the feed has what it needs of them: up to a gigabyte
+    del normal, some, painted  # frees up to a gigabyte; the feed keeps what it needs
 
     held_out = HeldOut(model, good.held_out)
 
@@ -314,7 +313,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
         model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
 
     def learn_anew(feed: "Feed", number: int, what: str) -> None:
-        """Another training, which has this number, in place of the present one, and the calibration after it."""
+        """Train new experts in place of the present ones, then calibrate; `number` chooses the random seed."""
         seed_epoch(settings.seed, settings.epochs + 1 + number)
         model.renew_experts()
         for _ in epochs(model, feed, good.processes, what=what):
@@ -331,8 +330,8 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
         calibrate()
         yield epoch
 
-    # At last the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    print("calibrating: each third of the good images is judged by what the two others teach", flush=True)
+    # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
+    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
     calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
 
 
@@ -350,8 +349,8 @@ def paint(
 def epochs(
     model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, what: str = "epoch"
 ) -> Iterator[Epoch]:
-    """Train flow and classifier; yields before the first step, and after each epoch, which is called `what` on the
-    terminal."""
+    """Train flow and classifier; yields before the first step and after each epoch. `what` names an epoch on the
+    progress line."""
     settings = model.settings
     batch = math.ceil(settings.batch / processes.count)
     losses = shared(Losses(model), processes)

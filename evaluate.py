@@ -1,11 +1,11 @@
-"""Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... --export FILE"""
+"""Measure a detector: python evaluate.py runs/bottle. Judge images: ... --images new/. Export: ... --export FILE"""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
 from kit.command_line import evaluation_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
-    run_script(evaluation_options)  # once before PyTorch is imported: what is wrong with them need not wait for it
+    run_script(evaluation_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
 import argparse
@@ -48,14 +48,15 @@ from kit.watching import watch
 from methods import load
 from methods.nearest import alike_among
 
-COMPARED = 100  # good images, to tell what another precision does to scores
+COMPARED = 100  # good images, to measure how another precision changes scores
 
 
 # ---------------------------------------------------------------- epoch by epoch
 
 
 def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
-    """Measure every epoch_NN.pt below `run` on its category's test images; curve.json and curve.png, a line per run."""
+    """Measure every epoch_NN.pt below `run` on its category's test images. Writes curve.json and curve.png, with a line
+    for each run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in kept_epochs(run, subfolders=True):
         model = load(file, device)
@@ -70,7 +71,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
                 lines[name].setdefault(label, []).append((epoch, figures[name]))
     charts = [draw.line_chart(f"{name} by epoch", by_run) for name, by_run in lines.items() if by_run]
     if not charts:
-        raise InputError(f"{run}: no epoch_NN.pt in it, or nothing to measure it on; train with --keep-epochs")
+        raise InputError(f"{run}: no epoch_NN.pt in it, or no test images to measure on; train with --keep-epochs")
     if not processes.first:
         return
     own = OwnFiles(run, "measured")
@@ -83,30 +84,30 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 
 
 def write_recalibrated(work: Inspection, folder: Path) -> None:
-    """Take the thresholds from the good images in `folder`: RUN/recalibrated.pt, without training."""
+    """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
     model = work.model
     files = unseen(model, data.usable(data.list_images(folder, subfolders=True), work.skip_bad))
     if len(files) < LEAST_IMAGES:
-        raise InputError(f"--recalibrate {folder}: {len(files)} new images; it takes {LEAST_IMAGES}, better 50")
+        raise InputError(f"--recalibrate {folder}: {len(files)} new images; give at least {LEAST_IMAGES}, better 50")
     taken = files
     if len(files) > LIMIT:
         order = np.random.default_rng(0).permutation(len(files))[:LIMIT]
         taken = [files[i] for i in order]
-        print(f"took {LIMIT} of {len(files)} images, drawn at random")
+        print(f"using {LIMIT} of {len(files)} images, chosen at random")
     recalibrate(model, taken, alike_among(model, taken))
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
     with held(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
-    print(f"wrote {to}, which counts where it is named: python evaluate.py {to} --images FOLDER")
+    print(f"wrote {to}; to use its threshold, name this file: python evaluate.py {to} --images FOLDER")
 
 
 # ---------------------------------------------------------------- one image, explained
 
 
 def explain(work: Inspection, path: Path) -> None:
-    """A picture of what happens to an image, step by step; `out` of the work is its file."""
+    """Draw how an image is processed, step by step, into the file `work.out`."""
     model = work.model
     image = read_image(path, model.shape)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
@@ -127,8 +128,8 @@ def explain(work: Inspection, path: Path) -> None:
 
 
 def export(model: Detector, file: Path) -> None:
-    """Write the detector, on the CPU: to FILE.onnx for other runtimes, else as a torch.export program, which
-    torch.export.load reads. In float32 throughout: its scores are the same on any machine."""
+    """Export a detector on the CPU: FILE.onnx for other runtimes, any other name as a torch.export program, which
+    torch.export.load reads. It computes in float32, so that its scores are the same on any machine."""
     limits = float32_limits(model)
     model.full_precision = True
     height, width = model.shape
@@ -143,13 +144,12 @@ def export(model: Detector, file: Path) -> None:
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
-    print(f"its thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
+    print(f"thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
 
 
 def float32_limits(model: Detector) -> Thresholds:
-    """The thresholds of a detector that computes in float32 throughout. It was calibrated with half the bits where its
-    machine gains from that, and all scores are a little higher or lower then: by what good images' are, in the
-    median."""
+    """The thresholds of a detector that computes in float32. If it was calibrated in bfloat16, its scores were slightly
+    different: then the thresholds are multiplied by the median ratio of good images' scores in both precisions."""
     limits = model.thresholds()
     folder = Path(model.settings.data)
     if not model.halved:
@@ -158,9 +158,9 @@ def float32_limits(model: Detector) -> Thresholds:
     if model.dtype == torch.float32:
         reason = "this machine has no fast bfloat16"
     elif not folder.is_dir():
-        reason = f"{folder} is not there any more"
+        reason = f"{folder} no longer exists"
     if reason:
-        print(f"the thresholds are those of half the bits, some hundredths off: {reason}")
+        print(f"these thresholds are for bfloat16, so they may be off by some hundredths in float32: {reason}")
         return limits
     files = data.list_images(data.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
@@ -173,17 +173,17 @@ def float32_limits(model: Detector) -> Thresholds:
 
 @torch.no_grad()
 def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
-    """(2, n): scores, and maps' maxima, of these images."""
+    """(2, n): the scores of these images, and the maxima of their maps."""
     parts = [model.scores(model.judge(images)) for images in data.batches(files, model.shape)]
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
 def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thresholds) -> bytes:
-    """The program as an ONNX file; its metadata hold the thresholds, and what is to be done to an image."""
+    """The program as an ONNX file. Its metadata hold the thresholds and describe the preprocessing of images."""
     try:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise InputError("--export FILE.onnx: needs two more packages, pip install onnx onnxscript") from error
+        raise InputError("--export FILE.onnx: needs two more packages: pip install onnx onnxscript") from error
     names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
     graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     height, width = model.shape
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
         category = args.data or Path(model.settings.data)
         refuse_inside(work.out, category / "test")
         return report(work, category)
-    if not processes.first:  # one judges new images for all
+    if not processes.first:  # one process alone judges new images
         return None
     if args.explain:
         return explain(work, args.explain)
@@ -243,19 +243,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tell_unfinished(run: Path, checkpoint: Path) -> None:
-    """A line, if a training is not finished in this run folder. Raises InputError if `checkpoint` is the state of one
-    that has not seen a whole epoch: that detector knows nothing."""
+    """Print a line if the training in this run folder is not finished. Raises InputError if `checkpoint` was saved
+    before its first epoch: that detector is untrained."""
     if checkpoint.name == STATE:
         saved = read_checkpoint(checkpoint)
         if saved["progress"]["epoch"] == 0 and "epochs" in saved["settings"]:
-            raise InputError(f"{run}: its training was stopped before the first epoch; go on with train.py --resume")
-        print(f"{run}: its training is not finished; this is its last whole epoch")
+            raise InputError(f"{run}: training stopped before the first epoch ended; continue with train.py --resume")
+        print(f"{run}: training is not finished; this uses its last complete epoch")
     elif checkpoint == run / MODEL and is_unfinished(run):
-        print(f"{run}: a training there is not finished; until it is, the earlier detector judges")
+        print(f"{run}: a new training is not finished; until then the earlier detector is used")
 
 
 def tell_precision(model: Detector, args: argparse.Namespace, processes: Processes) -> None:
-    """A line if scores are compared with a threshold of another precision. --recalibrate takes a new threshold."""
+    """Print a line if the threshold was calibrated in another precision. --recalibrate sets a new one anyway."""
     line = model.precision_warning()
     if line and processes.first and not args.recalibrate:
         print(line)
@@ -263,12 +263,12 @@ def tell_precision(model: Detector, args: argparse.Namespace, processes: Process
 
 
 def is_test(args: argparse.Namespace) -> bool:
-    """Whether a labelled test set is to be measured."""
+    """Whether to measure on a labelled test set."""
     return not (args.explain or args.recalibrate or args.images)
 
 
 def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
-    """Where what is found goes: --out, or what stands for it."""
+    """Where the results go: --out, or its default."""
     if args.explain:
         return single_file(args.out, Path("explained.png"), "--out", [args.explain, checkpoint])
     if args.out:
@@ -285,8 +285,8 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
 
 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
-    """Where the figures go: into the run, if they are those of its last checkpoint on its own category; others stay
-    apart, so that nobody takes the one for the other."""
+    """Where the metrics go: into the run folder if they are those of its final checkpoint on its own category. Others
+    get a folder of their own, so that nobody confuses them."""
     run = folder_of(checkpoint)
     if checkpoint.name not in (MODEL, STATE):
         return run / "tests" / checkpoint.stem
@@ -297,4 +297,4 @@ def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; the same call with --images goes on where it was")
+    run_script(main, on_interrupt="stopped; with --images, the same command continues where it stopped")

@@ -1,8 +1,8 @@
 """2D normalizing flow: affine couplings with convolutional subnets (RealNVP, arXiv 1605.08803; FastFlow, 2111.07677).
 
 An invertible map x -> z with a cheap Jacobian determinant:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
-Shapes: x and z (B, C, H, W); log-determinants (B, H, W), one term for each position, whose sum is that of the map. With
-1x1 kernels positions do not see each other, and rows (N, C) will do as well."""
+Shapes: x and z (B, C, H, W); log-determinants (B, H, W), one term per position; their sum is the log-determinant of the
+whole map. With 1x1 kernels each position is independent, so rows (N, C) work as well."""
 
 import math
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class Coupling(nn.Module):
-    """One flow step: half of the channels scales and shifts the other half, then all are scaled, moved and permuted.
+    """One flow step: half of the channels scales and shifts the other half, then all are scaled, shifted and permuted.
 
         x = [a, b];   [u, t] = subnet(a);   s = clamp tanh(0.1 u);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
-    The subnet need not be invertible: `a` is kept, so that s and t can be computed again on the way back. The soft
-    clamp bounds what one feature can do."""
+    The subnet need not be invertible: `a` is unchanged, so the inverse computes s and t from it again. The soft clamp
+    limits the effect of a single feature."""
 
     def __init__(self, channels: int, kernel_size: int, hidden_ratio: float, clamp: float = 2.0):
         super().__init__()
@@ -52,8 +52,8 @@ class Coupling(nn.Module):
         return self.permute(z), s.sum(dim=1) + self.scale.sum()
 
     def permute(self, z: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same with its channels in the permutation's order."""
-        rows = z.permute(0, 2, 3, 1)  # indexing maps would take three times as long, and unlearn channels_last
+        """Reorder the channels of (B, C, H, W) by the permutation."""
+        rows = z.permute(0, 2, 3, 1)  # indexing maps takes three times as long, and loses channels_last
         ordered = rows.flatten(0, 2).index_select(1, self.permutation)
         return ordered.view(rows.shape).permute(0, 3, 1, 2)
 
@@ -68,8 +68,8 @@ class Coupling(nn.Module):
 class Flow2D(nn.Module):
     """`steps` couplings on maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps.
 
-    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W), or, with 1x1 kernels only, rows
-    (N, C), of which log_det is (N,)."""
+    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W). With 1x1 kernels they may also be
+    rows (N, C); log_det is then (N,)."""
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()
@@ -94,6 +94,7 @@ class Flow2D(nn.Module):
 
 
 def as_map(rows: Tensor) -> Tensor:
-    """Rows (N, C) as one map (1, C, H, W), W up to 64: convolutions take a fifth longer on a line of N positions."""
+    """Rows (N, C) as one map (1, C, H, W), W up to 64: convolutions on a single line of N positions are slower by a
+    fifth."""
     width = math.gcd(len(rows), 64)
     return rows.view(1, -1, width, rows.shape[1]).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
-"""Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To see some: python synth.py FOLDER
+"""Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To look at some: python synth.py FOLDER
 
-Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sources are our reconstruction.
+Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sources are our own reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
@@ -13,8 +13,8 @@ from kit.detector import side_of
 from kit.errors import run_script
 from kit.images import foreground
 
-LATTICE = 64  # gradients a side; the lattice repeats beyond
-REACH = 6  # pixels, of the filter that softens a mask's rim
+LATTICE = 64  # gradients per side; beyond them the lattice repeats
+REACH = 6  # radius in pixels of the filter that softens a mask's edge
 
 
 def synthesize(
@@ -24,13 +24,13 @@ def synthesize(
     roi: np.ndarray | None = None,
     defects: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
-    """Paint so many synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
+    """Paint `defects` synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    All lengths are those of a square of as many pixels, up to 384 x 384: a strip has defects as large as a square has,
-    and a larger image has no larger ones. image, other (texture or second normal image; default: the image itself): (H,
-    W, 3) of one shape; roi (H, W) bool, the region of interest, in which the defects lie (default: everywhere). Returns
-    (anomalous image, mask (H, W) bool, box (y0, x0, y1, x1), half-open). The mask is not empty; outside it nothing
-    changes."""
+    Their size follows the side of a square with the image's number of pixels, at most 384: strips get defects as large
+    as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second normal image;
+    default: the image itself) are (H, W, 3). `roi` (H, W) bool is the region of interest that contains the defects
+    (default: everywhere). Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is
+    never empty, and pixels outside it are unchanged."""
     if other is None:
         other = image
     where = foreground(image)
@@ -46,12 +46,12 @@ def synthesize(
 def with_defect(
     image: np.ndarray, rng: np.random.Generator, other: np.ndarray, where: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One defect that lies in `where` (H, W) bool: the image with it, and its mask."""
-    while True:  # until the defect exists and can be seen; a change of tone always can, sooner or later
+    """Paint one defect inside `where` (H, W) bool. Returns the new image and the mask."""
+    while True:  # until the defect exists and is visible, which a change of tone eventually is
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
             continue
-        part = around(mask)  # beyond it nothing changes, and need not be computed
+        part = around(mask)  # the rest of the image does not change
         alpha = opacity(mask[part], rng)
         change = alpha[..., None] * (source(image, other, part, rng) - image[part])
         if np.abs(change[mask[part]]).mean() > 0.03:
@@ -62,7 +62,7 @@ def with_defect(
 
 
 def around(mask: np.ndarray) -> tuple[slice, slice]:
-    """The part of an image that a mask (H, W) bool touches, and what `opacity` needs beside it."""
+    """The part of an image around a mask (H, W) bool, with the margin that `opacity` needs."""
     y0, x0, y1, x1 = bounding_box(mask)
     height, width = mask.shape
     rows = slice(max(0, y0 - REACH), min(height, y1 + REACH))
@@ -74,7 +74,7 @@ def around(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def defect_mask(where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random shape, (H, W) bool: Perlin noise above 0.5 as in DRAEM, or a scratch or spots that begin in `where`."""
+    """A random shape, (H, W) bool: Perlin noise above 0.5 as in DRAEM, or a scratch or spots that start in `where`."""
     height, width = where.shape
     if rng.random() < 0.4:
         cells = 2 ** rng.integers(0, 6, 2)  # 1 to 32 along each axis of a square
@@ -85,15 +85,16 @@ def defect_mask(where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Perlin noise, (height, width), about -1..1: `cells` (down, across) lattice cells, turned by U(-90, 90) degrees.
+    """Perlin noise (height, width), about -1..1, with `cells` (down, across) lattice cells, rotated by U(-90, 90)
+    degrees.
 
-    Each corner of a cell has a random gradient; the noise there is the gradient times the way from the corner, and in
-    between it is blended. Gradients are looked up by coordinate, so that any shape and angle need no padding."""
+    Each corner of a cell has a random gradient. A corner's noise is this gradient times the offset from the corner;
+    inside a cell the noise of its corners is blended. Gradients are looked up by coordinate, without padding."""
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
-    phase = np.pad(phase, (0, 1), mode="wrap").flatten()  # a corner may be one farther than the last
+    phase = np.pad(phase, (0, 1), mode="wrap").flatten()  # the last cell's far corner wraps around
     down_gradient, across_gradient = np.float32(np.sin(phase)), np.float32(np.cos(phase))
     angle = rng.uniform(-math.pi / 2, math.pi / 2)
-    # In units of one length, or turning would shear the cells of a strip.
+    # Both axes have the same unit; otherwise the rotation would shear the cells of a strip.
     tall, wide = height / math.sqrt(height * width), width / math.sqrt(height * width)
     lines, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
     v, u = np.meshgrid(tall * (lines / height - 0.5), wide * (columns / width - 0.5), indexing="ij")
@@ -101,7 +102,7 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     x = cells[1] / wide * (v * math.sin(angle) + u * math.cos(angle)) + rng.uniform(0, LATTICE)
     row, column = np.floor(y).astype(np.int32) % LATTICE, np.floor(x).astype(np.int32) % LATTICE
     cell = row * (LATTICE + 1) + column  # one index is looked up faster than two
-    y, x = y % 1, x % 1  # place inside the cell
+    y, x = y % 1, x % 1  # position inside the cell
 
     def corner(down: int, across: int) -> np.ndarray:
         number = cell + (down * (LATTICE + 1) + across)
@@ -113,17 +114,17 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
 
 
 def fade(t: np.ndarray) -> np.ndarray:
-    """Perlin's quintic, 0..1 -> 0..1: flat to second order at both ends, so that no cell's border shows."""
+    """Perlin's quintic, 0..1 -> 0..1: flat to second order at both ends, so that cell borders are invisible."""
     return t**3 * (t * (6 * t - 15) + 10)
 
 
 def blend(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """From a (share 0) to b (share 1)."""
+    """Linear interpolation from a (share 0) to b (share 1)."""
     return a + share * (b - a)
 
 
 def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scratch (a curved chain of dots) or up to three spots from `centre` (y, x) on: what Perlin noise lacks."""
+    """A scratch (a curved chain of dots) or up to three spots, from `centre` (y, x): shapes that Perlin noise lacks."""
     if rng.random() < 0.5:  # a scratch; all lengths are for an image of 256 x 256
         count, step, wobble = rng.integers(10, 40), 2, 0.05
         radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0)
@@ -138,21 +139,21 @@ def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Genera
     image = Image.new("1", (width, height))
     pen = ImageDraw.Draw(image)
     for point, radius in zip(points - points[0], radii, strict=True):
-        x, y = point * unit + centre[::-1]  # points are (x, y), as one draws; the centre is (y, x), as arrays are
+        x, y = point * unit + centre[::-1]  # points are (x, y), as in drawing; the centre is (y, x), as in arrays
         dx, dy = radius * unit
         pen.ellipse((x - dx, y - dy, x + dx, y + dy), fill=1)
     return np.asarray(image)
 
 
 def opacity(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """alpha M, (H, W) in 0..1: rises from the mask's rim inwards, since sharp cut-outs are what a detector would learn
-    instead of defects."""
+    """alpha M, (H, W) in 0..1. It rises from the mask's edge inwards: a detector would learn sharp edges instead of
+    defects."""
     soft = 2 * ndimage.gaussian_filter(mask.astype(np.float32), rng.uniform(0.3, 1.5))
     return np.minimum(soft, 1) * mask * rng.uniform(0.5, 1)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """(y0, x0, y1, x1), half-open, of a mask (H, W) bool that is not empty."""
+    """(y0, x0, y1, x1), half-open, of a non-empty mask (H, W) bool."""
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))
     return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
@@ -162,8 +163,8 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
-    """What fills the mask, in this part of the image: `other` (a texture or a normal image) shuffled, a change of tone,
-    or displaced content."""
+    """The content that fills the mask, in this part of the image: `other` (a texture or a normal image) with its tiles
+    shuffled, or `image` with its tone changed, or `image` displaced."""
     kind = rng.integers(3)
     if kind == 0:
         filling = shuffled(other, part, rng)
@@ -172,14 +173,14 @@ def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng:
     else:
         filling = displaced(image, rng)[part]
     is_grey = np.abs(image - image[..., :1]).max() < 0.02
-    if is_grey:  # a camera without colour sees no coloured defects either
+    if is_grey:  # a monochrome camera sees no coloured defects
         return filling.mean(axis=-1, keepdims=True)
     return filling
 
 
 def shuffled(image: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator, grid: int = 8) -> np.ndarray:
-    """Structural source: the tiles in another order, `grid` x `grid` of them in a square, with another gain, contrast
-    and tint; in this part of the image."""
+    """Structural source: the tiles of an image (`grid` x `grid` in a square) in random order, with random contrast,
+    brightness and tint. Returns this part of the result."""
     gain = rng.uniform(0.6, 1.6)
     shift = np.float32(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3))
     height, width = image.shape[:2]
@@ -196,7 +197,7 @@ def shuffled(image: np.ndarray, part: tuple[slice, slice], rng: np.random.Genera
 
 
 def toned(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Stains, scratches, dents: darker or lighter, slightly tinted, some grain."""
+    """For stains, scratches and dents: darker or lighter, slightly tinted, with some grain."""
     shade = np.float32(rng.choice([-1, 1]) * rng.uniform(0.1, 0.5) + rng.normal(0, 0.05, 3))
     grain = np.float32(rng.normal(0, rng.uniform(0, 0.05), (*image.shape[:2], 1)))
     return (image * rng.uniform(0.4, 1) + shade + grain).clip(0, 1)
@@ -208,11 +209,11 @@ def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.roll(image, np.round(reach).astype(int), axis=(0, 1))
 
 
-# ---------------------------------------------------------------- a sheet of my images, before any training
+# ---------------------------------------------------------------- a sheet of synthetic defects, before any training
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from kit.demo import draw_sheet  # here, since training needs none of it
+    from kit.demo import draw_sheet  # imported here: training does not need it
 
     draw_sheet(synthesize, foreground, arguments)
 

@@ -1,11 +1,11 @@
-"""Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo that it draws."""
+"""Train a detector on good images: python train.py --data mvtec/bottle. Without --data it draws and uses a demo."""
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
 from kit.command_line import refuse_without_effect, training_options
 from kit.errors import InputError, run_script
 
 if __name__ == "__main__":
-    run_script(training_options)  # once before PyTorch is imported: what is wrong with them need not wait for it
+    run_script(training_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
 import argparse
@@ -57,7 +57,7 @@ class Run:
     files: list[Path]  # its good images
     settings: Settings
     out: Path
-    roi: np.ndarray | None  # (H, W) bool, if not all of an image is looked at
+    roi: np.ndarray | None  # (H, W) bool; None for the whole image
     defects: list[Defect]  # real ones
 
 
@@ -65,27 +65,27 @@ class Run:
 
 
 def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
-    """Train on the run's good images, and calibrate on all of them; its folder gets model.pt and log.csv.
+    """Train on the run's good images, and calibrate on all of them. Writes model.pt and log.csv into the run's folder.
 
-    As long as training lasts, all that it writes lies in the subfolder `unfinished`: state.pt there has all that
-    --resume needs. The detector of an earlier training stays as it is, and judges, until the new one is complete. So a
-    kill costs an epoch at most, or the calibration on all good images, which comes last."""
+    During training all files are written to the subfolder `unfinished`; its state.pt has everything that --resume
+    needs. An earlier detector stays in use until the new one is complete. So a kill costs at most one epoch, or the
+    final calibration on all good images."""
     with held(run.out) if processes.first else contextlib.nullcontext():
         train_held(run, args, textures, processes)
 
 
 def train_held(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
-    """`train`, while no other call can write into the run's folder."""
+    """`train`, while the run's folder is locked against other calls."""
     method = METHODS[run.settings.method]
     model, progress = begin(run, args)
     if model is None:
-        print(f"{run.out} is finished already")
+        print(f"{run.out}: training is finished already")
         return
     good = GoodImages(*split(run.files, run.settings.seed), textures, processes, run.defects)
     if len(good.trained_on) < processes.count:
-        raise InputError(f"{processes.count} processes, and {len(good.trained_on)} images to train on: start fewer")
-    beside = f", and {len(run.defects)} real defects" if run.defects else ""
-    print(f"reading {len(run.files)} images, of which {len(good.held_out)} are held out{beside}", flush=True)
+        raise InputError(f"{processes.count} processes for {len(good.trained_on)} images to train on: start fewer")
+    beside = f" and {len(run.defects)} real defects" if run.defects else ""
+    print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
     if processes.first:  # it is the one that writes checkpoints
         model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if line := shapes.told(run.files, model.shape):
@@ -105,12 +105,12 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
     finish(model, good, run)
-    print(f"wrote {run.out / MODEL}; try python evaluate.py {run.out}, or with --images FOLDER")
+    print(f"wrote {run.out / MODEL}; next: python evaluate.py {run.out}, or the same with --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
-    """A new model with ImageNet weights; or, with --resume, where a stopped run was: its model and progress. None if
-    there is nothing left to do."""
+    """A new model with ImageNet weights; with --resume, the model and the progress of a stopped run. None if the run is
+    finished."""
     detector = METHODS[run.settings.method].detector
     path = resumable(run.out) if args.resume else None
     checkpoint = read_checkpoint(path) if path else None
@@ -131,10 +131,10 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
 def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: bool) -> None:
     """Write log.csv, loss.png and state.pt into the subfolder `unfinished`, before the first step and after each epoch.
 
-    state.pt is a checkpoint with all that --resume needs; after the first epoch it can judge, too."""
+    state.pt is a checkpoint with everything that --resume needs. After the first epoch it can judge images, too."""
     own = unfinished_files(run.out)
     if epoch.number == 0:
-        own.remove([name for name in own.names() if name != STATE])  # of a training that was given up
+        own.remove([name for name in own.names() if name != STATE])  # of an abandoned training
     if log:
         write_log(own, log)
     progress = epoch.progress | {"log": log, "files": names(run)}
@@ -162,7 +162,7 @@ def write_log(own: OwnFiles, log: list[dict]) -> None:
 
 
 def finish(model: Detector, good: GoodImages, run: Run) -> None:
-    """Write a trained model, show which good images are unlike the others, and put it in its place."""
+    """Write a trained model, show the good images that look unlike the others, and install the model in its folder."""
     if not good.processes.first:
         return
     own = unfinished_files(run.out)
@@ -173,21 +173,24 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
 
 
 def names(run: Run) -> list[str]:
-    """The run's good images, as they lie below its category; false alarms by their whole path."""
+    """The paths of the run's good images, relative to its category; those outside (false alarms) in full."""
     below = run.category.resolve()
     paths = [path.resolve() for path in run.files]
     return [(path.relative_to(below) if path.is_relative_to(below) else path).as_posix() for path in paths]
 
 
 def check_resumable(run: Run, checkpoint: dict) -> None:
-    """Raises InputError if the run had other settings or, as far as the checkpoint still tells, other images."""
+    """Raises InputError if the run had other settings or, unless it is finished, other images."""
     then = checkpoint["settings"]
     for name, value in asdict(run.settings).items():
         if name not in ("images", "held_out", "taught", "good") and then.get(name) != value:
             was = then.get(name)
-            raise InputError(f"--resume: {run.out} was started with another {name} ({was}); give the same, or --out")
+            hint = "give that, or another --out"
+            raise InputError(f"--resume: {run.out} was started with another {name} ({was}); {hint}")
     if then.get("taught", ()) != run.settings.taught:
-        raise InputError(f"--resume: {run.out} was started with other defects or corrections; give the same, or --out")
+        raise InputError(
+            f"--resume: {run.out} was started with other defects or corrections; give those, or another --out"
+        )
     if checkpoint["progress"] is None:  # it is finished
         return
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
@@ -196,11 +199,11 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
 
 
 def complain_of_files(files: set[str], what: str) -> None:
-    """Raises InputError, naming the first, if there are any of these."""
+    """Raises InputError, naming the first of these files, if there are any."""
     if not files:
         return
     others = f", and {len(files) - 1} more" if len(files) > 1 else ""
-    consequence = "other images would be held out; give the same ones, or another --out"
+    consequence = "this would change which images are held out; give the same images, or another --out"
     raise InputError(f"--resume: {min(files)} {what}{others}: {consequence}")
 
 
@@ -208,7 +211,7 @@ def complain_of_files(files: set[str], what: str) -> None:
 
 
 def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], out: Path, several: bool) -> list[Run]:
-    """A run for each category and seed. Raises InputError, before anything is trained, if one cannot be."""
+    """A run for each category and seed. Raises InputError, before anything is trained, if one is not possible."""
     corrections = read_corrections(args.corrections) if args.corrections else Corrections()
     defects = given_defects(args, corrections)
     taught = fingerprints([defect.path for defect in defects] + corrections.false_alarms)
@@ -224,7 +227,9 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         files = data.usable(files, args.skip_bad)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
-            raise InputError(f"--data {category}: {len(files)} good images; training takes {least}, better {4 * least}")
+            raise InputError(
+                f"--data {category}: {len(files)} good images; training needs at least {least}, better {4 * least}"
+            )
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / name / f"seed{seed}" if several else out
             refuse_shared(target, category, planned)
@@ -245,14 +250,14 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
 
 
 def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:
-    """Raises InputError if a run that is planned already has this folder."""
+    """Raises InputError if another planned run has the same folder."""
     for run in planned:
         if run.out.resolve() == target.resolve():
             raise InputError(f"--out {target}: is the folder of both {run.category} and {category}; rename one of them")
 
 
 def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:
-    """Those in --defects, and those that --corrections calls missed, each once."""
+    """The defects in --defects and those that --corrections lists as missed, without duplicates."""
     found = list_defects(args.defects, args.defect_masks) if args.defects else []
     there = {defect.path.resolve() for defect in found}
     found += [Defect(path, None) for path in corrections.missed if path.resolve() not in there]
@@ -261,35 +266,37 @@ def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[De
 
 
 def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -> np.ndarray | None:
-    """What --roi marks on images like `files`, as large as they are judged in: (H, W) bool. Raises InputError if it has
-    another shape than they have."""
+    """The region of interest that --roi marks, at the shape in which images are judged: (H, W) bool. Raises InputError
+    if the mask has another shape than the images `files`."""
     if mask is None:
         return None
     shape, usual = shapes.shape_in_file(mask), shapes.usual_shape(files)
     if shape and usual and shapes.is_other(shape, usual):
         raise InputError(
-            f"--roi {mask}: is {shape[1]} x {shape[0]}, and the good images are {usual[1]} x {usual[0]}; mark in "
-            "white, on a black copy of one of them, what is to be looked at"
+            f"--roi {mask}: is {shape[1]} x {shape[0]} pixels, but the good images are {usual[1]} x {usual[0]}; give a "
+            "mask of that shape, white where images are to be inspected"
         )
     return read_region(mask, judged_in)
 
 
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:
-    """Train every category in args.data, or args.data itself, with every seed; then evaluate, if there are several.
+    """Train every category in args.data, or args.data itself, with every seed; evaluate them if there are several.
 
-    The processes of torchrun train a single run together; several are spread over them, each trained by one alone. Then
-    each has a folder of its own below `out`."""
+    Several processes (torchrun) train a single run together. Several runs are distributed over the processes: each run
+    is trained by one process, into a folder of its own below `out`."""
     textures = texture_files(args)
     categories = data.category_folders(args.data)
     if categories != [args.data] and (args.defects or args.corrections):
         flag = "--defects" if args.defects else "--corrections"
-        raise InputError(f"{flag}: is of one category, and --data {args.data} has several; train that one by itself")
+        raise InputError(
+            f"{flag}: belongs to one category, but --data {args.data} has several; train that category alone"
+        )
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
     if args.weights and args.resume and all(resumable(run.out) for run in planned):
         refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
     if processes.count > 1:
-        dist.barrier()  # all have planned, before one changes what the others look at
+        dist.barrier()  # all processes have planned before one of them changes files
     if several:
         mine = planned[processes.rank :: processes.count]
     else:
@@ -297,7 +304,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     for run in mine:
         prepare(run, args)
     if processes.count > 1:
-        dist.barrier()  # so that no process takes old figures for new ones
+        dist.barrier()  # so that no process mistakes old metrics for new ones
     if several:
         for run in mine:
             train(run, args, textures, processes.alone())
@@ -311,7 +318,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
 
 
 def prepare(run: Run, args: argparse.Namespace) -> None:
-    """Finish what a kill left half done in the run's folder, and say there that a new training will follow."""
+    """Complete what a kill left half done in the run's folder, and mark there that a new training will follow."""
     with held(run.out):
         install(run.out)
         if not args.resume:
@@ -319,8 +326,8 @@ def prepare(run: Run, args: argparse.Namespace) -> None:
 
 
 def measured(run: Run) -> dict | None:
-    """The run's metrics.json, if it is about this very model, its own test images and the default threshold, and no
-    other model is to come."""
+    """The run's metrics.json, if it belongs to the present model, its own test images and the default threshold, and no
+    new training is unfinished."""
     path = run.out / "metrics.json"
     if not path.exists() or is_unfinished(run.out):
         return None
@@ -333,8 +340,8 @@ def measured(run: Run) -> dict | None:
 
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
-    """Measure a run on its category's test images, unless there are none, or it has been done."""
-    from kit.inspection import Inspection  # here, since training alone needs none of it
+    """Measure a run on its category's test images, unless there are none, or this has been done."""
+    from kit.inspection import Inspection  # imported here: training alone does not need it
     from kit.measuring import report
 
     if data.has_tests(run.category) and measured(run) is None:
@@ -344,7 +351,7 @@ def evaluate_run(run: Run, args: argparse.Namespace) -> None:
 
 
 def write_results(planned: list[Run], out: Path) -> None:
-    """results.json, the metrics of all runs, and table.md; by the process that finishes last and so finds them all."""
+    """Write results.json, the metrics of all runs, and table.md. Only the process that finishes last finds them all."""
     from kit.measuring import results_table
 
     rows = [measured(run) for run in planned]
@@ -358,7 +365,7 @@ def write_results(planned: list[Run], out: Path) -> None:
 
 
 def texture_files(args: argparse.Namespace) -> list[Path]:
-    """The photographs below --textures. Raises InputError if there are none."""
+    """The images in --textures and its subfolders. Raises InputError if there are none."""
     if not args.textures:
         return []
     textures = data.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
@@ -370,7 +377,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     args, options = training_options(arguments)
     if options["backbone"] not in BACKBONES:
-        raise InputError(f"--backbone {options['backbone']}: is none of {', '.join(BACKBONES)}")
+        raise InputError(f"--backbone {options['backbone']}: unknown backbone; choose from {', '.join(BACKBONES)}")
     processes = join_processes()
     args.device = pick_device(args.device, processes.local_rank)
     out = args.out or Path("runs", "demo" if args.is_demo else data.category_name(args.data))
@@ -378,14 +385,14 @@ def main(arguments: list[str] | None = None) -> None:
         from kit.demo import draw_demo
 
         args.data = out / "data" / "demo"
-        check_out(out, args.data, [], args.resume)  # before anything is drawn into it
+        check_out(out, args.data, [], args.resume)  # before the demo is drawn into it
         if processes.first:
             draw_demo(args.data)
         if processes.count > 1:
-            dist.barrier()  # the others read what the first has drawn
+            dist.barrier()  # the other processes read what the first one draws
     train_all(args, options, out, processes)
 
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; go on with --resume")
+    run_script(main, on_interrupt="stopped; continue with --resume")

@@ -227,7 +227,12 @@ def main() -> None:
     add("--seeds", type=int, default=3)
     add("--device", default="cpu")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    add("--compare", nargs=2, metavar=("BEFORE", "AFTER"), help="compare two variants' results; nothing is trained")
+    add(
+        "--compare",
+        nargs=2,
+        metavar=("BEFORE", "AFTER"),
+        help="compare the results of two variants; nothing is trained",
+    )
     args = parser.parse_args()
     if args.compare:
         compare(args.categories, args.out, *args.compare)

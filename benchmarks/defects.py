@@ -239,10 +239,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("categories", type=Path, nargs="*")
-    add("--out", type=Path, required=True, help="folder for what is computed once, and for results")
+    add("--out", type=Path, required=True, help="folder for cached features and results")
     add("--weights", help="file with the backbone's ImageNet weights")
     add("--device", default="cpu")
-    add("--table", action="store_true", help="print the table of what is there; nothing is trained")
+    add("--table", action="store_true", help="print the table of the results so far; nothing is trained")
     args = parser.parse_args()
     if args.table:
         print(table([row for file in sorted(args.out.glob("*.jsonl")) for row in read_results(file)]))

@@ -116,7 +116,7 @@ def main() -> None:
     print(f"training on {LEARNT_FROM} photographs of {ACROSS * TILE} x {DOWN * TILE}: {seconds:.0f} s, {memory:.0f} MB")
     command = [sys.executable, "evaluate.py", run, "--images", out / "new", "--out", found]
     seconds, memory = run_measured([str(part) for part in command], out / "judge.txt")
-    print(f"judging {2 * TESTS}: {seconds / 2 / TESTS:.1f} s an image, pictures and all, {memory:.0f} MB")
+    print(f"judging {2 * TESTS}: {seconds / 2 / TESTS:.1f} s per image, with its pictures, {memory:.0f} MB")
     with open(found / "scores.csv") as file:
         rows = list(csv.DictReader(file))
     labels = np.array([row["file"] in boxes for row in rows])
@@ -135,7 +135,7 @@ def main() -> None:
     for rate in RATES:
         anomalous = scores > model.thresholds(rate).score
         bad, good = int(anomalous[labels].sum()), int(anomalous[~labels].sum())
-        print(f"--false-alarm {rate}: {bad} of {TESTS} defective ones flagged, {good} of {TESTS} good ones")
+        print(f"--false-alarm {rate}: {bad} of {TESTS} defective and {good} of {TESTS} good images flagged")
 
 
 if __name__ == "__main__":

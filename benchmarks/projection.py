@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = parser.parse_args(arguments).run
     checkpoint = read_checkpoint(run / "model.pt")
     if checkpoint["settings"]["method"] != "autoencoder":
-        raise InputError(f"{run}: is not of the autoencoder; train one with --method autoencoder")
+        raise InputError(f"{run}: not a run of the autoencoder; train one with --method autoencoder")
     category = Path(checkpoint["settings"]["data"])
     good_tests = [path for name in data.GOOD_NAMES for path in data.list_images(category / "test" / name)]
     files = good_tests or data.list_images(data.good_folder(category))

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("model", choices=TRAIN)
     parser.add_argument("category", type=Path)
     parser.add_argument("--weights", required=True, help="file with ResNet18's ImageNet weights")
-    parser.add_argument("--batch", type=int, default=8, help="images at once, when it judges (8)")
+    parser.add_argument("--batch", type=int, default=8, help="batch size for judging, in images (default: 8)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -103,7 +103,7 @@ def figure(rows: list[dict]) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of good images")
+    parser.add_argument("folder", type=Path, help="folder of good images")
     parser.add_argument("--weights", required=True, help="file with ResNet18's ImageNet weights")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)

@@ -142,9 +142,9 @@ def main() -> None:
     add = parser.add_argument
     add("categories", type=Path, nargs="+")
     add("--weights", required=True, help="file with ResNet18's ImageNet weights")
-    add("--autoencoder", action="store_true", help="it takes a quarter of an hour a category")
-    add("--rivals", action="store_true", help="anomalib's FastFlow and PatchCore, and ours at 256x256")
-    add("--batch", type=int, default=8, help="images at once (8)")
+    add("--autoencoder", action="store_true", help="also the autoencoder, which takes 15 minutes per category")
+    add("--rivals", action="store_true", help="also anomalib's FastFlow and PatchCore, and ours at 256x256")
+    add("--batch", type=int, default=8, help="batch size in images (default: 8)")
     add("--device", default="cpu")
     args = parser.parse_args()
     keep_freed_memory()  # as train.py and evaluate.py do

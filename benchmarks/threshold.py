@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("runs", type=Path, nargs="+", help="run folders")
-    add("--choices", type=int, default=10, help="of the images that calibrate, at random")
+    add("--choices", type=int, default=10, help="number of random choices of the calibration images (default: 10)")
     add("--device", default="cpu")
     args = parser.parse_args()
     for run in args.runs:

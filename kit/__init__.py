@@ -1,9 +1,9 @@
-"""What the methods run on, one subject a file. Nothing here imports a method or the top level.
+"""The tools that the methods use, one subject per file. Nothing here imports a method or the top level.
 
-The scripts import this before PyTorch, since it says how long PyTorch's threads spin while they wait for each other,
-before they sleep. OpenMP's default, some milliseconds, costs nothing on an idle machine. On a busy one the threads take
-from each other the time that they wait for: beside one busy process per core, training fell to 0.22 of its rate. With
-less spinning it keeps 0.40, and loses nothing on an idle machine. It is read when PyTorch is imported."""
+The scripts import this before PyTorch, which reads the setting below on import: how long PyTorch's threads spin while
+they wait for each other, before they sleep. OpenMP's default is some milliseconds. On a busy machine spinning threads
+take time from the others: with one other busy process per core, training fell to 0.22 of its speed. With less spinning
+it keeps 0.40, and on an idle machine it loses nothing."""
 
 import os
 

@@ -1,5 +1,5 @@
 """Frozen ImageNet backbones: images -> one map of features. EfficientNet-Lite0, whose weights come with pip, or one of
-torchvision's ResNets. Another one is a class here and a line in BACKBONES."""
+torchvision's ResNets. To add another one, write a class here and a line in BACKBONES."""
 
 import contextlib
 import math
@@ -18,7 +18,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from kit.errors import InputError
 
-# ImageNet's, of each channel. torchvision's own `normalize` cannot be exported: it branches on the values.
+# Of ImageNet, per channel. torchvision's own `normalize` cannot be exported: it branches on the values.
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
@@ -30,30 +30,30 @@ RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "re
 
 
 class Backbone(nn.Module):
-    """A frozen network, and all that is asked of it: `features`, how many `channels` they have, how many pixels apart
-    two positions of theirs are (`stride`), and `load_imagenet`. Large images are seen in windows, if it says how many
-    pixels around a position matter to it (`reach`)."""
+    """A frozen network. It provides `features`, their number of `channels`, the distance of two positions in pixels
+    (`stride`), and `load_imagenet`. If it also gives `reach`, the number of pixels around a position that matter to it,
+    large images are processed in windows."""
 
     channels: int
     stride: int
-    reach: int | None = None  # all of the image
+    reach: int | None = None  # None: the whole image
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, channels, h, w) float32, about H / stride and W / stride positions."""
         raise NotImplementedError
 
     def load_imagenet(self, file: str | None = None) -> None:
-        """Fill it from `file`, or with its published ImageNet weights. Raises InputError if they cannot be had or do
+        """Load ImageNet weights from `file`, or the published ones. Raises InputError if they are not available or do
         not fit."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Never: a frozen backbone keeps the batch statistics of ImageNet."""
+        """Stays in eval mode: a frozen backbone keeps the batch statistics of ImageNet."""
         return super().train(False)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B h w, C): one feature for each position of each image."""
+    """(B, C, h, w) -> (B h w, C): one feature per position of each image."""
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
@@ -61,14 +61,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 class Convolutional(Backbone):
-    """Layers of a convolutional network at the given `strides`, the finest first, each averaged with its neighbours;
-    `features` joins them at the finest stride, as in PatchCore."""
+    """Layers of a convolutional network at the given `strides`, finest first, each averaged 3x3. `features`
+    concatenates them at the finest stride, as in PatchCore."""
 
     TAPS: dict[int, str]  # the name of the layer at each stride
-    reach = 192  # what is farther away changes features by less than a thousandth, which a test checks
+    reach = 192  # pixels farther away change features by less than a thousandth, which a test checks
 
     def __init__(self, name: str, make: Callable[[], nn.Module], strides: tuple[int, ...]):
-        """`make` gives the network, untrained."""
+        """`make` returns the untrained network."""
         super().__init__()
         self.name = name
         self.make = make
@@ -79,7 +79,7 @@ class Convolutional(Backbone):
         self.channels = sum(self.widths)
 
     def extractor(self) -> fx.GraphModule:
-        """The untrained network, less what comes after the last tap."""
+        """The untrained network up to the last tap."""
         net = create_feature_extractor(self.make(), self.taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
         return net.eval().requires_grad_(False)
 
@@ -98,27 +98,27 @@ class Convolutional(Backbone):
         return list(self.net(self.normalised(images)).values())
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images as the network was trained on them."""
+        """Images, normalised as in the network's ImageNet training."""
         raise NotImplementedError
 
     def published(self) -> dict[str, Tensor]:
-        """The state dict of its published ImageNet weights; raises whatever the network raises."""
+        """The state dict of the published ImageNet weights. May raise any error that a download can raise."""
         raise NotImplementedError
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict as it was published, with the names that torchvision has for its parameters."""
+        """A published state dict, with its keys renamed to torchvision's parameter names."""
         return state
 
     def load_imagenet(self, file: str | None = None) -> None:
-        """From `file`: a state dict with the published names, in which what is not used (layer4, fc) may be absent."""
+        """From `file`: a state dict with the published names. Unused layers (layer4, fc) may be missing."""
         state = self.with_own_names(self.read(file))
         net = self.extractor()
         for key, value in net.state_dict().items():
-            if "num_batches" in key:  # batch norm's count of batches, which some files lack
+            if "num_batches" in key:  # batch norm's counter, which some files lack
                 continue
             if getattr(state.get(key), "shape", None) != value.shape:
                 problem = f"'{key}' is missing or differs"
-                raise InputError(f"{file or 'published weights'}: do not fit --backbone {self.name} ({problem})")
+                raise InputError(f"{file or 'download'}: weights do not fit --backbone {self.name} ({problem})")
             value.copy_(state[key])
         self.net.load_state_dict(folded(net).state_dict())
 
@@ -126,16 +126,16 @@ class Convolutional(Backbone):
         """The state dict in `file`, or the published one."""
         try:
             return dict(torch.load(file, map_location="cpu", weights_only=True)) if file else self.published()
-        except Exception as error:  # the network and the unpickler fail in many ways
+        except Exception as error:  # downloads and the unpickler fail in many ways
             raise InputError(
                 f"{file or 'download'}: no ImageNet weights for --backbone {self.name} ({error!r:.200}); give a "
-                f"state dict with --weights FILE, or use --backbone {LITE0}, whose come with pip"
+                f"state dict with --weights FILE, or use --backbone {LITE0}, whose weights come with pip"
             ) from error
 
 
 def folded(net: fx.GraphModule) -> fx.GraphModule:
-    """A network that computes the same, each of its batch norms, which are frozen, multiplied into the convolution
-    before it: that takes a tenth less time."""
+    """Fuse each batch norm, which is frozen, into the convolution before it. The result is the same, in a tenth less
+    time."""
     for node in net.graph.nodes:
         if node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.BatchNorm2d):
             (before,) = node.args
@@ -147,7 +147,7 @@ def folded(net: fx.GraphModule) -> fx.GraphModule:
 
 
 def averaged(x: Tensor) -> Tensor:
-    """Each feature averaged with its neighbours, 3x3: single ones are noisy."""
+    """Each feature averaged with its neighbours, 3x3, since single features are noisy."""
     return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -196,7 +196,7 @@ class EfficientNetLite0(Convolutional):
 
 
 def same_padding(pixels: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Pixels to add before and after, so that ceil(pixels / stride) come out: TensorFlow's "same"."""
+    """The pixels to pad before and after, so that the output has ceil(pixels / stride): TensorFlow's "same"."""
     missing = max((math.ceil(pixels / stride) - 1) * stride + kernel - pixels, 0)
     return missing // 2, missing - missing // 2
 
@@ -212,7 +212,7 @@ class SameConv2d(nn.Conv2d):
 
 
 def efficientnet_lite0() -> EfficientNet:
-    """EfficientNet-Lite0, untrained: torchvision's EfficientNet, less squeeze-and-excite, with ReLU6 and
+    """EfficientNet-Lite0, untrained: torchvision's EfficientNet without squeeze-and-excite, with ReLU6 and
     TensorFlow's padding."""
     block = partial(MBConv, se_layer=nn.Identity)
     stages = [  # expansion, kernel, stride, channels in, channels out, repeats
@@ -243,8 +243,8 @@ def like(conv: nn.Conv2d) -> SameConv2d:
 
 
 def wheel_names(net: EfficientNet) -> dict[str, str]:
-    """torchvision's name of each layer with parameters -> its name in the wheel: "features.2.0.block.1.0" ->
-    "_blocks.1._depthwise_conv"."""
+    """torchvision's name of each layer with parameters -> its name in the pip package's file, for example
+    "features.2.0.block.1.0" -> "_blocks.1._depthwise_conv"."""
     head = len(net.features) - 1
     names = {
         "features.0.0": "_conv_stem",
@@ -264,7 +264,7 @@ def wheel_names(net: EfficientNet) -> dict[str, str]:
     return names
 
 
-# What --backbone may name, and how each is made, untrained.
+# The names that --backbone takes, and a function that makes each untrained backbone.
 BACKBONES: dict[str, Callable[..., Backbone]] = {
     **{name: partial(ResNet, name) for name in RESNETS},
     LITE0: EfficientNetLite0,

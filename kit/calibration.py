@@ -1,4 +1,4 @@
-"""The scores of normal images, from which thresholds come, and the odd ones among them."""
+"""The scores of normal images, which set the thresholds, and the outliers among these images."""
 
 import itertools
 import math
@@ -23,27 +23,27 @@ from kit.rows import Feed
 from kit.settings import LEAST_IMAGES
 from kit.verdict import drift, odd_ones
 
-FOLDS = 3  # in which the good images are divided for the calibration
-ALIKE = 2.5  # times as alike as others, from which on images that follow each other are a series
-FEW = 20  # images, among which a series cannot be told
-LIMIT = 1000  # images at most that a threshold comes from, beside the held-out ones
-COPIES = 30  # of held-out images, on which the threshold is tested
+FOLDS = 3  # blocks of good images for the calibration
+ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
+FEW = 20  # with fewer images, a series cannot be recognised
+LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
+COPIES = 30  # camera copies of held-out images, at most, on which the threshold is tested
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
 TENTHS = 10
-ASKED = 40  # images, whether those that follow each other are alike
+ASKED = 40  # images at most, whose neighbours `alike_in_order` looks at
 
 
 class AsNew:
-    """The good images that a detector was trained on, each to be judged as if it were new: so all of them calibrate the
-    threshold, and not the held-out ones alone. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas,
-    Tibshirani, arXiv 1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
+    """Judges the good images that a detector was trained on, each as if it were new. So all of them set the threshold,
+    not only the held-out ones. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas, Tibshirani, arXiv
+    1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
-    `numbers` are those that are judged, at most LIMIT, drawn at random. `fold` (n,) divides all n into FOLDS blocks, in
-    the order of their names: what is trained is trained without the image's block. The bank leaves out the image's own
-    prototypes; but where images that follow each other are alike (`alike` times as alike as others), as the frames of a
-    camera are, those of its whole fifth (a third would leave too poor a bank: scores would be too high). Such images
-    count for fewer: `different` of them."""
+    `numbers` are the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images into
+    FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained without
+    its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the frames
+    of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor, and
+    scores too high). The images of a series count as fewer `different` ones."""
 
     def __init__(self, good: GoodImages, seed: int, alike: float):
         self.good = good
@@ -55,20 +55,21 @@ class AsNew:
         self.different = max(1, round(count / alike)) if self.is_series else count
         if self.is_series and self.different < LEAST_IMAGES:
             raise InputError(
-                f"--data: a series: its images that follow each other by name are alike, and these {count} show about "
-                f"{self.different} different ones; training takes {LEAST_IMAGES}. Give good images from other days"
+                f"--data: these {count} images look like a series (neighbours in name order are near copies): they "
+                f"count as about {self.different} different images; training needs at least {LEAST_IMAGES}. Add good "
+                "images from other days"
             )
 
     def check_processes(self) -> None:
-        """Raises InputError if one of the processes that share the images has no images of two thirds: it could not
-        teach what judges the other one."""
+        """Raises InputError if the images of one process all come from a single third: when that third is judged, the
+        process would have no images to train on."""
         count = self.good.processes.count
         for rank in range(count):
             if len(set(self.fold[rank::count].tolist())) < 2:
-                raise InputError(f"{count} processes, and {len(self.fold)} images to train on: start fewer")
+                raise InputError(f"{count} processes for {len(self.fold)} images to train on: start fewer")
 
     def left_out(self, number: int) -> Tensor:
-        """The numbers of the images whose prototypes do not count when this one is judged."""
+        """The numbers of the images whose prototypes do not count when this image is judged."""
         if self.is_series:
             return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
         return torch.tensor([number])
@@ -80,7 +81,7 @@ class AsNew:
         known: Callable[[int], list[Tensor] | None] = lambda number: None,
     ) -> dict[int, Tensor]:
         """The `scores` of all blocks, one after the other. `fit_without` trains the model without the images of a
-        block; what is not trained needs none."""
+        block; methods without training need none."""
         scores = {}
         for fold in range(FOLDS):
             fit_without(fold)
@@ -91,8 +92,8 @@ class AsNew:
     def scores(
         self, model: Detector, fold: int, known: Callable[[int], list[Tensor] | None] = lambda number: None
     ) -> dict[int, Tensor]:
-        """Score and map's maximum (2,) of the images of a block that are judged, by number; each process judges
-        its part. `known` may tell the energies of an image, which is not read then."""
+        """The score and the map's maximum (2,) of each judged image of a block, by number. Each process judges its
+        part. `known` may return the energies of an image; the file is then not read."""
         processes = self.good.processes
         numbers = [number for number in self.numbers if self.fold[number] == fold]
         parts = [[n for n in numbers if n % processes.count == rank] for rank in range(processes.count)]
@@ -108,8 +109,8 @@ class AsNew:
         return dict(zip(itertools.chain(*parts), together, strict=True))
 
     def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
-        """Let these scores, by number, calibrate the threshold, beside those of the held-out images; but in a series
-        these have neighbours among the others, and do not count. Says so if it is one."""
+        """Set the threshold from these scores, by number, and those of the held-out images. In a series the held-out
+        images have near copies among the others and do not count; then a line is printed."""
         columns = torch.stack([scores[number] for number in self.numbers], dim=1)
         judged = [(self.good.trained_on[number], self.left_out(number)) for number in self.numbers]
         different = min(self.different, columns.shape[1])
@@ -122,9 +123,9 @@ class AsNew:
         model.calibrated_on = judged
         if self.is_series:
             print(
-                f"a series: images that follow each other by name are alike, and these {len(self.fold)} show about "
-                f"{different} different ones. Each was judged without its neighbours, and the threshold is no surer "
-                f"than {different} images make it; good images from other days would help"
+                f"these {len(self.fold)} images look like a series (neighbours in name order are near copies): they "
+                f"count as about {different} different images. Add good images from other days for a more reliable "
+                "threshold."
             )
 
 
@@ -135,13 +136,13 @@ def calibrate_as_new(
     learn_anew: Callable[[Feed, int, str], None],
     calibrate: Callable[[], None],
 ) -> None:
-    """The calibration on all good images, a third of them after the other; each third is judged by a flow and a
-    classifier that the others have taught. `learn_anew(feed, number, what)` is another training and the calibration on
-    the held-out images after it; `calibrate()` is that calibration alone."""
+    """The calibration on all good images, third by third. Each third is judged by a flow and a classifier that were
+    trained on the other two. `learn_anew(feed, number, what)` trains them and calibrates on the held-out images;
+    `calibrate()` is that calibration alone."""
     trained = model.flow, model.classifier
 
     def known(number: int) -> list[Tensor] | None:
-        """The energies of a good image, if its rows tell: these, too, are seen without its own prototypes."""
+        """The energies of a good image from its kept rows, which were computed without its own prototypes, too."""
         code = None if as_new.is_series else feed.code(number)
         return None if code is None else model.experts(code)
 
@@ -158,16 +159,16 @@ def calibrate_as_new(
 def alike_in_order(
     prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
 ) -> float:
-    """How much more alike good images are that follow each other by name: how many times as often as by chance the
-    prototypes that are nearest to an image, its own left out, come from its own tenth of the `files`. 1 where the names
-    tell nothing. Some of the images are asked, by those of the rows y (N, C) that have their numbers (N,). The
-    `prototypes` are a `bank.Prototypes`."""
+    """How much more alike good images are when they follow each other by name. The nearest prototypes of an image,
+    without its own, come from its own tenth of the `files` this many times as often as by chance; about 1 if the order
+    of names means nothing. It is measured on some of the images, from their rows y (N, C), where `images` (N,) is each
+    row's image number. `prototypes` is a `bank.Prototypes`."""
     tenth = blocks(files, TENTHS)
     origin = prototypes.origin.cpu()
     found, expected = 0.0, 0.0
     for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
         mine = rows[(images == number).to(rows.device)].float()
-        if not len(mine):  # of very many images
+        if not len(mine):  # with very many images, some have no rows here
             continue
         index = prototypes.nearest(mine, 1, dtype, torch.tensor([number])).cpu()
         is_near = tenth[origin] == tenth[number]
@@ -178,8 +179,8 @@ def alike_in_order(
 
 
 def blocks(files: list[Path], count: int) -> Tensor:
-    """(n,) the number of the block of each of n files: as many blocks, each contiguous in the natural order of names,
-    2 before 10."""
+    """The block number (n,) of each of n files. The `count` blocks are contiguous in the natural order of names (2
+    before 10)."""
     order = sorted(range(len(files)), key=lambda number: natural(files[number]))
     block = torch.empty(len(files), dtype=torch.long)
     block[torch.tensor(order)] = torch.arange(len(files)) * count // len(files)
@@ -187,43 +188,43 @@ def blocks(files: list[Path], count: int) -> Tensor:
 
 
 def natural(path: Path) -> list:
-    """Sorts names as people do: the digits in them count as numbers."""
+    """The key that sorts names as people do: digits count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.as_posix())]
 
 
 def unseen(model: Detector, files: list[Path]) -> list[Path]:
-    """Those of these files that the training of `model` had no part of: neither good images, be they held out or not,
-    nor defects. Copies are known by their bytes. A line says how many others there are."""
+    """The files that were not part of the training of `model`, neither as good images (held out or not) nor as defects.
+    Copies are recognised by their bytes. Prints a line on how many were left out."""
     known = set(model.settings.good) | {value for _, value in model.settings.taught}
     new = [path for path in files if fingerprint(path) not in known]
     if len(new) < len(files):
         print(
-            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, and judges "
-            "them too kindly"
+            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, so their "
+            "scores are too low"
         )
     return new
 
 
 @torch.no_grad()
 def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
-    """Give `model` the scale and the thresholds that these new good images ask for, of which those that follow each
-    other are `alike` times as alike as others. Raises InputError if they are too few."""
+    """Set the scale and the thresholds of `model` from these new good images. `alike` is the result of `alike_in_order`
+    for them. Raises InputError if they are too few."""
     different = len(files)
     is_series = alike >= ALIKE and len(files) >= FEW
     if is_series:
         different = round(len(files) / alike)
         print(
-            f"a series: images that follow each other by name are alike, and these {len(files)} show about "
-            f"{different} different ones; the threshold is no surer than {different} images make it"
+            f"these {len(files)} images look like a series (neighbours in name order are near copies): they count as "
+            f"about {different} different images. Add good images from other days for a more reliable threshold."
         )
     if different < LEAST_IMAGES:
-        raise InputError(f"--recalibrate: {different} different new images; it takes {LEAST_IMAGES}, better 50")
+        raise InputError(f"--recalibrate: {different} different new images; give at least {LEAST_IMAGES}, better 50")
     energies = [model.judge(images) for images in data.batches(files, model.shape)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
     if drift(scores, model.normal[0].cpu().numpy()) == "lower":
         print(
-            "warning: three quarters of these images score lower than three quarters of the good images did that the "
-            "threshold comes from. Are they copies of what the detector was trained with? Then it promises too much"
+            "warning: three quarters of these images score lower than three quarters of the good images that set the "
+            "threshold before. If they are copies of training images, the new threshold is too low"
         )
     model.calibrate(energies)
     model.different = torch.tensor(different, device=model.device)
@@ -249,8 +250,8 @@ def print_camera_copies(model: Detector, files: Sequence[Path]) -> None:
 
 @torch.no_grad()
 def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
-    """A line and suspects.png, if there are odd ones among the images that calibrated the model. They may be defective
-    ones that got among the good. `folder` is where the picture will lie in the end, which the line says."""
+    """Print a line and draw suspects.png if there are outliers among the images that calibrated the model: they may be
+    defective. `folder` is the final folder of the picture, which the line names."""
     scores = model.normal[0].cpu().numpy()
     suspects = odd_ones(scores)
     if not len(suspects) or not model.calibrated_on:

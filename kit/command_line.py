@@ -1,6 +1,6 @@
-"""The command lines of train.py and evaluate.py: their options, and what contradicts what. No PyTorch here: its import
-takes seconds, and neither --help nor a wrong command line need wait for it (but the name of a backbone, which only
-PyTorch's models can tell)."""
+"""The command lines of train.py and evaluate.py: their options, and which of them exclude each other. This file does
+not import PyTorch, which takes seconds: --help and errors in the command line appear at once. Only the name of a
+backbone is checked later, since torchvision knows the names."""
 
 import argparse
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ RANGES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but a wrong command line is an InputError: one line, without the usage block."""
+    """argparse's parser. A wrong command line raises InputError: one line, without the usage block."""
 
     def error(self, message: str) -> None:
         raise InputError(message)
@@ -41,12 +41,12 @@ def flag_of(name: str) -> str:
 
 
 def is_given(value: object) -> bool:
-    """Whether an option stands on the command line: all that may have no effect default to None."""
+    """Whether an option was given: options that may have no effect default to None."""
     return value is not None
 
 
 def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-    """Raises InputError if one of these options is given; `reason` completes "--flag has no effect ..."."""
+    """Raises InputError if one of these options is given. `reason` completes "--flag has no effect ..."."""
     for name in names:
         if is_given(getattr(args, name)):
             raise InputError(f"{flag_of(name)} has no effect {reason}; leave it out")
@@ -55,105 +55,117 @@ def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises InputError if an option's value is not within low..high."""
     if not low <= value <= high:
-        raise InputError(f"{flag_of(name)} {value}: out of range, give {low} to {high}")
+        raise InputError(f"{flag_of(name)} {value}: out of range; give a value from {low} to {high}")
 
 
 # ---------------------------------------------------------------- train.py
 
 
 def training_options(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """What train.py is asked to do, and the options of the method, given or by default. Raises InputError if one is out
-    of range or has no effect."""
+    """The arguments of train.py, and the options of the method with their defaults filled in. Raises InputError if an
+    option is out of range or has no effect."""
     args = training_parser().parse_args(arguments)
     args.is_demo = args.data is None
     return args, method_options(args)
 
 
 def training_parser() -> Parser:
-    """All options; the defaults of those that belong to a method are in kit/settings.py, and here they are None."""
+    """All options. Options of a method default to None here; their defaults are in kit/settings.py."""
     parser = Parser(
-        description="Train a detector on good images: python train.py --data mvtec/bottle; without --data, on a demo "
-        "that it draws"
+        description="Train a detector on good images, for example: python train.py --data mvtec/bottle. Without --data "
+        "it draws a demo and trains on that."
     )
     add = parser.add_argument
-    add("--data", type=Path, help="folder with train/good, or of good images, or of such folders; else a drawn demo")
+    add(
+        "--data",
+        type=Path,
+        help="folder with train/good, folder of good images, or folder of several categories (default: a drawn demo)",
+    )
     add(
         "--method",
         type=method_name,
         metavar="{" + ",".join(OPTIONS) + "}",
         default="clflow",
-        help="clflow, the default, or one of the others, each in the file of its name",
+        help="method to train (default: clflow)",
     )
-    add("--out", type=Path, help="folder for model.pt and log.csv; runs/<category> if not given")
-    add("--textures", type=Path, help="folder of texture photographs to paint defects from, beside the normal images")
-    add("--defects", type=Path, help="folder of images with real defects, to learn from beside the painted ones")
-    add("--defect-masks", type=Path, metavar="FOLDER", help="of their masks; ../ground_truth/<name> if not given")
-    add("--corrections", type=Path, metavar="FILE", help="corrections.json, which a page of evaluate.py wrote")
-    add("--epochs", type=int, help=default_text("epochs"))
-    add("--batch", type=int, help=default_text("batch", "of images; of rows, single positions' features, for clflow"))
-    add("--lr", type=float, help=default_text("lr", "peak learning rate of a one-cycle schedule"))
-    size_help = "as many pixels as SIZE x SIZE, in the shape of the good images; or HEIGHTxWIDTH, or native"
+    add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
+    add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
+    add("--defects", type=Path, help="folder of images with real defects to learn from (default: none)")
+    masks_help = "folder with masks for --defects (default: ../ground_truth/<name>)"
+    add("--defect-masks", type=Path, metavar="FOLDER", help=masks_help)
+    add("--corrections", type=Path, metavar="FILE", help="corrections.json, saved from report.html (default: none)")
+    add("--epochs", type=int, help=default_text("epochs", "number of training epochs"))
+    batch_help = "batch size; for clflow in rows (features of single positions), else in images"
+    add("--batch", type=int, help=default_text("batch", batch_help))
+    add("--lr", type=float, help=default_text("lr", "peak learning rate of the one-cycle schedule"))
+    size_help = "input size in pixels: N for the area of N x N in the shape of the good images, HEIGHTxWIDTH, or native"
     add("--size", type=parsed_size, help=default_text("size", size_help))
-    add(
-        "--roi", type=Path, metavar="MASK", help="picture, of the shape of the images: what is white in it is looked at"
-    )
-    add("--seed", type=int, default=0, help="(0)")
-    add("--seeds", type=int, default=1, help="train this many, from SEED on, and write the table of their results (1)")
-    add("--resume", action="store_true", default=None, help="go on where a stopped run was after its last whole epoch")
+    roi_help = "mask image; only its white area is inspected (default: the whole image)"
+    add("--roi", type=Path, metavar="MASK", help=roi_help)
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
+    seeds_help = "number of seeds to train, from --seed upwards; several also write a table of results (default: 1)"
+    add("--seeds", type=int, default=1, help=seeds_help)
+    add("--resume", action="store_true", default=None, help="continue a stopped run after its last complete epoch")
     add(
         "--keep-epochs",
         action="store_true",
         default=None,
-        help="keep epoch_NN.pt of each epoch, for evaluate.py --curve",
+        help="keep a checkpoint of each epoch, epoch_NN.pt, for evaluate.py --curve",
     )
-    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
-    add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
+    add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
     add_method_groups(parser)
     return parser
 
 
 def add_method_groups(parser: Parser) -> None:
-    """What belongs to the backbone and its prototypes, and to both forms of CL-Flow."""
-    add = parser.add_argument_group("the backbone and its prototypes").add_argument
-    backbones = "a ResNet of torchvision, or efficientnet_lite0"
+    """The options of the backbone and its prototypes, and those of both forms of CL-Flow."""
+    add = parser.add_argument_group("backbone and prototypes").add_argument
+    backbones = "frozen backbone: efficientnet_lite0, or a ResNet of torchvision"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
-    add("--weights", help="file with the backbone's ImageNet weights, instead of a download")
-    add("--bank", type=int, help=default_text("bank", "prototypes, normal features that cover all others"))
-    local = "see features on the scale of the prototypes' spacing there"
+    add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: the published ones)")
+    add("--bank", type=int, help=default_text("bank", "maximum number of prototypes in the bank"))
+    local = "scale each feature by the local spacing of the prototypes; clflow and nearest only"
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
-    add("--steps", type=int, help=default_text("steps", "flow steps"))
-    add("--classification-weight", type=float, help=default_text("classification_weight", "weight of L_cls"))
+    add("--steps", type=int, help=default_text("steps", "number of coupling steps in each flow"))
+    classification = "weight of the classification loss L_cls; 0 turns it off"
+    add("--classification-weight", type=float, help=default_text("classification_weight", classification))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
-    add("--contrast-weight", type=float, help=default_text("contrast_weight", "weight of L_con"))
-    add("--contrast", choices=("cosine", "energy"), help=default_text("contrast", "what InfoNCE compares"))
+    contrast = "weight of the contrastive loss L_con; 0 turns it off"
+    add("--contrast-weight", type=float, help=default_text("contrast_weight", contrast))
+    similarity = "similarity that L_con compares; paper only"
+    add("--contrast", choices=("cosine", "energy"), help=default_text("contrast", similarity))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
 
 
 def method_name(name: str) -> str:
-    """A method's name. Raises argparse's error for anything else; the former name of one is told."""
+    """A method's name. Raises argparse's error for anything else, with a hint for the former name of a method."""
     if name == "patchcore":
-        hint = "is called nearest now; PatchCore's own distance is --method nearest --no-local"
+        hint = "is called nearest now; for PatchCore's own distance use --method nearest --no-local"
         raise argparse.ArgumentTypeError(f"patchcore {hint}")
     if name not in OPTIONS:
-        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(OPTIONS)}")
+        raise argparse.ArgumentTypeError(f"{name}: unknown method; choose from {', '.join(OPTIONS)}")
     return name
 
 
-def default_text(name: str, meaning: str = "") -> str:
-    """The help of an option: its meaning, and its default for each method and for the demo, where they differ."""
-    defaults = []
+def default_text(name: str, meaning: str) -> str:
+    """The help of an option: its meaning and its default, for each method and for the demo where they differ."""
+    defaults = {}
     for label, method in OPTIONS.items():
         if name in method.defaults:
-            text = f"{label} {method.defaults[name]}"
+            defaults[label] = str(method.defaults[name])
             if name in method.demo:
-                text += f", demo {method.demo[name]}"
-            defaults.append(text)
-    return f"{meaning} ({'; '.join(defaults)})".strip()
+                defaults[label] += f", demo {method.demo[name]}"
+    different = sorted(set(defaults.values()))
+    if len(different) == 1:
+        return f"{meaning} (default: {different[0]})"
+    by_method = "; ".join(f"{label} {default}" for label, default in defaults.items())
+    return f"{meaning} (default: {by_method})"
 
 
 def method_options(args: argparse.Namespace) -> dict:
-    """The options of args.method, given or by default. Raises InputError if one is out of range or has no effect."""
+    """The options of args.method, defaults filled in. Raises InputError if one is out of range or has no effect."""
     method = OPTIONS[args.method]
     others = {name for other in OPTIONS.values() for name in other.defaults} - set(method.defaults)
     refuse_without_effect(args, sorted(others), f"with --method {args.method}")
@@ -192,62 +204,58 @@ def method_options(args: argparse.Namespace) -> dict:
 
 
 def check_learns_from_defects(options: dict) -> None:
-    """Raises InputError if no loss would take rows of real defects."""
+    """Raises InputError if no loss would learn from real defects."""
     if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
-        raise InputError("--classification-weight 0 --contrast-weight 0: then nothing learns from real defects")
+        raise InputError("--classification-weight 0 --contrast-weight 0: no loss would learn from real defects")
 
 
 # ---------------------------------------------------------------- evaluate.py
 
 
 def evaluation_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """What evaluate.py is asked to do. Raises InputError if options contradict each other."""
+    """The arguments of evaluate.py. Raises InputError if options contradict each other."""
     args = evaluation_parser().parse_args(arguments)
     check_evaluation(args)
     return args
 
 
 def evaluation_parser() -> Parser:
-    """All options; those that may have no effect default to None."""
+    """All options. Those that may have no effect default to None."""
     parser = Parser(
-        description="Measure a detector: python evaluate.py runs/bottle; let it judge: ... --images new/; export: ... "
-        "--export FILE"
+        description="Measure a detector on its test images: python evaluate.py runs/bottle. With one of --images, "
+        "--explain, --export, --curve or --recalibrate it does that instead."
     )
     add = parser.add_argument
-    add("run", type=Path, help="run folder with model.pt in it, or a checkpoint")
-    add("--data", type=Path, help="category with test/, instead of the one it was trained on")
-    add("--images", type=Path, help="judge this image, or those in this folder and its subfolders, instead")
-    add("--watch", action="store_true", default=None, help="with --images FOLDER: judge what arrives there, too")
-    add("--explain", type=Path, metavar="IMAGE", help="draw what happens to this image, step by step, instead")
-    add("--export", type=Path, metavar="FILE", help="write a torch.export program instead, or FILE.onnx")
-    add(
-        "--curve",
-        action="store_true",
-        default=None,
-        help="measure each epoch that train.py --keep-epochs kept, instead",
-    )
-    add("--recalibrate", type=Path, metavar="FOLDER", help="take the threshold from these new good images instead")
+    add("run", type=Path, help="run folder that contains model.pt, or a checkpoint file")
+    add("--data", type=Path, help="category folder with test/ to measure on (default: the category it was trained on)")
+    add("--images", type=Path, help="judge this image, or all images in this folder and its subfolders")
+    add("--watch", action="store_true", default=None, help="with --images FOLDER: also judge new images as they arrive")
+    add("--explain", type=Path, metavar="IMAGE", help="draw how this image is processed, step by step")
+    add("--export", type=Path, metavar="FILE", help="export to ONNX (FILE.onnx) or as a torch.export program")
+    add("--curve", action="store_true", default=None, help="measure each epoch that train.py --keep-epochs kept")
+    add("--recalibrate", type=Path, metavar="FOLDER", help="set the threshold from the new good images in this folder")
     add(
         "--out",
         type=Path,
-        help="folder for what --images (predictions/RUN/IMAGES) or --data (RUN/tests/NAME) finds, or file for "
-        "--explain (explained.png, or explained-2.png and so on)",
+        help="folder for the results of --images (default: predictions/RUN/IMAGES) or --data (default: "
+        "RUN/tests/NAME), or picture file for --explain (default: explained.png, explained-2.png, ...)",
     )
-    add("--false-alarm", type=float, help=f"share of good images that may be flagged ({FALSE_ALARM})")
-    add("--skip-bad", action="store_true", default=None, help="go on without images that cannot be read")
-    add("--device", help="cpu, cuda, ... (a GPU, if there is one)")
+    rate_help = f"accepted share of flagged good images, 0 to 1 (default: the detector's, normally {FALSE_ALARM})"
+    add("--false-alarm", type=float, help=rate_help)
+    add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
+    add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
     return parser
 
 
 def check_evaluation(args: argparse.Namespace) -> None:
-    """Raises InputError if options contradict each other, or have no effect beside each other."""
+    """Raises InputError if options contradict each other, or one has no effect with another."""
     modes = [
         name
         for name in ("data", "images", "explain", "export", "curve", "recalibrate")
         if is_given(getattr(args, name))
     ]
     if len(modes) > 1:
-        raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} are two different things to do; give one")
+        raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} cannot be combined; give only one of them")
     if args.export:
         refuse_without_effect(args, ["out", "false_alarm", "skip_bad", "device"], "with --export")
     if args.curve:
@@ -263,4 +271,4 @@ def check_evaluation(args: argparse.Namespace) -> None:
     if not modes:
         refuse_without_effect(args, ["out"], "without --images, --data or --explain")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
-        raise InputError(f"--false-alarm {args.false_alarm}: out of range, give a share between 0 and 1")
+        raise InputError(f"--false-alarm {args.false_alarm}: out of range; give a share between 0 and 1")

@@ -1,4 +1,4 @@
-"""Folders of images: the layouts people have, and batches of what lies in them."""
+"""Folders of images: the usual layouts, and batches of the images in them."""
 
 import os
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image with its label; `mask` is None for good images and where there is none."""
+    """An image with its label; `mask` is None for good images, and for defective ones without a mask."""
 
     path: Path
     anomalous: bool
@@ -35,49 +35,49 @@ class LabelledImage:
 
 
 def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
-    """Image files in `folder`, sorted by path; none if there is no such folder. Hidden files are no images, and hidden
-    subfolders are left out."""
+    """Image files in `folder`, sorted by path; none if there is no such folder. Hidden files and hidden subfolders are
+    left out."""
     paths = folder.rglob("*") if subfolders else folder.glob("*")
     seen = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts[:-1]))]
     return sorted(path for path in seen if is_image(path) and path.is_file())
 
 
 def is_image(path: Path) -> bool:
-    """Whether it is called like an image, and is not hidden."""
+    """Whether the file has the suffix of an image and is not hidden."""
     return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the name of a file or folder begins with a dot: macOS leaves ._x.png beside x.png, and file managers keep
+    """Whether the name of a file or folder begins with a dot: macOS adds ._x.png to x.png, and file managers keep
     thumbnails in .thumbnails."""
     return name.startswith(".")
 
 
 def category_name(category: Path) -> str:
-    """The name of a category's folder; of a link, the link's own name, since two links may lead to folders of one
-    name."""
+    """The name of a category's folder. For a link it is the link's own name, since two links may point to folders of
+    the same name."""
     return Path(os.path.abspath(category)).name
 
 
 def good_folder(data: Path, flag: str = "--data") -> Path:
-    """Where the normal images are: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
-    Raises InputError, naming the `flag` that it came with, if there are none."""
+    """The folder with the normal images: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
+    Raises InputError, naming the `flag`, if there are none."""
     if not data.is_dir():
         raise InputError(f"{flag} {data}: no such folder")
     for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
         if list_images(folder):
             return folder
-    raise InputError(f"{flag} {data}: no images there, nor in train/good; put normal ones ({' '.join(SUFFIXES)})")
+    raise InputError(f"{flag} {data}: no images there or in train/good; add good ones ({' '.join(SUFFIXES)})")
 
 
 def category_folders(data: Path) -> list[Path]:
-    """The categories in a folder of such, each with train/good or train/ok; or else `data` itself."""
+    """The categories in the folder `data`, each with train/good or train/ok; if there are none, `data` itself."""
     found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES and not is_hidden(p.parents[1].name)}
     return sorted(found) or [data]
 
 
 def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files that decode, and a line on each of the others. For --skip-bad: it reads every file."""
+    """The files that can be read, and a line for each of the others. For --skip-bad: it reads every file."""
     good, complaints = [], []
     for path in files:
         try:
@@ -94,7 +94,7 @@ def print_skipped(complaints: list[str], images: int) -> None:
 
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with `skip_bad` less those that cannot be read, which are named and counted."""
+    """`files`; with `skip_bad`, without those that cannot be read, for which lines are printed."""
     if not skip_bad:
         return files
     good, complaints = readable(files)
@@ -103,12 +103,12 @@ def usable(files: list[Path], skip_bad: bool) -> list[Path]:
 
 
 def by_stem(files: list[Path]) -> dict[str, Path]:
-    """Files by stem, less a `_mask` at its end. Raises InputError if two have the same."""
+    """Files by stem, without `_mask` at its end. Raises InputError if two have the same stem."""
     found: dict[str, Path] = {}
     for path in files:
         twin = found.setdefault(path.stem.removesuffix("_mask"), path)
         if twin != path:
-            raise InputError(f"{path}: has the stem of {twin.name}, and masks are matched by stem; rename one of them")
+            raise InputError(f"{path}: same stem as {twin.name}, but masks are matched by stem; rename one of them")
     return found
 
 
@@ -134,7 +134,7 @@ def has_tests(data: Path) -> bool:
 
 
 def test_folders(data: Path) -> list[Path]:
-    """The folders test/<kind> of a category, sorted by path, less hidden ones."""
+    """The folders test/<kind> of a category, sorted by path, without hidden ones."""
     return sorted(path for path in data.glob("test/*") if path.is_dir() and not is_hidden(path.name))
 
 
@@ -145,15 +145,15 @@ def read_batch(files: list[Path], shape: Shape) -> torch.Tensor:
 
 
 def batches(files: list[Path], shape: Shape) -> Iterator[torch.Tensor]:
-    """Images of `files` in their order, as (<= 8, 3, *shape) tensors; the larger, the less of them."""
+    """Images of `files` in their order, as (<= 8, 3, *shape) tensors; fewer at a time if they are large."""
     batch = at_once(shape)
     starts = range(0, len(files), batch)
     yield from ahead(read_batch(files[start : start + batch], shape) for start in starts)
 
 
 def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items, each made in a thread while the one before is used: the next images are decoded while the network sees
-    these. What is raised there is raised here."""
+    """The items, each made in a thread while the one before is used: the next images are decoded while the network
+    processes the present ones. Errors in the thread are raised here."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = thread.submit(next, items, end)

@@ -1,6 +1,5 @@
-"""Pictures to begin with. The demo: photographs of buttons, drawn, some with defects. Nothing in it is shared with
-synth.py: the demo would else test nothing but what the detector was trained on. And a sheet of synthetic defects on a
-user's own images."""
+"""The demo, drawn images of buttons, some with defects; and a sheet of synthetic defects on a user's own images. The
+demo shares no code with synth.py: otherwise it would only test for the defects that the detector was trained on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from kit.shapes import check_size, input_size, parsed_size, told
 from kit.single import single_file
 
 SHEET_ROWS = 8
-BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # what is white around a panel
+BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # white margin around a panel
 COUNTS = {
     "train/good": 80,
     "test/good": 20,
@@ -31,8 +30,8 @@ SHADES = {"stain": 0.75, "crack": 0.45, "blocked": 1.5}  # of the defect, as a f
 
 
 def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
-    """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect`, (256, 256) bool, which is empty
-    for "good"."""
+    """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect`, (256, 256) bool. For "good" the
+    mask is empty."""
     y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2 - rng.uniform(-8, 8, 2)[:, None, None]
     turn, reach, extent = rng.uniform((0, 35, 7), (2 * np.pi, 75, 16))  # of the button; of the defect
     u = x * np.cos(turn) + y * np.sin(turn)
@@ -66,8 +65,8 @@ def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.n
 
 
 def draw_demo(data: Path, counts: dict[str, int] = COUNTS) -> None:
-    """Draw the demo's category into `data`, in MVTec AD layout; the same images every time. Raises InputError if a file
-    is in the way that was not drawn here."""
+    """Draw the demo's category into `data`, in MVTec AD layout; the images are always the same. Raises InputError if a
+    file that was not drawn here is in the way."""
     own = OwnFiles(data, "drawn")
     for kind, (name, count) in enumerate(counts.items()):
         defect = Path(name).name
@@ -79,7 +78,7 @@ def draw_demo(data: Path, counts: dict[str, int] = COUNTS) -> None:
 
 
 def write_png(own: OwnFiles, name: str, pixels: np.ndarray) -> None:
-    """Write a picture, unless one with these pixels is there already: earlier versions listed nothing."""
+    """Write a picture, unless it exists with the same pixels: earlier versions did not list their files."""
     if not holds(own.folder / name, pixels):
         draw.save_picture(own.claim(name), Image.fromarray(pixels))
 
@@ -93,14 +92,13 @@ def holds(path: Path, pixels: np.ndarray) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- a sheet of my images, before any training
+# ---------------------------------------------------------------- a sheet of synthetic defects, before any training
 
 
 def sheet(
     files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable, foreground: Callable
 ) -> Image.Image:
-    """For each image as it is, its foreground, a mask, the synthetic defect: beside each other, or below, if they are
-    wide."""
+    """For each image four panels: the image, its foreground, a mask, the synthetic defect. Wide panels are stacked."""
     blocks = []
     for path in files:
         image = read_image(path, shape)
@@ -115,12 +113,13 @@ def sheet(
 
 
 def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] | None = None) -> None:
-    """The command line of `python synth.py FOLDER`, with the functions that paint, and find the object."""
-    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect")
-    parser.add_argument("folder", type=Path, help="of good images, or with train/good in it")
-    parser.add_argument("--out", type=Path, help="picture to write (synthetic.png, or synthetic-2.png and so on)")
-    parser.add_argument("--size", type=parsed_size, default=384, help="as train.py takes it (384)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    """The command line of `python synth.py FOLDER`, given the functions that paint defects and find the object."""
+    parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect.")
+    parser.add_argument("folder", type=Path, help="folder of good images, or folder with train/good")
+    out_help = "picture file to write (default: synthetic.png, synthetic-2.png, ...)"
+    parser.add_argument("--out", type=Path, help=out_help)
+    parser.add_argument("--size", type=parsed_size, default=384, help="input size, as for train.py (default: 384)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args(arguments)
     check_size(args.size)
     rng = np.random.default_rng(args.seed)

@@ -1,6 +1,7 @@
-"""What all methods share. A method gives energies; from these come map, score, calibration, verdict, checkpoint.
+"""The part that all methods share. A method gives energies; from these come map, score, calibration, verdict,
+checkpoint.
 
-Shapes: images (B, 3, H, W) in [0, 1], H x W being the detector's; energies (B, h, w), one array for each expert; maps
+Shapes: images (B, 3, H, W) in [0, 1], with the detector's H x W; energies (B, h, w), one array per expert; maps
 (B, H, W)."""
 
 import contextlib
@@ -25,13 +26,13 @@ from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
 FORMAT = 12  # of the checkpoint
-PART = 512  # positions along an axis whose weights are held at once
-SIDE = 384  # pixels: in larger images a defect has no more pixels than here, unless it is larger, too
+PART = 512  # positions along an axis whose weights are in memory at once
+SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 
 
 def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
-    """Energies (B, h, w) of single positions -> map (B, *shape), Gaussian-filtered. Along each axis that is linear: two
-    products of matrices, in a fifth of the time that filters take."""
+    """Energies (B, h, w) of single positions -> map (B, *shape), interpolated and Gaussian-filtered. This is linear
+    along each axis: two matrix products take a fifth of the time of filters."""
     sigma = side_of(math.prod(shape)) / 128
     if max(e.shape[1:]) > PART:
         lines = along_rows(e.transpose(1, 2), shape[0], sigma).transpose(1, 2)
@@ -43,9 +44,9 @@ def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
 
 def along_rows(e: Tensor, length: int, sigma: float) -> Tensor:
     """Energies (B, n, positions), interpolated and Gaussian-filtered along the last axis: (B, n, length). A long axis
-    is divided into parts, which see some positions beside them: memory for weights does not grow with the image."""
+    is divided into parts with a margin, so that the memory for weights does not grow with the image."""
     positions = e.shape[2]
-    if positions <= PART or length % positions:  # parts need a whole number of pixels a position
+    if positions <= PART or length % positions:  # parts need a whole number of pixels per position
         return e @ weights_along(positions, length, sigma, e.device).T
     stride = length // positions
     beside = math.ceil((3 * sigma + 1) / stride) + 1
@@ -60,8 +61,8 @@ def along_rows(e: Tensor, length: int, sigma: float) -> Tensor:
 
 
 def weights_along(positions: int, length: int, sigma: float, device: torch.device) -> Tensor:
-    """How much each position of a map counts in each pixel of an image, along one axis: interpolation, then a Gaussian
-    with a standard deviation of so many pixels. (length, positions)."""
+    """The weight of each position of a map in each pixel of an image, along one axis: (length, positions). It combines
+    the interpolation and a Gaussian with a standard deviation of `sigma` pixels."""
     single = torch.eye(positions, device=device)[None, None]
     large = F.interpolate(single, (length, positions), mode="bilinear", antialias=True)
     kernel = 2 * round(3 * sigma) + 1
@@ -69,14 +70,14 @@ def weights_along(positions: int, length: int, sigma: float, device: torch.devic
 
 
 def side_of(pixels: int) -> float:
-    """Of the square with so many pixels, or SIDE if that is less."""
+    """The side of the square with this many pixels, at most SIDE."""
     return min(math.sqrt(pixels), SIDE)
 
 
 def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
-    """(B, H, W) -> (B,): the mean of a map's highest 1 %, of so many pixels if not all of them count, of SIDE x SIDE at
-    most. A single high pixel is more often noise than a defect. A large image scores as its worst part of SIDE x SIDE
-    does: a small defect would be lost among the highest pixels of a hundred parts."""
+    """(B, H, W) -> (B,): the mean of a map's highest 1 %. The 1 % is of `pixels`, if not all of them count, and of SIDE
+    x SIDE at most. The maximum alone would be more often noise than a defect. A large image gets the score of its worst
+    part of SIDE x SIDE: among the highest pixels of many parts a small defect would be lost."""
     count = max(1, int(side_of(pixels or maps[0].numel()) ** 2 / 100 + 1e-6))
     scores = [
         maps[:, rows, columns].flatten(1).topk(count, dim=1).values.mean(dim=1)
@@ -86,24 +87,24 @@ def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether convolutions gain from half the bits there."""
+    """Whether convolutions are faster in bfloat16 on this device."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # since PyTorch 2.6
-        # Matrix units. With avx512_bf16 alone, on a Xeon without these, convolutions took 1.6 times as long as in
-        # float32, and the search twice as long.
+        # AMX has matrix units. With avx512_bf16 alone, on a Xeon without them, convolutions took 1.6 times as long as
+        # in float32, and the search twice as long.
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return False
 
 
 class Detector(nn.Module):
-    """Base of the methods; each adds `energies`, and names the class of its settings.
+    """Base class of the methods. Each adds `energies`, and names the class of its settings.
 
-    From energies this class makes map and score (`forward`), learns what normal ones look like (`calibrate`), gives
-    verdicts (`inspect`), and writes itself to a checkpoint (`save`). Fitted on normal images, as if training had not
-    seen: `levels` and `units` (S,), the scale of each of S experts' energies, and `normal` (2, n), scores and maps'
-    maxima of n of them, which show `different` ones. `roi` (H, W) is the region of interest; what is outside it does
-    not count. `camera` (2, 4) is what light, noise, sharpness and compression usually are (see kit/camera.py)."""
+    This class turns energies into map and score (`forward`), calibrates them on normal images (`calibrate`), gives
+    verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
+    the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
+    images, each judged as if it were new; they count as `different` images. `camera` (2, 4) is the usual light, noise,
+    sharpness and compression of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
 
@@ -114,36 +115,37 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.register_buffer("roi", torch.ones(self.shape, dtype=torch.bool))
         self.pixels = math.prod(self.shape)  # of the region of interest
-        self.is_precision_told = False  # whether a warning said so
-        self.full_precision = False  # for export: no bfloat16, whatever this machine gains from it
+        self.is_precision_told = False  # whether `precision_warning` was shown
+        self.full_precision = False  # for export: float32, even where bfloat16 is faster
         self.shares = [1 / experts] * experts  # of each expert in the map
         self.register_buffer("levels", torch.zeros(experts))
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("camera", torch.full((2, len(MEASURES)), torch.nan))
-        self.register_buffer("halved", torch.tensor(False))  # whether calibrated with half the bits
+        self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        """Energies (B, h, w) of each of S experts, of images (B, 3, ...) of any shape; high is anomalous. What a method
-        is. What holds on to single training images does so without those of these numbers (n,)."""
+        """The energies (B, h, w) of each of S experts, for images (B, 3, ...) of any shape; high is anomalous. This
+        defines a method. Whatever a method stores of the training images with the numbers `without` (n,) must not
+        count."""
         raise NotImplementedError
 
     @torch.no_grad()
     def judge(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        """`energies`; of large images in overlapping windows, so that memory does not grow with them."""
+        """`energies`; for large images in overlapping windows, so that memory does not grow with the image."""
         return self.in_windows(lambda part: self.energies(part, without), images)
 
     def in_windows(self, function: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
-        """`function` of images, which looks no farther around a position than the backbone does."""
+        """`function` of images, in windows; it must not look farther around a position than the backbone does."""
         if self.backbone is None:
             return function(images)
         return in_windows(function, images, self.backbone.stride, self.backbone.reach)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The frozen backbone's, (B, C, h, w), of images (B, 3, ...) of any shape."""
+        """The features (B, C, h, w) of the frozen backbone, for images (B, 3, ...) of any shape."""
         images = images.to(self.device)
         with self.autocast():
             (found,) = self.in_windows(lambda part: [self.backbone.features(part)], images)
@@ -151,8 +153,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: what happens to one image (1, 3, H, W) on its way to the energies, step by step, as
-        (what it is, map (h, w))."""
+        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
         return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(images), start=1)]
 
     def look_within(self, roi: Tensor) -> None:
@@ -170,7 +171,7 @@ class Detector(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16 where the machine gains from it, for what can bear it."""
+        """bfloat16 where it is faster, for the parts that tolerate it; else float32."""
         fast = not self.full_precision and has_fast_bfloat16(self.device)
         return torch.bfloat16 if fast else torch.float32
 
@@ -181,72 +182,72 @@ class Detector(nn.Module):
         return torch.autocast(self.device.type, self.dtype)
 
     def precision_warning(self) -> str:
-        """A line if the detector judges in another precision than it was calibrated in; else ""."""
+        """One line if the detector judges in another precision than that of its calibration; else ""."""
         judges_halved = self.dtype != torch.float32
         if judges_halved == bool(self.halved):
             return ""
         names = {True: "bfloat16", False: "float32"}
         return (
-            f"the threshold comes from scores in {names[bool(self.halved)]}, and this machine judges in "
-            f"{names[judges_halved]}: scores can be some hundredths off. Calibrate here: --recalibrate FOLDER with new "
-            "good images, or train again"
+            f"the threshold comes from scores in {names[bool(self.halved)]}, but this machine judges in "
+            f"{names[judges_halved]}: scores can be off by some hundredths. Calibrate on this machine: --recalibrate "
+            "FOLDER with new good images, or train again"
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,), each of its image alone."""
+        """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,). Images do not influence each other."""
         maps = self.maps(self.judge(images))
         return maps, self.score(maps)
 
     def maps(self, energies: list[Tensor]) -> Tensor:
-        """Anomaly maps (B, H, W) of the experts' energies, on the common scale that good images gave them:
+        """Anomaly maps (B, H, W) of the experts' energies, on the common scale that the calibration set:
 
             sum over experts of share (E - level) / unit, Gaussian-filtered
 
-        0 is typically normal, as all outside the region of interest is, and 1 is as conspicuous as the worst place of a
-        good image usually is."""
+        0 is a typical normal position; the area outside the region of interest is 0, too. 1 is about the value at the
+        worst place of a typical good image."""
         parts = zip(energies, self.levels, self.units, self.shares, strict=True)
         scaled = [share * (e - level) / unit for e, level, unit, share in parts]
         return self.map_within(torch.stack(scaled).sum(dim=0), outside=0)
 
     def map_within(self, e: Tensor, outside: float | Tensor) -> Tensor:
-        """`anomaly_map` of energies, of which those outside the region of interest count as `outside`."""
+        """`anomaly_map` of energies; outside the region of interest they are replaced by `outside`."""
         if self.pixels == math.prod(self.shape):
             return anomaly_map(e, self.shape)
         is_inside = self.inside(e.shape[1:])
         return torch.where(self.roi, anomaly_map(torch.where(is_inside, e, outside), self.shape), outside)
 
     def score(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, W) -> (B,), of the region of interest; what is outside it is typically normal there."""
+        """Scores (B,) of maps (B, H, W), which are typically normal outside the region of interest."""
         return image_score(maps, self.pixels)
 
     @torch.no_grad()
     def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:
-        """Learn what normal images look like that training has not seen, from their energies, batch by batch:
-        `levels`, `units` and `normal`. `files` are these images, if the odd ones among them are to be shown."""
+        """Set `levels`, `units` and `normal` from the energies, batch by batch, of normal images that training has not
+        seen. `files` are these images, needed only to show the outliers among them."""
         batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
             level = torch.cat(parts)[:, self.inside(parts[0].shape[1:])].median()
             worst = torch.cat([self.score(self.map_within(e, level)) for e in parts])
             self.levels[expert] = level
-            self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an odd image must not change the scale
+            self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an outlier must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
         self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 
     def scores(self, energies: list[Tensor]) -> Tensor:
-        """(2, B): scores, and maps' maxima, of the experts' energies."""
+        """(2, B): the scores and the maps' maxima that follow from the experts' energies."""
         maps = self.maps(energies)
         return torch.stack((self.score(maps), maps.amax(dim=(1, 2))))
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
-        """What a share `false_alarm` of normal images is expected to exceed."""
+        """The thresholds that a share `false_alarm` of normal images is expected to exceed."""
         return thresholds(self.normal.cpu().numpy(), false_alarm or self.settings.false_alarm, int(self.different))
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:
         """Judge one image: a path, a PIL image, or an RGB array (H, W, 3) or tensor (3, H, W), uint8 in 0..255,
-        uint16 in 0..65535, or float in 0..1. OpenCV's arrays are BGR: give `image[..., ::-1]`. Raises InputError for
+        uint16 in 0..65535, or float in 0..1. OpenCV's arrays are BGR: pass `image[..., ::-1]`. Raises InputError for
         anything else. Warns once if the threshold was calibrated in another precision (see `precision_warning`)."""
         if not self.is_precision_told and (line := self.precision_warning()):
             warnings.warn(line, stacklevel=2)
@@ -260,7 +261,7 @@ class Detector(nn.Module):
         return decide(score, resized(heat[..., None], *shape)[..., 0], limits)
 
     def save(self, to: Path, progress: dict | None = None) -> None:
-        """Write one self-contained checkpoint; `progress` is what an unfinished training needs besides."""
+        """Write one self-contained checkpoint; `progress` is the additional state of an unfinished training."""
         settings = asdict(self.settings)
         torch.save({"format": FORMAT, "settings": settings, "state": self.state_dict(), "progress": progress}, to)
 
@@ -269,7 +270,7 @@ class Detector(nn.Module):
         """The detector of a checkpoint that `read_checkpoint` read, ready to judge."""
         model = cls(cls.SETTINGS(**checkpoint["settings"]))
         for name, buffer in model.named_buffers():
-            if name in checkpoint["state"]:  # the bank and the calibration are as long as training made them
+            if name in checkpoint["state"]:  # training decides the lengths of the bank and the calibration
                 buffer.resize_(checkpoint["state"][name].shape)
         model.load_state_dict(checkpoint["state"])
         model.look_within(model.roi)
@@ -277,13 +278,13 @@ class Detector(nn.Module):
 
 
 def read_checkpoint(path: Path | str) -> dict:
-    """What `Detector.save` wrote: format, settings, state, progress. Raises InputError if it is missing, is no
-    checkpoint, or is that of another version."""
+    """Read a file of `Detector.save`: format, settings, state, progress. Raises InputError if it is missing, is not a
+    checkpoint, or comes from another version."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
     except Exception as error:  # a wrong file can fail in many ways inside the unpickler
         raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
     if version != FORMAT:
-        raise InputError(f"{path}: is of format {version}, and this version reads {FORMAT}; train it again")
+        raise InputError(f"{path}: has format {version}, but this version reads format {FORMAT}; train it again")
     return checkpoint

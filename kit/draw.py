@@ -1,4 +1,4 @@
-"""Pictures: heat colours, the verdict on an image, charts, sheets. Nothing here decides anything."""
+"""Pictures: heat colours, the verdict on an image, charts, sheets. This file only draws; it decides nothing."""
 
 import math
 from pathlib import Path
@@ -12,13 +12,13 @@ from kit.files import write_atomically
 from kit.verdict import Thresholds, Verdict
 
 WIDTH = 960  # pixels, of charts and sheets
-LARGE = 900  # pixels at most of a photograph's longer side
+LARGE = 900  # pixels: maximum of a photograph's longer side
 GAP = 6  # pixels between panels
 RED = (255, 25, 25)
 
 
 def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
-    """(H, W) -> (H, W, 3) uint8: black is normal, red at `limit`, yellow at twice that, alike in all images."""
+    """(H, W) -> (H, W, 3) uint8: black at 0, red at `limit`, yellow at twice that, the same in all images."""
     stops = limit * np.array([0, 0.5, 1, 1.5, 2])
     colours = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
     channels = [np.interp(heat, stops, channel) for channel in colours.T]
@@ -32,7 +32,7 @@ def outline(found: np.ndarray) -> np.ndarray:
 
 
 def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A verdict's anomaly map (H, W), and the outline of its regions (H, W, 1) bool, in pictures of this size (W, H),
+    """A verdict's anomaly map (H, W) and the outline of its regions (H, W, 1) bool, for pictures of this size (W, H),
     which may be smaller than the image."""
     heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(size))
     found = np.asarray(Image.fromarray(verdict.found).resize(size))
@@ -50,8 +50,8 @@ def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:
 def verdict_picture(
     photo: Image.Image, name: str, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> Image.Image:
-    """A `photograph` beside its anomaly map, both outlined where a defect is found; the true mask, if known; a colour
-    bar; a line of text."""
+    """A `photograph` and its anomaly map, both with outlines of the regions; the true mask, if known; a colour bar; a
+    line of text."""
     width, height = photo.size
     heat, line = heat_and_line(verdict, photo.size)
     panels = {
@@ -85,16 +85,16 @@ def verdict_picture(
 
 
 def is_wide(photo: Image.Image) -> bool:
-    """Whether its panels are to stand below each other."""
+    """Whether the panels of this photograph are stacked."""
     return photo.width > 2 * photo.height
 
 
 def explanation(
     photo: Image.Image, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
 ) -> Image.Image:
-    """From an image, as it is judged, to its verdict: the image, each of the `stages` (what it is, map) with its lowest
-    and highest value, the joined map, and the sentence; three panels a row. Black is the lowest value, yellow the
-    highest; the joined map's colours are those of all verdicts. Wide images stand below each other."""
+    """From an image, in the size in which it is judged, to its verdict: the image, each of the `stages` (title, map)
+    with its lowest and highest value, and the combined map with the verdict; three panels per row. Black is the lowest
+    value, yellow the highest; the combined map has the colours of all verdicts. Panels of wide images are stacked."""
     columns = 1 if is_wide(photo) else 3
     panels = [(f"{name}", photo)]
     for title, values in stages:
@@ -105,7 +105,7 @@ def explanation(
     line = outline(verdict.found)
     joint = np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat))
     panels.append(
-        (f"joined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
+        (f"combined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
     )
     width = WIDTH // columns
     height = max(1, round((width - GAP) * photo.height / photo.width)) + GAP
@@ -126,7 +126,7 @@ def as_bytes(panel: np.ndarray) -> np.ndarray:
 
 
 def beside_each_other(panels: list[np.ndarray]) -> Image.Image:
-    """Panels (H, W, 3) uint8 of one height in a row, with a white gap after each."""
+    """Panels (H, W, 3) uint8 of the same height in a row, with a white gap after each."""
     padded = [np.pad(panel, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for panel in panels]
     return Image.fromarray(np.hstack(padded))
 
@@ -167,9 +167,9 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture as PNG, whatever the name ends in."""
+    """Write a picture as PNG, whatever suffix the name has."""
 
     def write(temporary: Path) -> None:
-        picture.save(temporary, "PNG", compress_level=4)  # in a third of the time of 6, with 2 % more bytes
+        picture.save(temporary, "PNG", compress_level=4)  # a third of the time of level 6, with 2 % more bytes
 
     write_atomically(path, write, durable=False)

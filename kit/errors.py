@@ -1,4 +1,4 @@
-"""How bad input ends a script: one line on standard error, exit code 2, no traceback."""
+"""How a script ends on bad input: one line on standard error, exit code 2, no traceback."""
 
 import contextlib
 import os
@@ -11,11 +11,11 @@ AFTER_THE_FIRST = 2.0  # seconds that other processes wait with an error
 
 
 class InputError(Exception):
-    """Something only the user can mend; its text names the file or the flag, and says what to do."""
+    """An error that only the user can fix. Its text names the file or the flag, and says what to do."""
 
 
 def one_line(error: BaseException) -> str:
-    """The last line of an error's text, which is where a loader's worker puts the cause; its type if it has none."""
+    """The last line of an error's text, where a loader's worker puts the cause; the error's type if it has no text."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -23,14 +23,15 @@ def one_line(error: BaseException) -> str:
 
 
 def is_of_another_process(error: RuntimeError) -> bool:
-    """Whether it only says that a process that shares the work has gone: Gloo's errors have no class of their own."""
-    import torch.distributed as dist  # not above, so that a command line is read without it
+    """Whether the error only says that another process of this run has ended. Gloo's errors have no class of their
+    own."""
+    import torch.distributed as dist  # imported here: the command line is read without it
 
     return isinstance(error, dist.DistBackendError) or "/gloo/transport/" in str(error)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says that a GPU's memory is full."""
+    """Whether the error says that a GPU's memory is full."""
     import torch
 
     return isinstance(error, torch.cuda.OutOfMemoryError)
@@ -42,7 +43,7 @@ def is_first() -> bool:
 
 
 def fail(line: str) -> None:
-    """Write the line, end with code 2. What all processes of torchrun have to say the first one says: it ends, and
+    """Write the line and end with code 2. If all processes of torchrun fail, only the first one writes: it ends, and
     torchrun then ends the others while they wait."""
     if not is_first():
         time.sleep(AFTER_THE_FIRST)
@@ -65,8 +66,8 @@ def stop(number: int, frame: object) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Both signals raise `Stopped`, however the script was started: with & or nohup a shell has it ignore SIGINT, and
-    SIGTERM would end it at once."""
+    """Both signals raise `Stopped`. By default, a script started with & or nohup ignores SIGINT, and SIGTERM ends it at
+    once."""
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -76,8 +77,8 @@ def stoppable() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
-    """Call `main`; what only the user can mend becomes one line and exit code 2. A signal that asks to end becomes
-    `on_interrupt` and 128 + its number, as shells report it."""
+    """Call `main`. An error that only the user can fix becomes one line and exit code 2. A signal that asks to end
+    becomes the line `on_interrupt` and exit code 128 + its number, as shells report it."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     try:
         with stoppable():
@@ -94,4 +95,4 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
             fail(one_line(error))
         if not is_of_another_process(error):
             raise
-        fail(f"another process of this run has ended; see what it says, on its machine ({one_line(error)})")
+        fail(f"another process of this run has ended; see its output, on its machine ({one_line(error)})")

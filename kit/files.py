@@ -1,5 +1,5 @@
-"""Files that this program writes: neither a failure nor a power cut costs what was there, and tables survive a kill;
-which of the files in a folder are its own; and the folder of a run."""
+"""Files that this program writes: safe writing (a failure or a power cut loses no earlier file, and tables survive a
+kill); a list of the program's own files in a folder; and the folder of a run."""
 
 import contextlib
 import csv
@@ -21,12 +21,12 @@ except ImportError:  # not on Windows
     fcntl = None
 
 KINDS = ("trained", "measured", "judged", "drawn")  # of calls
-LIST = ".clflow"  # a line for each file: the kind of call that wrote it, and its path below the folder
+LIST = ".clflow"  # one line per file: the kind of call that wrote it, and its path below the folder
 
 MODEL = "model.pt"  # of a finished training
-UNFINISHED = "unfinished"  # the subfolder of one that is not finished
-STATE = "state.pt"  # in that subfolder: a checkpoint after each epoch, from which --resume goes on
-RECALIBRATED = "recalibrated.pt"  # with thresholds from other good images; counts only where it is named
+UNFINISHED = "unfinished"  # subfolder for a training that is not finished
+STATE = "state.pt"  # in that subfolder: a checkpoint after each epoch, from which --resume continues
+RECALIBRATED = "recalibrated.pt"  # with thresholds from other good images; used only if it is named
 TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png")
 
 
@@ -36,10 +36,10 @@ TRAINED = (MODEL, RECALIBRATED, "log.csv", "loss.png", "suspects.png")
 def write_atomically(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
     """Call `write(temporary file)`, then rename that file to `path`.
 
-    A kill leaves either the old file or the new one. So does a power cut if `durable`: then both the contents and the
-    name are on the disk when this returns. That takes some 10 to 20 ms a file, so pictures, which can be drawn again,
-    do without. Raises InputError if the file cannot be written; neither that nor Ctrl-C leaves a temporary file
-    behind."""
+    A kill leaves either the old file or the new one. With `durable` a power cut does, too: both the contents and the
+    name are on the disk when this returns. That takes 10 to 20 ms per file, so it is not used for pictures, which can
+    be drawn again. Raises InputError if the file cannot be written. Neither an error nor Ctrl-C leaves a temporary
+    file behind."""
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")  # processes may write side by side
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +71,14 @@ def sync(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, in place of what is there, so that a power cut leaves one of both."""
+    """Rename `source` to `target`, replacing a file there, so that a power cut leaves one of the two."""
     os.replace(source, target)
     sync(target.parent)
     sync(source.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for text; file names that are not UTF-8 go through unchanged."""
+    """`write_atomically` for text; file names in it that are not UTF-8 stay unchanged."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
@@ -105,14 +105,14 @@ FORMULA_GUARD = "'"
 
 
 def plain_cell(text: str) -> str:
-    """A text that no spreadsheet takes for a formula, on one line: an apostrophe goes before a leading = + - @ or tab,
-    and before an apostrophe, so that it can be told from this; line ends become \\n and \\r."""
+    """The text on one line, in a form that no spreadsheet takes for a formula: an apostrophe is put before a leading
+    = + - @, tab or apostrophe (so that this can be undone), and line ends become \\n and \\r."""
     text = text.replace("\n", "\\n").replace("\r", "\\r")
     return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t", FORMULA_GUARD)) else text
 
 
 def read_as_is(path: Path) -> str:
-    """A file's text, its line ends untouched."""
+    """A file's text with unchanged line ends."""
     return path.read_bytes().decode("utf-8", errors="surrogateescape")
 
 
@@ -129,13 +129,13 @@ def rows_of(path: Path) -> list[list[str]]:
 
 
 class GrowingTable:
-    """A CSV file that gets one row at a time. Each row is handed to the system at once, so that a kill costs the last
-    one at most; a power cut may cost those of the last seconds.
+    """A CSV file that gets one row at a time. Each row is flushed at once, so a kill loses at most the last row. A
+    power cut may lose the rows of the last seconds.
 
-    It begins with `rows`, in place of what is in the file."""
+    The file first gets `rows`, which replace its contents."""
 
     def __init__(self, path: Path, columns: list[str], rows: list[list]):
-        # Written anew beside it, so that a kill now costs nothing; then it grows.
+        # Replaced atomically, so that a kill now loses nothing; then it grows.
         write_rows(path, [columns, *rows])
         self.file = open(path, "a", encoding="utf-8", errors="surrogateescape", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
@@ -148,27 +148,27 @@ class GrowingTable:
         self.file.close()
 
 
-# A file's name has at most 255 bytes on most systems; a temporary file's has some more than the picture's.
+# A file name has at most 255 bytes on most systems; that of a temporary file is longer than that of the picture.
 LONGEST_NAME = 255 - len(".png.tmp1234567890")
 
 
 def fitting(name: str) -> str:
-    """A file name, or a path below a folder, to which .png can be added on any file system: a name that is too long for
-    that is cut, and gets a hash of the whole."""
+    """A file name, or a path below a folder, that is short enough for .png to be added on any file system. A name that
+    is too long is cut and gets a hash of the full name."""
     path = PurePosixPath(name)
     if len(os.fsencode(path.name)) <= LONGEST_NAME:
         return name
     mark = "~" + hashlib.sha1(os.fsencode(path.name)).hexdigest()[:12]
     kept = path.name
-    while len(os.fsencode(kept + mark)) > LONGEST_NAME:  # by letters: bytes would cut one in two
+    while len(os.fsencode(kept + mark)) > LONGEST_NAME:  # letter by letter: cutting bytes could split a letter
         kept = kept[:-1]
     return path.with_name(kept + mark).as_posix()
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make `folder`, and keep other calls from writing into it meanwhile; the system lets go of it when this process
-    ends, however it does. Raises InputError if another call has it."""
+    """Make `folder` and lock it against other calls. The system removes the lock when this process ends, in whatever
+    way. Raises InputError if another call holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -180,18 +180,18 @@ def held(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise InputError(f"--out {folder}: another call is writing there; wait, or give another --out") from error
         except OSError:
-            pass  # some network folders know no locks
+            pass  # some network folders have no locks
         yield
     finally:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------- what this program wrote; nothing else is ever removed
+# ---------------------------------------------------------------- the program's own files; others are never removed
 
 
 class OwnFiles:
-    """The files in `folder` that calls of this `kind`, one of KINDS, wrote. A folder may have several
-    kinds in it; a call removes its own kind only."""
+    """The files in `folder` that calls of this `kind` (one of KINDS) wrote. A folder may contain several kinds; a call
+    removes only its own kind."""
 
     def __init__(self, folder: Path, kind: str):
         self.folder = folder
@@ -199,8 +199,8 @@ class OwnFiles:
         self.listed = read_list(folder)
 
     def claim(self, name: str) -> Path:
-        """Where to write the file `name`. It is listed first, so that a kill leaves nothing that nobody owns. Raises
-        InputError if something is there that no call of ours wrote."""
+        """The path for writing the file `name`. It is listed first, so that a kill leaves no unlisted file. Raises
+        InputError if there is a file that this program did not write."""
         if (self.kind, name) not in self.listed:
             self.refuse_foreign(name)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -210,11 +210,11 @@ class OwnFiles:
         return self.folder / name
 
     def refuse_foreign(self, name: str) -> None:
-        """Raises InputError if something is there that no call of ours wrote."""
+        """Raises InputError if there is a file `name` that this program did not write."""
         is_ours = any((kind, name) in self.listed for kind in KINDS)
         if not is_ours and os.path.lexists(self.folder / name):
             raise InputError(
-                f"--out {self.folder}: has {name} in it, which this program did not write; give another --out"
+                f"--out {self.folder}: contains {name}, which this program did not write; give another --out"
             )
 
     def names(self) -> list[str]:
@@ -222,7 +222,7 @@ class OwnFiles:
         return sorted(name for kind, name in self.listed if kind == self.kind)
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove those of these files that calls of this kind wrote, and the folders that are empty then."""
+        """Remove the files `names` if calls of this kind wrote them, and folders that become empty."""
         gone = {(self.kind, name) for name in names} & self.listed
         if not gone:
             return
@@ -235,12 +235,12 @@ class OwnFiles:
             remove_inside(self.folder, LIST)
 
     def remove_all(self, but: Collection[str] = ()) -> None:
-        """Remove all files that calls of this kind wrote, but these."""
+        """Remove all files that calls of this kind wrote, except these."""
         self.remove([name for name in self.names() if name not in but])
 
 
 def is_listed(path: Path) -> bool:
-    """Whether a file that exists is in the list of its folder, or of one above it."""
+    """Whether an existing file is in the list of its folder, or of a folder above it."""
     if not path.exists():
         return False
     whole = path.resolve()
@@ -256,7 +256,7 @@ def line(kind: str, name: str) -> str:
 
 
 def read_list(folder: Path) -> set[tuple[str, str]]:
-    """The entries of a folder's list. A line that a kill cut off counts as none, and so does whatever else is there."""
+    """The entries of a folder's list. Incomplete lines, which a kill can leave, and other text are ignored."""
     listed = set()
     try:
         lines = (folder / LIST).read_text(encoding="utf-8").splitlines()
@@ -272,7 +272,7 @@ def read_list(folder: Path) -> set[tuple[str, str]]:
 
 
 def remove_inside(folder: Path, name: str) -> None:
-    """Remove the file `name` below `folder`, unless it lies outside by ../ or a link; then the folders between, if they
+    """Remove the file `name` below `folder`, unless ../ or a link leads outside; then the folders in between, if they
     are empty."""
     path = folder / name
     parent = path.parent
@@ -287,13 +287,13 @@ def remove_inside(folder: Path, name: str) -> None:
 
 # ---------------------------------------------------------------- the run folder
 #
-# A training writes into the subfolder `unfinished`. The detector of an earlier training, and all that belongs to it,
-# stay as they are until the new one is complete; then `install` puts it in their place.
+# A training writes into the subfolder `unfinished`. An earlier detector, with all files that belong to it, stays
+# unchanged until the new one is complete; then `install` replaces it.
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The checkpoint that judges: `run` itself if it is a file; else its model.pt. Only if there is none yet: that of
-    the unfinished training."""
+    """The checkpoint to use: `run` itself if it is a file, else its model.pt. If there is none yet, that of the
+    unfinished training."""
     if not run.is_dir():
         return run
     for path in (run / MODEL, run / UNFINISHED / MODEL, run / UNFINISHED / STATE):
@@ -308,18 +308,18 @@ def folder_of(checkpoint: Path) -> Path:
 
 
 def is_unfinished(run: Path) -> bool:
-    """Whether a training was begun in this folder, and is not complete or not in its place."""
+    """Whether a training in this folder was started and is not complete, or not installed."""
     return bool(unfinished_files(run).names())
 
 
 def unfinished_files(run: Path) -> OwnFiles:
-    """The files of the training in `run` that is not finished."""
+    """The files of the unfinished training in `run`."""
     return OwnFiles(run / UNFINISHED, "trained")
 
 
 def resumable(run: Path) -> Path | None:
-    """The checkpoint that --resume looks at: the state of a stopped training; else, unless one was announced that has
-    not begun, the finished model."""
+    """The checkpoint for --resume: the state of a stopped training, else the finished model. None if a training was
+    announced but has not started."""
     if is_unfinished(run):
         state = run / UNFINISHED / STATE
         return state if state.exists() else None
@@ -327,9 +327,9 @@ def resumable(run: Path) -> Path | None:
 
 
 def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: int = 0) -> None:
-    """Raises InputError if training on category `data` may not write into `out`: if it lies in one of the folders
-    that are read (`inputs`), or holds a stopped run that was not asked for, or the run of another folder, or a file
-    that has the name of one of a run's files, those of so many kept `epochs` included, and was not written by one."""
+    """Raises InputError if training on category `data` must not write into `out`: if it lies in one of the folders that
+    are read (`inputs`); if it holds a stopped run and `resume` is false, or a run on other data; or if it holds a file
+    with the name of one of a run's files (including `epochs` kept epochs) that this program did not write."""
     for folder in inputs:
         refuse_inside(out, folder)
     names = [*TRAINED, *(epoch_file(number) for number in range(1, epochs + 1))]
@@ -344,7 +344,7 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: i
             refuse_other_data(out, checkpoint, data)
     is_stopped = (out / UNFINISHED / STATE).exists() and not (out / UNFINISHED / MODEL).exists()
     if is_stopped and not resume:
-        raise InputError(f"--out {out}: holds a stopped run; go on with --resume, or give another --out")
+        raise InputError(f"--out {out}: holds a stopped run; continue with --resume, or give another --out")
 
 
 def refuse_other_data(out: Path, checkpoint: Path, data: Path) -> None:
@@ -352,22 +352,22 @@ def refuse_other_data(out: Path, checkpoint: Path, data: Path) -> None:
     try:
         other = Path(read_checkpoint(checkpoint)["settings"]["data"])
     except InputError as error:
-        raise InputError(f"--out {out}: {error}, or give another --out") from error
+        raise InputError(f"--out {out}: {error}; or give another --out") from error
     if other != data.resolve():
-        raise InputError(f"--out {out}: holds a run of {other}; give another --out")
+        raise InputError(f"--out {out}: holds a run on {other}; give another --out")
 
 
 def announce(out: Path) -> None:
-    """Say on the disk that a training will follow: as long as it is not complete, figures in `out` are those of an
-    earlier detector, and --resume begins it."""
+    """Mark on the disk that a training will follow. Until it is complete, metrics in `out` belong to an earlier
+    detector, and --resume starts the training."""
     unfinished_files(out).claim(STATE)
 
 
 def install(out: Path) -> None:
-    """Put a complete training, whose model.pt lies in the subfolder `unfinished`, in the place of an earlier one.
+    """Move a complete training, whose model.pt lies in the subfolder `unfinished`, to the place of an earlier one.
 
-    A kill at any point leaves one of the two detectors in `out`, and nothing beside it that belongs to the other. The
-    next call goes on from there. It does nothing while a training is not complete."""
+    A kill at any point leaves one of the two detectors in `out`, and no files of the other one. The next call continues
+    from there. Does nothing while a training is not complete."""
     new, own = unfinished_files(out), OwnFiles(out, "trained")
     is_complete = (new.folder / MODEL).exists()
     if not is_complete and STATE in new.names():
@@ -377,7 +377,7 @@ def install(out: Path) -> None:
         own.refuse_foreign(name)
     if is_complete:
         new.remove([STATE])
-        # What belongs to the earlier detector goes before its successor comes.
+        # The files of the earlier detector are removed before the new one is moved.
         remove_measured(out)
         own.remove([name for name in own.names() if name != MODEL and belongs_to_detector(name)])
         move(new.folder / MODEL, own.claim(MODEL))
@@ -389,12 +389,12 @@ def install(out: Path) -> None:
 
 
 def belongs_to_detector(name: str) -> bool:
-    """Whether a training of one detector writes a file of this name; results.json of several runs is none."""
+    """Whether the training of one detector writes a file of this name (results.json belongs to several runs)."""
     return name in TRAINED or re.fullmatch(r"epoch_\d+\.pt", name) is not None
 
 
 def remove_measured(out: Path) -> None:
-    """Remove all figures and pictures of a run's test images: they are of another detector."""
+    """Remove all metrics and pictures of a run's test images, since they belong to another detector."""
     for folder in (out, *out.glob("tests/*")):
         OwnFiles(folder, "measured").remove_all()
         if folder != out and folder.is_dir() and not any(folder.iterdir()):
@@ -402,7 +402,7 @@ def remove_measured(out: Path) -> None:
 
 
 def epoch_file(epoch: int) -> str:
-    """What train.py --keep-epochs calls the checkpoint of an epoch."""
+    """The file name that train.py --keep-epochs gives to the checkpoint of an epoch."""
     return f"epoch_{epoch:02}.pt"
 
 
@@ -411,14 +411,14 @@ def epoch_of(path: Path) -> int:
 
 
 def kept_epochs(out: Path, subfolders: bool = False) -> list[Path]:
-    """The epochs that were kept in a run's folder, or in those of all runs below it, by run and epoch."""
+    """The epoch checkpoints in a run's folder, or in the folders of all runs below it, sorted by run and epoch."""
     found = out.glob("**/*.pt" if subfolders else "*.pt")
     kept = [path for path in found if re.fullmatch(r"epoch_\d+", path.stem) and not is_of_successor(path)]
     return sorted(kept, key=lambda path: (path.parent, epoch_of(path)))
 
 
 def is_of_successor(path: Path) -> bool:
-    """Whether a file is one of an unfinished training in a folder that has a finished detector."""
+    """Whether a file belongs to an unfinished training in a folder that has a finished detector."""
     return path.parent.name == UNFINISHED and (folder_of(path) / MODEL).exists()
 
 
@@ -428,6 +428,6 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def refuse_inside(out: Path, folder: Path) -> None:
-    """Raises InputError if --out is a folder that is read, or lies in it: a later call would read what this wrote."""
+    """Raises InputError if --out is a folder that is read, or lies in it: a later call would read this call's files."""
     if is_inside(out, folder):
-        raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside")
+        raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside it")

@@ -1,5 +1,5 @@
-"""The good images of a training: which are held out, which are trained on; batches of these, x+, and the anomalous ones
-x- that a given function paints on some of them."""
+"""The good images of a training: the held-out ones and those to train on; batches of x+, the good images, and of x-,
+the anomalous images that a given function paints on some of them."""
 
 import math
 import os
@@ -22,16 +22,16 @@ from kit.settings import UNIT
 from kit.windows import at_once, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
-PATCH = 512  # pixels a side of the part of a large image that is painted on
+PATCH = 512  # side in pixels of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
 
-# (x+, random generator, another image to take a defect's filling from, where it may be) -> (x-, mask, box)
+# (x+, random generator, another image as a source of the defect's content, where it may be) -> (x-, mask, box)
 Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tuple]
 
 
 @dataclass(frozen=True)
 class Defect:
-    """The file of an image with a defect, and its mask's, None where nobody has drawn one."""
+    """The file of an image with a defect, and the file of its mask, if there is one."""
 
     path: Path
     mask: Path | None
@@ -39,8 +39,9 @@ class Defect:
 
 @dataclass(frozen=True)
 class GoodImages:
-    """Files of good images: those that calibrate a detector after each epoch, and those that it is trained on; textures
-    to paint defects from, beside these; the processes that share the training; and real defects, if any are given."""
+    """The files of a training: good images that calibrate the detector after each epoch, and good images to train on;
+    textures as a second source of synthetic defects; real defects, if given. And the processes that share the
+    training."""
 
     held_out: list[Path]
     trained_on: list[Path]
@@ -50,8 +51,8 @@ class GoodImages:
 
 
 def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
-    """(held out, trained on), at random. A tenth is held out for the calibration; of few images at least eight, or a
-    quarter; at most 1000."""
+    """(held out, trained on), at random. A tenth is held out for the calibration: at least eight (of fewer than 32
+    images a quarter), at most 1000."""
     count = held_out_count(len(files))
     order = np.random.default_rng(seed).permutation(len(files))
     return [files[i] for i in order[:count]], [files[i] for i in order[count:]]
@@ -63,12 +64,12 @@ def held_out_count(images: int) -> int:
 
 
 class Painter:
-    """Good images x+, and anomalous ones x- that a given function paints on them.
+    """Good images x+, and anomalous images x- that a given function paints on them.
 
-    What is painted depends on the seed, the epoch and the number of x- alone, whatever the processes and the order; it
-    lies in the model's region of interest. Of images with more pixels than two patches, x+ and x- are a patch each,
-    somewhere; `surrounded` adds what the backbone sees around it. Decoded images are kept in memory with half the bits,
-    up to CACHE_BYTES; of the others only the last ones."""
+    The painting of an x- depends only on the seed, the epoch and its number, not on the processes or the order. It lies
+    in the model's region of interest. For images with more pixels than two patches, x+ and x- are a random patch;
+    `surrounded` adds the area around it that the backbone sees. Decoded images are kept in memory in float16, up to
+    CACHE_BYTES; of the others only the last ones."""
 
     def __init__(self, good: GoodImages, paint: Paint | None, model: Detector):
         """`paint` is None if nothing is painted."""
@@ -93,17 +94,17 @@ class Painter:
         return read_image(path, self.shape).astype(np.float16)
 
     def image(self, path: Path, place: tuple[slice, slice] = WHOLE) -> np.ndarray:
-        """A file, or what is at a place in it: (H, W, 3) float32 in [0, 1]."""
+        """A file, or the part of it at `place`: (H, W, 3) float32 in [0, 1]."""
         whole = self.cache[path] if path in self.cache else self.read_lately(path)
         return whole[place].astype(np.float32)
 
     def file_number(self, number: int | np.ndarray) -> int | np.ndarray:
-        """Of the file that x- with this number is made from."""
+        """The number of the file that x- with this number is painted on."""
         return number % len(self.files)
 
     def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
-        """Where on its image the patch of x- with this number is: around a pixel of the region of interest; all of a
-        small image. `part` 1 is another one, to take a defect's filling from."""
+        """Where on its image the patch of x- with this number is: around a random pixel of the region of interest; a
+        small image is taken whole. `part` 1 is another patch, as a source of the defect's content."""
         rng = np.random.default_rng([self.seed, self.epoch, number, 1 + part])
         row, column = rng.integers(self.shape)
         if not self.roi.all():
@@ -123,21 +124,21 @@ class Painter:
         sources = self.textures if use_texture else self.files
         source = sources[rng.integers(len(sources))]
         if self.patch != self.shape and not use_texture:
-            source = path  # to decode another large image takes long
+            source = path  # decoding another large image takes long
         other = self.image(source, self.place(number, part=1))
         painted, mask, box = self.paint(image, rng, other, self.roi[place])
         return image, painted, mask, box
 
     def surroundings(self, number: int) -> tuple[slice, slice]:
-        """Where on its image the patch of x- with this number is, with all that the backbone sees around it."""
+        """The patch of x- with this number on its image, together with the area around it that the backbone sees."""
         rows, columns = self.place(number)
         return widened(rows, self.reach, self.shape[0]), widened(columns, self.reach, self.shape[1])
 
     def surrounded(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """x- of this number with its `surroundings`, (H, W, 3), and the mask (H, W) of where it differs from x+.
 
-        A patch alone would teach the wrong thing: features near its rim see the padding of convolutions, which those of
-        good images do not."""
+        A patch alone would teach the wrong thing: features near its edge depend on the padding of convolutions, those
+        of good images do not."""
         _, painted, changed, _ = self.anomalous(number)
         place, around = self.place(number), self.surroundings(number)
         anomalous = self.image(self.files[self.file_number(number)], around).copy()
@@ -147,7 +148,7 @@ class Painter:
         return anomalous, mask
 
     def normal(self) -> Iterator[Tensor]:
-        """This process's part of the files x+, each once, as (<= 8, 3, H, W) tensors; the larger, the less of them."""
+        """This process's part of the files x+, each once, as (<= 8, 3, H, W) tensors; fewer at a time if large."""
         batch = at_once(self.shape)
         mine = self.processes.part(self.files)
         for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
@@ -163,8 +164,8 @@ class Painter:
             yield to_tensor(images)
 
     def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        """x- (A, 3, H, W), `surrounded`, their masks (A, 1, H, W), and their numbers (A,): this process's part of
-        `count` of them in all, on as many files as there are, one after the other."""
+        """`surrounded` x- (A, 3, H, W), their masks (A, 1, H, W), and their numbers (A,): this process's part of
+        `count` in total, which are spread evenly over the files."""
         order = np.random.default_rng(self.seed).permutation(len(self.files))[:count]
         numbers = [n for i, file in enumerate(order) for n in range(file, file + count - i, len(self.files))]
         mine = self.processes.part(numbers)
@@ -206,16 +207,16 @@ class Paintings(Dataset):
         return len(self.numbers)
 
     def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, ...]:
-        """Some of them, each stacked. Arrays, not tensors: what a loader's worker hands over as a tensor goes through
-        shared memory, of which a container has 64 MB, less than a few batches."""
+        """A stacked batch. Arrays, not tensors: tensors of a loader's worker go through shared memory, and a container
+        has only 64 MB of it, less than a few batches."""
         numbers = [self.numbers[i] for i in indices]
         after, masks = zip(*(self.painter.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
 
 
 class Pairs(Dataset):
-    """Batches of x+, and of x- for half of them (twice as many teach no more), for each process its part. Small sets
-    are repeated, to about `images_per_epoch`."""
+    """Batches of x+, and of x- for half of them (more x- did not help); each process gets its part. Small sets are
+    repeated to about `images_per_epoch`."""
 
     def __init__(self, painter: Painter, images_per_epoch: int):
         self.painter = painter
@@ -225,7 +226,7 @@ class Pairs(Dataset):
         return len(self.painter.files) * self.repeats
 
     def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's part of a batch: B images x+, then A ones x- that were made from the first A of them, as
+        """This process's part of a batch: B images x+, then A images x- that were made from the first A of them, as
         (B + A, H, W, 3) float32; the masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4).
         (H, W) is the images' shape, or a patch's. Arrays, as in `Paintings`.
 
@@ -249,15 +250,15 @@ class Pairs(Dataset):
 
 
 def within(middle: int, length: int, limit: int) -> slice:
-    """So long a part of an axis of `limit` pixels, around the `middle` as far as it goes."""
+    """A part of this `length` of an axis of `limit` pixels, centred at `middle` as far as possible."""
     start = min(max(0, int(middle) - length // 2), limit - length)
     return slice(start, start + length)
 
 
 def widened(part: slice, reach: int | None, limit: int) -> slice:
-    """A part of an axis of `limit` pixels with at least `reach` pixels around it, as far as the axis goes; all of the
-    axis if `reach` is None. It starts at a multiple of UNIT, so that positions of features fall on the same pixels as
-    those of the whole image."""
+    """A part of an axis of `limit` pixels, extended by at least `reach` pixels on both sides within the axis; the whole
+    axis if `reach` is None. It starts at a multiple of UNIT, so that features have the same positions as in the whole
+    image."""
     if reach is None:
         return slice(0, limit)
     start = max(0, part.start - reach) // UNIT * UNIT
@@ -266,8 +267,8 @@ def widened(part: slice, reach: int | None, limit: int) -> slice:
 
 
 def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
-    """Batches of `dataset`, painted in the background where processes can be forked; elsewhere each of them would have
-    to copy the decoded images."""
+    """Batches of `dataset`, painted by background processes where these can be forked; elsewhere each process would
+    have to copy the decoded images."""
     workers = min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
     context = "fork" if workers else None
     return DataLoader(

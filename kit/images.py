@@ -1,4 +1,4 @@
-"""One image: decoded, checked, brought to RGB in [0, 1]; and where the object is in it. Arrays are numpy, (H, W, 3)
+"""One image: decoding, checks, conversion to RGB in [0, 1]; masks; and where the object is. Arrays are numpy, (H, W, 3)
 float32."""
 
 from pathlib import Path
@@ -11,15 +11,15 @@ from scipy import ndimage
 from kit.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # named: a PostScript file called .png would start Ghostscript
-LEAST = 32  # pixels a side
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no others: a PostScript file called .png would start Ghostscript
+LEAST = 32  # pixels per side
 
 AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """The image, turned by its EXIF tag: phones store the rotation beside the pixels. Malformed EXIF data hold no
-    rotation that anyone could read; Pillow answers them with all kinds of errors."""
+    """The image, rotated by its EXIF tag, in which phones store the rotation. Malformed EXIF data, for which Pillow
+    raises many kinds of errors, count as no rotation."""
     try:
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         return image if upright else ImageOps.exif_transpose(image)
@@ -28,7 +28,7 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def composed(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels as on white paper, not in the colour that their file hides there."""
+    """RGB, with transparent pixels on a white background instead of the hidden colour in the file."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -37,9 +37,9 @@ def composed(image: Image.Image) -> Image.Image:
 
 
 def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
-    """Pixel values (H, W, 1 or 3) of a PIL image of any mode, uint8 or float32, and the value that means white: 255, or
-    65535 for 16 bits, or 1 for floats. Never stretched to the image's own range. Raises InputError if that is
-    ambiguous."""
+    """Pixel values (H, W, 1 or 3) of a PIL image of any mode, uint8 or float32, and the value of white: 255, 65535 for
+    16 bits, or 1 for floats. Values are never stretched to the image's own range. Raises InputError if the value of
+    white is ambiguous."""
     if image.mode == "F":
         return checked(np.asarray(image, dtype=np.float32), 1, "floating-point values"), 1
     if image.mode.startswith("I"):  # I;16 and its byte orders, or 32-bit integers
@@ -49,48 +49,49 @@ def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
 
 def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
     """`values` with a last axis of channels. Raises InputError if one is not within 0..white."""
-    if not (values.min() >= 0 and values.max() <= white):  # so that not-a-number is refused as well
-        raise InputError(f"its {kind} range over {values.min():g}..{values.max():g}, not 0..{white}; convert it first")
+    if not (values.min() >= 0 and values.max() <= white):  # written this way, NaN is refused as well
+        found = f"{values.min():g}..{values.max():g}"
+        raise InputError(f"{kind} in the range {found}, not 0..{white}; convert the image first")
     return np.atleast_3d(values)
 
 
 def array_and_white(image: np.ndarray | torch.Tensor) -> tuple[np.ndarray, float]:
-    """The same as `values_and_white`, of an array (H, W), (H, W, 1) or (H, W, 3), or a tensor (1 or 3, H, W)."""
+    """`values_and_white` for an array (H, W), (H, W, 1) or (H, W, 3), or a tensor (1 or 3, H, W)."""
     shape = tuple(image.shape)
     if isinstance(image, torch.Tensor):
         channels = shape[0] if len(shape) == 3 else None
     else:
         channels = shape[2] if len(shape) == 3 else {2: 1}.get(len(shape))
     if channels not in (1, 3) or 0 in shape:
-        raise InputError(f"an image of shape {shape}: give an array (H, W, 3) or a tensor (3, H, W)")
+        raise InputError(f"image of shape {shape}: give an array (H, W, 3) or a tensor (3, H, W)")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().permute(1, 2, 0)
         image = (image.float() if image.is_floating_point() else image).numpy()  # numpy has no bfloat16
     whites = {"uint8": 255, "uint16": 65535, "float16": 1, "float32": 1, "float64": 1}
     white = whites.get(str(image.dtype))
     if white is None:
-        raise InputError(f"an image of {image.dtype}: give uint8 in 0..255, uint16 in 0..65535, or floats in 0..1")
+        raise InputError(f"image of type {image.dtype}: give uint8 in 0..255, uint16 in 0..65535, or floats in 0..1")
     return checked(image.astype(np.float32), white, "values"), white
 
 
 def resized(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) -> (height, width, C) float32, bilinear; band by band in float, so that the low bits of 16-bit files
-    survive. The filter widens as the image shrinks."""
+    """(H, W, C) -> (height, width, C) float32, bilinear with antialiasing. Each channel is resized in float, which
+    keeps the low bits of 16-bit files."""
     bands = [Image.fromarray(np.ascontiguousarray(band)).convert("F") for band in values.transpose(2, 0, 1)]
     return np.stack([np.asarray(band.resize((width, height), Image.Resampling.BILINEAR)) for band in bands], axis=-1)
 
 
 def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int] | None = None) -> np.ndarray:
-    """(H, W, 3) float32 RGB in [0, 1]; a PIL image is turned by its EXIF tag; resized to `shape` (H, W) if given.
+    """(H, W, 3) float32 RGB in [0, 1]; a PIL image is rotated by its EXIF tag; resized to `shape` (H, W) if given.
 
-    Raises InputError below 32 pixels, and where the values leave their range."""
+    Raises InputError for sides below 32 pixels, and for values outside their range."""
     if isinstance(image, Image.Image):
         values, white = values_and_white(turned(image))
     else:
         values, white = array_and_white(image)
     height, width, channels = values.shape
     if min(height, width) < LEAST:
-        raise InputError(f"an image of {width}x{height} pixels is too small, {LEAST}x{LEAST} is the least")
+        raise InputError(f"image of {width}x{height} pixels: too small, the minimum is {LEAST}x{LEAST}")
     if shape:
         values = resized(values, *shape)
     values = values.astype(np.float32, copy=False) / white
@@ -98,8 +99,8 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int
 
 
 def photograph(image: Image.Image, longest: int) -> Image.Image:
-    """An image to look at: RGB with 8 bits, turned by its EXIF tag, of at most `longest` pixels a side. Raises
-    InputError where the values leave their range."""
+    """An image for display: 8-bit RGB, rotated by its EXIF tag, with sides of at most `longest` pixels. Raises
+    InputError for values outside their range."""
     image = turned(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values, white = values_and_white(image)
@@ -125,7 +126,7 @@ def read_image(path: Path | str, shape: tuple[int, int] | None = None) -> np.nda
 
 
 def named(path: Path | str, image: Image.Image, shape: tuple[int, int] | None) -> np.ndarray:
-    """`to_rgb` of the decoded image of a file, which a refusal names."""
+    """`to_rgb` of the decoded image of a file. Raises InputError, naming the file."""
     try:
         return to_rgb(image, shape)
     except (InputError, ValueError) as error:
@@ -133,12 +134,12 @@ def named(path: Path | str, image: Image.Image, shape: tuple[int, int] | None) -
 
 
 def read_any(image: AnyImage, shape: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """`to_rgb` in this `shape` (H, W), and the shape before, of whatever a user has: a path, a PIL image, an array, a
-    tensor. Raises InputError for anything else, naming the file if it is one."""
+    """`to_rgb` in this `shape` (H, W), and the original shape, of a path, a PIL image, an array or a tensor. Raises
+    InputError for anything else, naming the file if it is one."""
     if not isinstance(image, str | Path | Image.Image | np.ndarray | torch.Tensor):
-        raise InputError(f"an image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
+        raise InputError(f"image of type {type(image).__name__}: give a path, a PIL image, an array or a tensor")
     if isinstance(image, str | Path):
-        decoded = load_image(image)  # once: it is what takes long
+        decoded = load_image(image)  # once, since it is the slow step
         return named(image, decoded, shape), shape_of(decoded)
     return to_rgb(image, shape), shape_of(image)
 
@@ -153,8 +154,8 @@ def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
 
 
 def marked(mask: Image.Image) -> np.ndarray:
-    """Where a mask's picture marks a defect, (H, W) bool: any value but black, since masks come as 0 and 255, as
-    labels 1, 2, ..., and in colours; transparent pixels mark nothing. JPEG blurs its zeros: there, above one half."""
+    """Where a mask image marks a defect, (H, W) bool: every value except black, since masks come as 0 and 255, as
+    labels 1, 2, ..., and in colours. Transparent pixels mark nothing. JPEG blurs black; there values above one half."""
     black = 127 if mask.format == "JPEG" else 0
     mask = turned(mask)
     if mask.mode == "F" or mask.mode.startswith("I"):
@@ -164,8 +165,8 @@ def marked(mask: Image.Image) -> np.ndarray:
 
 
 def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
-    """True mask, of this `shape` (H, W), bool, by nearest neighbour; all False for None. A mask too thin for that keeps
-    every pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
+    """The true mask in this `shape` (H, W), bool, resized to the nearest pixel; all False for None. A mask that is too
+    thin for this keeps every pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
     if path is None:
         return np.zeros(shape, dtype=bool)
     mask = Image.fromarray(np.float32(marked(load_image(path))))
@@ -176,12 +177,12 @@ def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
 
 
 def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
-    """The region of interest that a picture marks in white, as large as images are judged in: (H, W) bool. Raises
+    """The region of interest that an image marks in white, in the shape in which images are judged: (H, W) bool. Raises
     InputError, naming the file, if it cannot be decoded or marks nothing."""
     picture = turned(load_image(path)).convert("L").point(lambda value: 255 * (value > 127))
     region = np.asarray(picture.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
     if not region.any():
-        raise InputError(f"--roi {path}: nothing in it is white; what is to be looked at has to be")
+        raise InputError(f"--roi {path}: contains no white area; mark the area to inspect in white")
     return region
 
 
@@ -189,8 +190,8 @@ def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
 
 
 def foreground(image: np.ndarray) -> np.ndarray:
-    """Where the object is, (H, W) bool; everywhere, unless it lies on a plain background. Otsu's threshold splits the
-    distances from the border's median colour; the background is plain if nearly the whole border is near it."""
+    """Where the object is, (H, W) bool; everywhere if the background is not plain. Otsu's threshold splits the
+    distances to the border's median colour. The background is plain if nearly the whole border is close to it."""
     border = np.ones(image.shape[:2], dtype=bool)
     border[8:-8, 8:-8] = False
     distance = np.abs(image - np.median(image[border], axis=0)) @ np.full(3, 1 / 3, dtype=np.float32)
@@ -201,7 +202,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
 
 
 def otsu(values: np.ndarray, bins: int = 64) -> float:
-    """Otsu's threshold: it splits `values` into two classes of the greatest variance between them."""
+    """Otsu's threshold, which maximises the variance between the two classes of `values`."""
     counts, edges = np.histogram(values, bins=bins)
     share = np.cumsum(counts) / counts.sum()  # of the lower class, for each possible threshold
     mean = np.cumsum(counts * edges[1:]) / counts.sum()

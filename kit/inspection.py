@@ -1,7 +1,7 @@
-"""Judging new images: a row of scores.csv for each, its regions, its picture, and report.html over all.
+"""Judging new images: for each a row in scores.csv, its regions and a picture; report.html for all of them.
 
-A row is about one image: a name, with the size and the time of its file. It takes the place of an earlier row on the
-same image by the same detector; no other row is ever removed."""
+A row belongs to one image: a name, with the size and the time of its file. It replaces an earlier row on the same image
+by the same detector. No other row is ever removed."""
 
 import functools
 import hashlib
@@ -39,8 +39,8 @@ from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
 
-# Of both tables: size and time of the image's file (ns), so that the same name with another stamp is another image; the
-# fingerprint of the detector, and its threshold.
+# In both tables: size and time (ns) of the image's file, the fingerprint of the detector, and its threshold. The same
+# name with another size or time is another image.
 COMMON_COLUMNS = ["bytes", "changed", "detector", "threshold"]
 SCORES_COLUMNS = ["file", "score", "anomalous", "x0", "y0", "x1", "y1", *COMMON_COLUMNS]
 REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak", *COMMON_COLUMNS]
@@ -54,8 +54,8 @@ Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a call of evaluate.py is about: a detector and the checkpoint that it came from, the folder for what it
-    finds, the share of good images that it may flag."""
+    """One call of evaluate.py: a detector and its checkpoint, the folder for the results, and the accepted false-alarm
+    rate."""
 
     model: Detector
     checkpoint: Path
@@ -75,8 +75,8 @@ class Inspection:
 
 
 def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Twelve hexadecimal digits that tell detectors apart: a hash of weights, bank and calibration, the "state" of a
-    checkpoint. A copy of a checkpoint has the same."""
+    """Twelve hexadecimal digits that identify a detector: a hash of weights, bank and calibration, the "state" of a
+    checkpoint. A copy of a checkpoint has the same fingerprint."""
     found = hashlib.sha1()
     for name, values in state.items():
         found.update(f"{name} {tuple(values.shape)}".encode())
@@ -88,9 +88,9 @@ def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
 
 
 def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
-    """Where findings on these `images` go if nobody says so: predictions/<run>/<their name>; if findings of another
-    detector, or on other images, are there, the same with the detector's fingerprint, and a number if need be. A folder
-    that such a call made before is taken again."""
+    """The default folder for findings on these `images`: predictions/<run>/<their name>. If that holds findings of
+    another detector, or on other images, the detector's fingerprint is added, and a number if necessary. The folder of
+    an earlier call of this kind is used again."""
     name = Path(os.path.abspath(images)).name or "images"
     folder = Path("predictions", run)
     root = str(root_of(images).resolve())
@@ -109,8 +109,8 @@ def check_findings(out: Path, images: Path, detector: str, watch: bool) -> None:
 
 
 def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
-    """What forbids that findings of this detector on these `images` are added to those in `out`; None if nothing does.
-    With `watch` another detector's findings do not."""
+    """Why findings of this detector on these `images` must not be added to those in `out`; None if they may. With
+    `watch`, findings of another detector are no obstacle."""
     table = out / TABLE
     OwnFiles(out, "judged").refuse_foreign(TABLE)
     header = header_of(table)
@@ -118,7 +118,7 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
         return None
     rows = rows_of(table)
     if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows):
-        return f"its {TABLE} was written by an earlier version, or changed by hand"
+        return f"its {TABLE} was written by an earlier version or changed by hand"
     other = images_of(out)
     if other != str(root_of(images).resolve()):
         return f"holds findings on other images ({other})"
@@ -129,7 +129,7 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
 
 
 def is_whole(row: list[str]) -> bool:
-    """Whether a row of scores.csv is as this version writes it."""
+    """Whether a row of scores.csv has the form in which this version writes it."""
     if len(row) != len(SCORES_COLUMNS):
         return False
     cells = dict(zip(SCORES_COLUMNS, row, strict=True))
@@ -149,7 +149,7 @@ def images_of(out: Path) -> str | None:
 
 
 def root_of(images: Path) -> Path:
-    """The folder below which images are named: `images` itself, or that of a single image."""
+    """The folder to which names of images are relative: `images` itself, or the folder of a single image."""
     return images if images.is_dir() else images.parent
 
 
@@ -157,11 +157,10 @@ def root_of(images: Path) -> Path:
 
 
 class Judgements:
-    """What calls write into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
+    """Writes the results into `out`: scores.csv and regions.csv, row by row, a picture of each image, report.html.
 
-    What is there from earlier calls on the same `images` stays. `seen` are the images that were judged before, by any
-    detector, as the first cells of their rows with their stamps; `done`, those that need not be judged again by this
-    one at this threshold."""
+    Results of earlier calls on the same `images` stay. `seen` are the images that any detector has judged, as names in
+    the table with their stamps; `done` are those that this detector has judged at this threshold."""
 
     def __init__(self, work: Inspection, images: Path):
         self.work = work
@@ -170,7 +169,7 @@ class Judgements:
         self.own = OwnFiles(work.out, "judged")
         self.images = images
         self.tail = [work.detector, f"{self.limits.score:.6f}"]  # of each row
-        self.complaints: list[str] = []  # on pictures that could not be written
+        self.complaints: list[str] = []  # about pictures that could not be written
         about = {"images": str(root_of(images).resolve()), "checkpoint": str(work.checkpoint.resolve())}
         write_text(self.own.claim(ABOUT), json.dumps(about, indent=2) + "\n")
         rows = rows_of(work.out / TABLE)
@@ -178,24 +177,24 @@ class Judgements:
         self.seen = {stamped(row) for row in rows}
         self.done = {stamped(row) for row in rows if row[-2:] == self.tail}
         self.scores = GrowingTable(self.own.claim(TABLE), SCORES_COLUMNS, rows)
-        # A kill may have left regions of an image that has no row yet: it will be judged again.
+        # A kill may have left regions of an image without a row in scores.csv; it will be judged again.
         complete = {judged_as(row) for row in rows}
         regions = [row for row in rows_of(work.out / REGIONS) if judged_as(row) in complete]
         self.regions = GrowingTable(self.own.claim(REGIONS), REGIONS_COLUMNS, regions)
 
     def keep_page(self, rows: list[list[str]]) -> None:
-        """Keep the page of an earlier detector, which has another scale, under another name."""
+        """Keep the page of an earlier detector, whose scores have another scale, under another name."""
         earlier = rows[-1][-2] if rows else self.work.detector
         if earlier != self.work.detector and (self.own.folder / PAGE).exists():
             move(self.own.folder / PAGE, self.own.claim(f"report-{earlier}.html"))
 
     def has(self, name: str, stamp: Stamp) -> bool:
-        """Whether this image was judged by this detector, and its picture is there."""
+        """Whether this detector has judged this image, and its picture exists."""
         is_judged = (plain_cell(name), str(stamp[0]), str(stamp[1])) in self.done
         return is_judged and (self.own.folder / f"{fitting(name)}.png").exists()
 
     def add(self, name: str, photo: Image.Image, verdict: Verdict, stamp: Stamp) -> None:
-        """The `photograph` of an image, and the verdict on it. Pictures that cannot be written cost no row."""
+        """Write the verdict on an image and its picture. If the picture cannot be written, the row still is."""
         try:
             picture = draw.verdict_picture(photo, name, verdict, self.limits)
             draw.save_picture(self.own.claim(f"{fitting(name)}.png"), picture)
@@ -209,7 +208,7 @@ class Judgements:
         print(f"{name}: {sentence(verdict)}", flush=True)
 
     def write_page(self) -> list[Entry]:
-        """report.html of all images in scores.csv that this detector judged, and what is on it."""
+        """Write report.html with all images in scores.csv that this detector judged; returns its entries."""
         entries = entries_of(self.own.folder, self.images, Path(self.model.settings.data), self.work.detector)
         facts = {"checkpoint": str(self.work.checkpoint.resolve()), "detector": self.work.detector}
         facts |= {"images": str(self.images.resolve()), "calibration": basis(self.limits)}
@@ -220,7 +219,7 @@ class Judgements:
         return entries
 
     def close(self) -> None:
-        """Close the tables; of several rows on one image by this detector the last one stays."""
+        """Close the tables. If there are several rows on one image by this detector, the last one stays."""
         self.scores.close()
         self.regions.close()
         rows, regions = rows_of(self.own.folder / TABLE), rows_of(self.own.folder / REGIONS)
@@ -233,17 +232,17 @@ class Judgements:
 
 
 def stamped(row: list[str]) -> tuple[str, str, str]:
-    """The image that a row of either table is about: its name as the table has it, and its stamp."""
+    """The image that a row of either table belongs to: its name in the table, and its stamp."""
     return row[0], row[-4], row[-3]
 
 
 def judged_as(row: list[str]) -> tuple[str, ...]:
-    """The image that a row of either table is about, the detector, and its threshold."""
+    """The image that a row of either table belongs to, the detector, and its threshold."""
     return row[0], *row[-4:]
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """Of a file that has gone, or cannot be reached now: None."""
+    """Size and time of a file; None if it is gone or cannot be reached now."""
     try:
         stat = path.stat()
     except OSError:
@@ -252,11 +251,11 @@ def stamp_of(path: Path) -> Stamp | None:
 
 
 def judge_new(work: Inspection, images: Path) -> None:
-    """Judge an image, or those of a folder and its subfolders: for each a row of scores.csv, one of regions.csv for
-    each of its regions, and <file name>.png. Those that this detector has judged already keep their rows.
+    """Judge an image, or all images of a folder and its subfolders: for each a row in scores.csv, a row in regions.csv
+    for each of its regions, and <file name>.png. Images that this detector has judged already keep their rows.
 
-    Raises InputError at the end if some could not be read (unless `skip_bad`), or some pictures not be written; all
-    else is there by then."""
+    Raises InputError at the end if images could not be read (unless `skip_bad`) or pictures could not be written; all
+    other results are written by then."""
     out = work.out
     files = new_images(images, out)
     root = root_of(images)
@@ -270,7 +269,7 @@ def judge_new(work: Inspection, images: Path) -> None:
         stamps = {path: stamp_of(path) or (0, 0) for path in files}
         todo = [path for path in files if not judgements.has(name_below(root, path), stamps[path])]
         if len(todo) < len(files):
-            print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before")
+            print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before; they are kept")
         judged = judge_files(work.model, todo, work.limits, complaints)
         measures = []
         for image, verdict in counted(judged, "judging images", len(todo)):
@@ -278,7 +277,7 @@ def judge_new(work: Inspection, images: Path) -> None:
             measures.append(image.measures)
         judgements.close()
         entries = judgements.write_page()
-    print(f"wrote {PAGE}, {TABLE} and {REGIONS} into {out}: {len(entries)} images by detector {work.detector}")
+    print(f"wrote {PAGE}, {TABLE} and {REGIONS} into {out}: {len(entries)} images, detector {work.detector}")
     print_camera(work.model, measures)
     now = {name_below(root, path) for path in files}
     print_drift(work.model, np.array([entry.score for entry in entries if entry.name in now]))
@@ -291,8 +290,8 @@ def judge_new(work: Inspection, images: Path) -> None:
 
 
 def new_images(images: Path, out: Path) -> list[Path]:
-    """The image `images`, or those below that folder. Raises InputError if there are none, or if the pictures of this
-    call would lie among them in the next."""
+    """The image `images`, or the images below that folder. Raises InputError if there are none, or if the next call
+    would find the pictures of this call among them."""
     if not images.exists():
         raise InputError(f"--images {images}: no such file or folder")
     if not images.is_dir():
@@ -300,19 +299,18 @@ def new_images(images: Path, out: Path) -> list[Path]:
     refuse_inside(out, images)
     files = data.list_images(images, subfolders=True)
     if not files:
-        raise InputError(f"--images {images}: no images there")
+        raise InputError(f"--images {images}: no images in this folder")
     return files
 
 
 def name_below(root: Path, path: Path) -> str:
-    """How the tables call an image: its path below the folder that was asked for."""
+    """The name of an image in the tables: its path relative to the folder that was given."""
     return path.relative_to(root).as_posix()
 
 
 def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list[Entry]:
-    """For report.html: the `images`, a file or a folder, that this detector judged, as scores.csv has them; of one that
-    was judged several times the last row; their kind is their subfolder. `trained_on` is the category of the
-    detector."""
+    """The entries of report.html: the `images`, a file or a folder, that this detector judged, from the last row of
+    each in scores.csv. Their kind is their subfolder. `trained_on` is the category of the detector."""
     root = root_of(images)
     good_folders = [trained_on, *(trained_on / "train" / name for name in data.GOOD_NAMES)]
     scores: dict[str, float] = {}
@@ -320,7 +318,7 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
         cells = dict(zip(SCORES_COLUMNS, row, strict=True))
         if cells["detector"] == detector:
             name = cells["file"].removeprefix(FORMULA_GUARD)
-            scores.pop(name, None)  # in the order in which they were judged last
+            scores.pop(name, None)  # ordered by the last time each was judged
             scores[name] = float(cells["score"])
     entries = []
     for name, score in scores.items():
@@ -350,7 +348,7 @@ def decode(path: Path, model: Detector) -> Decoded:
 
 
 def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -> Iterator[list[Decoded]]:
-    """The files, up to eight at a time, less the unreadable ones, on each of which a line is added to `complaints`."""
+    """The decoded files, up to eight at a time. For each unreadable file a line is added to `complaints` instead."""
     count = at_once(model.shape)
     for start in range(0, len(files), count):
         batch = []
@@ -366,8 +364,8 @@ def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -
 def judge_files(
     model: Detector, files: list[Path], limits: Thresholds, complaints: list[str]
 ) -> Iterator[tuple[Decoded, Verdict]]:
-    """Each file, decoded, and the verdict on it. A line on each unreadable one is added to `complaints`,
-    which is complete when the last file is through."""
+    """Each file, decoded, and the verdict on it. For each unreadable file a line is added to `complaints`, which is
+    complete after the last file."""
     for batch in data.ahead(decoded_batches(files, model, complaints)):
         images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
         with torch.no_grad():
@@ -377,7 +375,7 @@ def judge_files(
 
 
 def scores_row(name: str, verdict: Verdict) -> list:
-    """A row of scores.csv; the box is that of the region of the highest peak."""
+    """A row of scores.csv; the box is that of the region with the highest peak."""
     box = verdict.regions[0].box if verdict.regions else [""] * 4
     return [plain_cell(name), f"{verdict.score:.6f}", int(verdict.anomalous), *box]
 
@@ -388,25 +386,25 @@ def regions_rows(name: str, verdict: Verdict) -> list[list]:
     return [[plain_cell(name), number, *r.box, r.area, f"{r.peak:.6f}"] for number, r in numbered]
 
 
-def print_camera(model: Detector, measures: list[np.ndarray]) -> list[str]:
-    """A line, if light, noise, sharpness or compression of these images, with measures (4,) each, differ from those of
-    the training images. Returns the words for what differs."""
+def print_camera(model: Detector, measures: list[np.ndarray]) -> None:
+    """Print a line if light, noise, sharpness or compression of these images differ from those of the training images.
+
+    `measures` (4,) of each image: see kit/camera.py."""
     if not measures:
-        return []
+        return
     words = camera.differences(np.stack(measures), model.camera.cpu().numpy())
     if words:
         print(camera.told(words, len(measures)), flush=True)
-    return words
 
 
 def print_drift(model: Detector, scores: np.ndarray) -> None:
-    """A line, if the scores of images that were judged together have moved as a whole."""
+    """Print a line if the scores of images that were judged together have shifted."""
     where = drift(scores, model.normal[0].cpu().numpy())
     if where:
         print(
             f"drift: three quarters of these {len(scores)} images score {where} than three quarters of the good images "
-            "did that the threshold comes from. Unless most are defective, light, camera or parts have changed: "
-            "--recalibrate FOLDER, with new good images, gives a new threshold; training again is better"
+            "that set the threshold. Unless most are defective, the light, the camera or the parts have changed: train "
+            "again, or set a new threshold with --recalibrate FOLDER (a folder of new good images)"
         )
 
 

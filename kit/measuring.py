@@ -1,4 +1,4 @@
-"""A labelled test set: judged, measured, drawn; and the table over categories and seeds."""
+"""Measuring on a labelled test set: judging, metrics, pictures; and the table over categories and seeds."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once
 
-KEPT = 250_000_000  # pixels of maps, of all test images together: 1 GB
+KEPT = 250_000_000  # pixels of the maps of all test images together: 1 GB
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
@@ -31,8 +31,8 @@ COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recal
 
 @dataclass(frozen=True)
 class Judged:
-    """What a detector said of N test images: labels, scores (N,), maps and true masks (N, H, W), and the median of
-    milliseconds an image, without decoding."""
+    """The results of a detector on N test images: labels, scores (N,), maps and true masks (N, H, W), and the median
+    time per image in milliseconds, without decoding."""
 
     tests: list[data.LabelledImage]
     labels: np.ndarray
@@ -43,7 +43,7 @@ class Judged:
 
 
 def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
-    """Judge test images; each process judges a part, and all get the whole."""
+    """Judge test images. Each process judges a part, and all get the whole result."""
     step = math.ceil(math.sqrt(len(tests) * math.prod(model.shape) / KEPT))
     maps = torch.zeros(len(tests), *(math.ceil(side / step) for side in model.shape))
     scores = torch.zeros(len(tests))
@@ -58,18 +58,19 @@ def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Pro
             found_maps, found_scores = model(images)
         maps[rows], scores[rows] = found_maps[:, ::step, ::step].cpu(), found_scores.cpu()
         times.append(1000 * (time.perf_counter() - started) / len(images))
-    if processes.count > 1:  # each has filled rows of its own: their sum is the whole
+    if processes.count > 1:  # each has filled only its own rows, so the sum is the whole
         dist.all_reduce(maps)
         dist.all_reduce(scores)
     labels = np.array([test.anomalous for test in tests])
     if step > 1 and processes.first:
-        print(f"maps are kept, and compared with the masks, at 1/{step} of the size: there are many pixels")
+        print(f"to save memory, maps are compared with the masks at 1/{step} of the size")
     masks = np.stack([read_mask(test.mask, maps.shape[1:]) for test in tests])
     return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
 
 
 def unmasked(judged: Judged) -> int:
-    """How many defective images have no mask, or an empty one: with any such, pixel metrics would be wrong."""
+    """The number of defective images without a mask, or with an empty one. If there are any, pixel metrics would be
+    wrong."""
     return int((judged.labels & ~judged.masks.any(axis=(1, 2))).sum())
 
 
@@ -82,29 +83,29 @@ def measure(judged: Judged) -> dict[str, float | None]:
 
 
 def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
-    """The test images of a category; with `skip_bad` less those that cannot be read, which are named and counted."""
+    """The test images of a category. With `skip_bad`, a line is printed for each unreadable one, and it is left out."""
     tests = data.labelled_images(category)
     good = set(data.usable([test.path for test in tests], skip_bad))
     if not good:
-        raise InputError(f"--data {category}: not one of its test images can be read")
+        raise InputError(f"--data {category}: none of the test images can be read")
     return [test for test in tests if test.path in good]
 
 
 def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[data.LabelledImage]:
-    """Test images, less those that the detector was taught with, or copies of them, on which there is a line. Raises
+    """The test images without those that the detector was trained with, or copies of them; a line names these. Raises
     InputError if none is left."""
     seen = [test for test in tests if is_among(test.path, model.settings.taught)]
     if seen:
         names = ", ".join(f"{test.kind}/{test.path.name}" for test in seen)
-        print(f"left out of the figures, since the detector was trained with them, {len(seen)} test images: {names}")
+        print(f"left out {len(seen)} test images, since the detector was trained with them: {names}")
     left = [test for test in tests if test not in seen]
     if not left:
-        raise InputError("--data: the detector was trained with every one of its test images; give others")
+        raise InputError("--data: the detector was trained with all of its test images; give other test images")
     return left
 
 
 def report(work: Inspection, category: Path) -> None:
-    """Measure a detector on a category's test images; its folder gets metrics.json, report.html and pictures/."""
+    """Measure a detector on a category's test images. Writes metrics.json, report.html and pictures/."""
     model, out = work.model, work.out
     refuse_other_figures(work, category)
     tests = left_to_measure(model, readable_tests(category, work.skip_bad))
@@ -116,7 +117,7 @@ def report(work: Inspection, category: Path) -> None:
     if others := shapes.others_among([test.path for test in judged.tests], model.shape):
         print(shapes.others_told(others, len(judged.tests), model.shape))
     if missing := unmasked(judged):
-        print(f"pixel metrics are n/a: {missing} defective images have no mask, or an empty one")
+        print(f"pixel metrics are n/a: {missing} defective images have no mask or an empty one")
     settings = model.settings
     figures = {
         "checkpoint": work.checkpoint.name,
@@ -150,20 +151,20 @@ def report(work: Inspection, category: Path) -> None:
 
 
 def refuse_other_figures(work: Inspection, category: Path) -> None:
-    """Raises InputError if the folder for the figures holds those of other test images, or, unless it belongs to the
-    run, of another detector."""
+    """Raises InputError if the folder holds the metrics of other test images, or, unless it belongs to the run, of
+    another detector."""
     OwnFiles(work.out, "measured").refuse_foreign("metrics.json")
     path = work.out / "metrics.json"
     there = json.loads(path.read_text()) if path.exists() else {}
     if there.get("data", str(category.resolve())) != str(category.resolve()):
-        raise InputError(f"--out {work.out}: holds the figures of {there['data']}; give another --out, and --data")
+        raise InputError(f"--out {work.out}: holds the metrics of {there['data']}; give another --out (with --data)")
     is_of_run = is_inside(work.out, folder_of(work.checkpoint))
     if not is_of_run and there.get("detector", work.detector) != work.detector:
-        raise InputError(f"--out {work.out}: holds the figures of another detector; give another --out")
+        raise InputError(f"--out {work.out}: holds the metrics of another detector; give another --out")
 
 
 def size_of(settings: Settings) -> int | str:
-    """What --size would take."""
+    """The value that --size would take."""
     return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
 
 
@@ -174,7 +175,7 @@ def as_text(value: object) -> str:
 
 
 def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | None]]:
-    """What other rates of false alarms would give: their threshold, and what it does on the test images."""
+    """For other false-alarm rates: the threshold, and recall, precision and false alarms on the test images."""
     points = []
     for rate in OPERATING_POINTS:
         limit = model.thresholds(rate).score
@@ -184,8 +185,8 @@ def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | 
 
 
 def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Thresholds, facts: dict[str, str]) -> None:
-    """report.html, with `facts` at its head, and pictures/<kind>/<file>.png of every test image. Those of an earlier
-    evaluation are removed."""
+    """Draw report.html, with `facts` at its top, and pictures/<kind>/<file>.png of every test image. The files of an
+    earlier evaluation are removed."""
     own.remove_all()
     entries = []
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
@@ -200,15 +201,15 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
             picture = draw.verdict_picture(photo, title, verdict, limits, mask)
             draw.save_picture(own.claim(f"pictures/{fitting(name)}.png"), picture)
             save_views(own, name, photo, verdict, limits, mask)
-        except InputError as error:  # one picture is no reason to lose the figures
-            print(f"no picture of {name}: {error}", flush=True)
+        except InputError as error:  # a single picture must not cost the metrics
+            print(f"{name}: its picture could not be written: {error}", flush=True)
         entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
 
 
 def miss(verdict: Verdict, anomalous: bool) -> str:
-    """What went wrong, in capitals; nothing if the verdict is right."""
+    """The kind of error, in capitals; "" if the verdict is right."""
     if verdict.anomalous == anomalous:
         return ""
     return "MISSED " if anomalous else "FALSE ALARM "
@@ -218,8 +219,8 @@ def miss(verdict: Verdict, anomalous: bool) -> str:
 
 
 def results_table(rows: list[dict]) -> str:
-    """Markdown: mean ± standard deviation over the seeds for each category, then the mean of the categories; `rows`
-    are the metrics.json of all runs. What is undefined in one of them is n/a."""
+    """Markdown table: mean ± standard deviation over the seeds for each category, then the mean of the categories.
+    `rows` are the metrics.json of all runs. A metric that is undefined in one of them is n/a."""
     lines = [["category", "seeds", *COLUMNS], ["---"] * (2 + len(COLUMNS))]
     means = []
     for category in dict.fromkeys(row["category"] for row in rows):

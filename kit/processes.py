@@ -1,5 +1,5 @@
-"""Several processes, started by torchrun, that share the work; the device of each; and the line on a terminal that
-tells how far the work is."""
+"""Several processes, started by torchrun, that share the work; the device of each; memory; and the progress line on a
+terminal."""
 
 import ctypes
 import os
@@ -22,8 +22,8 @@ CLEAR = "\r\x1b[K"
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, number `rank` of `count` that share a run; the first one prints and writes, for all of them.
-    `local_rank` and `local_count` count those of this machine."""
+    """This process, number `rank` of `count` that share a run. The first one prints and writes for all. `local_rank`
+    and `local_count` are the same for this machine."""
 
     rank: int = 0
     count: int = 1
@@ -35,15 +35,15 @@ class Processes:
         return self.rank == 0
 
     def alone(self) -> "Processes":
-        """For a run that this process does by itself, whatever the others on its machine do."""
+        """For a run that this process trains alone, independently of the others on its machine."""
         return replace(self, rank=0, count=1)
 
     def part(self, items: Sequence) -> Sequence:
-        """This process's part of `items`, of which there is at least one: at least one."""
+        """This process's part of a non-empty sequence: at least one item."""
         return items[self.rank % len(items) :: self.count]
 
     def concatenated(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows (N, ...) of all processes, in their order; the same for each."""
+        """The rows (N, ...) of all processes, in the order of the processes; all get the same result."""
         if self.count == 1:
             return rows
         found: list = [None] * self.count
@@ -55,7 +55,7 @@ ALONE = Processes()
 
 
 def join_processes() -> Processes:
-    """Meet the other processes that torchrun started, if it did; all but the first fall silent."""
+    """Join the other processes if torchrun started several. Only the first one prints from now on."""
     here = Processes(
         *(
             int(os.environ.get(name, default))
@@ -70,8 +70,8 @@ def join_processes() -> Processes:
 
 
 def pick_device(name: str | None, local_rank: int) -> str:
-    """The device called `name`; for None a GPU where there is one, each process of a machine its own.
-    Raises InputError if it is not there."""
+    """The device called `name`. For None a GPU if available, a different one for each process of a machine.
+    Raises InputError if the device is not available."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -85,7 +85,7 @@ def pick_device(name: str | None, local_rank: int) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the big blocks that tensors free: to get them anew from the system takes a fifth longer."""
+    """Let glibc keep the large blocks that tensors free. Getting new ones from the system takes a fifth longer."""
     mallopt = glibc("mallopt")
     if mallopt is None:
         return
@@ -95,31 +95,31 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what was kept, after something large: the next large thing would not fit into the holes."""
+    """Return kept memory to the system after a large computation: the next one might not fit into the free blocks."""
     malloc_trim = glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def glibc(name: str) -> Callable | None:
-    """One of its functions, where it is the C library."""
+    """A function of glibc; None on other systems."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-# ---------------------------------------------------------------- how far it is
+# ---------------------------------------------------------------- the progress line
 
 
-# One line that moves: what is being done, how much of it, how fast, how long yet. On standard error, so that the output
-# can be piped; into a file nothing is written.
+# One line that is rewritten: the task, how much is done, the speed, the time left. It goes to standard error, so that
+# the output can be piped. Nothing is written into a file.
 
 
 def is_shown() -> bool:
-    """Only on a terminal, and only by the first of several processes."""
+    """Whether to show it: only on a terminal, and only by the first of several processes."""
     return sys.stderr.isatty() and is_first()
 
 
 def counted(items: Iterable[Item], what: str, total: int, each: int = 1) -> Iterator[Item]:
-    """The items, while a line counts them to `total`; an item stands for `each` of what is counted."""
+    """The items, while a line counts up to `total`; each item counts as `each`."""
     if not is_shown():
         yield from items
         return
@@ -144,7 +144,7 @@ def line(what: str, done: int, total: int, seconds: float) -> str:
 
 
 def clear() -> None:
-    """Wipe the line, before something else is printed."""
+    """Erase the progress line before something else is printed."""
     if is_shown():
         sys.stderr.write(CLEAR)
         sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""Real defects that a user gives beside the good images, as a folder or in corrections.json, which report.html writes:
-their files and masks, copies of them, their rows, and how they are known again. Images are numpy, (H, W, 3) float32 in
-[0, 1], masks (H, W) bool."""
+"""Real defects that a user gives in addition to the good images, as a folder or in corrections.json (saved from
+report.html): files and masks, augmented copies, rows, and fingerprints. Images are numpy, (H, W, 3) float32 in [0, 1],
+masks (H, W) bool."""
 
 import hashlib
 import json
@@ -20,28 +20,28 @@ from kit.images import read_image, read_mask
 from kit.processes import counted
 from kit.rows import touches
 
-COPIES = 8  # of each defect, with itself
+COPIES = 8  # of each defect, including the original
 SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
-LIGHT = 0.1  # brighter or darker by this share at most
+LIGHT = 0.1  # largest relative change of brightness
 
 
 def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
-    """The images in `folder`, with the masks of the same stems in the folder `masks`; if that is not given, in
-    ground_truth/<its name>, beside it or, as in MVTec AD, beside its parent test/. Raises InputError if there are no
-    images, or no masks where they were said to be."""
+    """The images in `folder`, with masks of the same stems from the folder `masks`. If that is not given, from
+    ground_truth/<its name>, next to the folder or, as in MVTec AD, next to its parent test/. Raises InputError if there
+    are no images, or no masks in a given folder."""
     files = data.list_images(folder)
     if not files:
         raise InputError(f"--defects {folder}: no such folder, or no images in it")
     found = data.by_stem(data.list_images(masks or usual_masks(folder)))
     if masks and not any(path.stem in found for path in files):
-        raise InputError(f"--defect-masks {masks}: no such folder, or no masks in it that are called like the images")
+        raise InputError(f"--defect-masks {masks}: no such folder, or no masks in it with the stems of the images")
     if found:
         data.by_stem(files)  # no two images may claim one mask
     return [Defect(path, found.get(path.stem)) for path in files]
 
 
 def usual_masks(folder: Path) -> Path:
-    """Where the masks of the images in `folder` are, if there are any."""
+    """The default folder for the masks of the images in `folder`."""
     folder = folder.resolve()
     root = folder.parents[1] if folder.parent.name == "test" else folder.parent
     return root / "ground_truth" / folder.name
@@ -50,8 +50,8 @@ def usual_masks(folder: Path) -> Path:
 def copies(
     image: np.ndarray, mask: np.ndarray, count: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`count` pairs of image and mask: first as they are, then turned over, shifted by some pixels, and in another
-    light. What a shift uncovers is reflected, defect and mask alike."""
+    """`count` pairs of image and mask: first the original, then copies that are flipped, shifted by some pixels, and
+    brighter or darker. Both image and mask are reflected at the borders."""
     yield image, mask
     height, width = mask.shape
     padded = np.pad(image, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="reflect")
@@ -69,11 +69,11 @@ def copies(
 
 
 def real_rows(model: Detector, defects: list[Defect], count: int, first_training: Callable[[], None]) -> Tensor:
-    """Codes (A, K + 1) of real defects, about `count` of them with their copies: where their masks are, or where they
-    stand out after a first training."""
+    """Codes (A, K + 1) of real defects, from about `count` images including copies: from the area of the masks, or from
+    the area that stands out after a first training."""
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in defects):
-        print("a first training, to find where the defects without masks are", flush=True)
+        print("a first training, to locate the defects without masks", flush=True)
         first_training()
     rows = defect_rows(model, defects, count)
     model.flow, model.classifier = untrained
@@ -82,10 +82,9 @@ def real_rows(model: Detector, defects: list[Defect], count: int, first_training
 
 @torch.no_grad()
 def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
-    """Codes (A, K + 1) of real defects and of some copies of each, in float16; of many defects there are fewer copies.
+    """Codes (A, K + 1) of real defects and of some copies of each (fewer copies if there are many defects), in float16.
 
-    They are of no good image, so they are seen from all prototypes. Raises InputError if nothing is marked on any of
-    the defects."""
+    They belong to no good image, so all prototypes count. Raises InputError if no defect has anything marked."""
     each = max(1, min(COPIES, count // len(defects)))
     rng = np.random.default_rng(model.settings.seed)
     rows, outside = [], []
@@ -100,16 +99,16 @@ def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
             touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
             rows.append(w.permute(0, 2, 3, 1)[touched].half())
     if outside:
-        print(f"nothing is marked, in the region of interest, on {len(outside)} defects: {', '.join(outside)}")
+        print(f"skipped {len(outside)} defects with nothing marked in the region of interest: {', '.join(outside)}")
     if not rows:
-        raise InputError("--defects: not one of them has anything marked in the region of interest")
+        raise InputError("--defects: none of the images has anything marked in the region of interest")
     return torch.cat(rows)
 
 
 def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
-    """Where a defect is in its image (H, W, 3), in the region of interest: by its mask; or, if it has none, where the
-    model's map stands out most. (H, W) bool. That is its highest thousandth, of 384 x 384 pixels at most: what else is
-    above the level of good images is half of it beside the defect (on screws; of the highest thousandth a sixth)."""
+    """Where a defect is in its image (H, W, 3), within the region of interest: (H, W) bool. Its mask says so; without a
+    mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On screws, a sixth of these pixels
+    lay outside the defect; of all pixels above the level of good images, half did."""
     roi = model.roi.cpu().numpy()
     if defect.mask:
         return read_mask(defect.mask, model.shape) & roi
@@ -123,50 +122,51 @@ def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarra
 
 
 LISTS = {
-    "missed": "defects that it took for normal",
-    "false_alarms": "good images that it flagged",
-    "not_good": "images that it was trained on as good ones, and should not be",
+    "missed": "defects that were not flagged",
+    "false_alarms": "good images that were flagged",
+    "not_good": "images in the good training set that are not good",
 }
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """Files of images: defects that were `missed`, good ones that were flagged, and those among the good ones that are
-    none."""
+    """Image files: defects that were `missed`, good images that were flagged (`false_alarms`), and images among the
+    good ones that are `not_good`."""
 
     missed: list[Path] = field(default_factory=list)
     false_alarms: list[Path] = field(default_factory=list)
     not_good: list[Path] = field(default_factory=list)
 
     def of_good(self, files: list[Path], defects: list[Path]) -> list[Path]:
-        """The good images `files`, less those that are none, or are given as `defects`, and with the false alarms.
-        Raises InputError if one of those that are `not_good` is not among them."""
+        """The good images `files` without those that are `not_good` or given as `defects`, and with the false alarms.
+        Raises InputError if a `not_good` image is not among them."""
         there = {path.resolve() for path in files}
         for path in self.not_good:
             if path.resolve() not in there:
-                raise InputError(f"--corrections: {path}, which is not_good, is none of the good images of --data")
+                raise InputError(f"--corrections: {path} is in not_good, but not among the good images of --data")
         out = {path.resolve() for path in [*self.not_good, *defects]}
         kept = [path for path in files if path.resolve() not in out]
         return kept + [path for path in self.false_alarms if path.resolve() not in there]
 
 
 def read_corrections(file: Path) -> Corrections:
-    """Raises InputError if the file is missing or is none of report.html's, if it has nothing in it, if an image is in
-    two of its lists, or is not there any more."""
+    """Raises InputError if the file is missing, empty or not a corrections file, or if an image is in two lists or no
+    longer exists."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--corrections {file}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict) or not set(found) <= set(LISTS) or not all(map(is_list_of_text, found.values())):
-        raise InputError(f"--corrections {file}: is no corrections; give lists of paths, {', '.join(LISTS)}")
+        expected = f"a JSON object with lists of paths: {', '.join(LISTS)}"
+        raise InputError(f"--corrections {file}: not a corrections file; expected {expected}")
     paths = [path for name in LISTS for path in dict.fromkeys(found.get(name, []))]
     if not paths:
-        raise InputError(f"--corrections {file}: has no image in it; tick some on the page")
+        raise InputError(f"--corrections {file}: contains no images; tick some in report.html")
     for path in paths:
         if paths.count(path) > 1:
-            raise InputError(f"--corrections {file}: {path} is in two of its lists; leave it in one")
+            raise InputError(f"--corrections {file}: {path} is in two of its lists; remove it from one")
         if not Path(path).is_file():
-            raise InputError(f"--corrections {file}: {path} is not there any more; leave it out")
+            raise InputError(f"--corrections {file}: {path} no longer exists; remove it from the list")
     return Corrections(**{name: [Path(path) for path in dict.fromkeys(found.get(name, []))] for name in LISTS})
 
 
@@ -174,16 +174,16 @@ def is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
-# ---------------------------------------------------------------- known again
+# ---------------------------------------------------------------- fingerprints
 
 
 def fingerprints(files: Iterable[Path]) -> tuple[tuple[str, str], ...]:
-    """For each of these files its path and a hash of its bytes: it is known again by either."""
+    """The path of each file and a hash of its bytes; either identifies the file."""
     return tuple(sorted({(str(path.resolve()), fingerprint(path)) for path in files}))
 
 
 def fingerprint(path: Path) -> str:
-    """Raises InputError if there is no such file."""
+    """A hash of a file's bytes. Raises InputError if it cannot be read."""
     try:
         return hashlib.sha1(path.read_bytes()).hexdigest()
     except OSError as error:

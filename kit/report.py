@@ -1,4 +1,4 @@
-"""report.html: all images that were judged, on one page that opens from the disk. Nothing comes from the network."""
+"""report.html: all judged images on one page that opens from the disk. It loads nothing from the network."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ from kit.files import OwnFiles, write_atomically, write_text
 from kit.verdict import Thresholds, Verdict
 
 PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data
-THUMBNAIL = 192  # pixels of the longer side
+THUMBNAIL = 192  # pixels; the longer side
 VIEWS = ("outline", "photo", "heat", "mask")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """An image on the page; `anomalous` is the truth, None if nobody knows it; `is_trained_on`, as a good one."""
+    """An image on the page. `anomalous` is its label, None if unknown; `is_trained_on` marks good training images."""
 
     name: str
     kind: str
@@ -31,8 +31,8 @@ class Entry:
 
 
 def picture(name: str, view: str) -> str:
-    """Where a view of the image of this name lies, below the page's folder. The name is hashed, since it may
-    be too long for a file name with something added to it."""
+    """The path, below the page's folder, of a view of the image with this name. The name is hashed, since a file name
+    with a suffix added may be too long."""
     return f"report_files/{key(name)}.{view}.jpg"
 
 
@@ -43,8 +43,8 @@ def key(name: str) -> str:
 def save_views(
     own: OwnFiles, name: str, photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
 ) -> None:
-    """The pictures that the page shows of a `photograph`: itself, and outlined where a defect is found; the heat map;
-    the true mask (H', W') bool, if there is any; a thumbnail."""
+    """Save the pictures of an image for the page: the `photograph`, the same with the regions outlined, the heat map,
+    the true mask (H', W') bool, if there is one, and a thumbnail."""
     heat, line = heat_and_line(verdict, photo.size)
     views = {"photo": photo, "heat": Image.fromarray(heat_colours(heat, limits.heat))}
     thumbnail = photo.copy()
@@ -67,7 +67,7 @@ def save_jpeg(path: Path, shown: Image.Image) -> None:
 
 
 def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
-    """report.html, of images whose views have been saved there; `facts` stand at its head."""
+    """Write report.html for images whose views are saved there; `facts` stand at its top."""
     images = []
     for entry in entries:
         views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
@@ -79,5 +79,5 @@ def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: floa
 
 
 def readable(name: str) -> str:
-    """A file name that need not be UTF-8, as text."""
+    """A file name, which may not be UTF-8, as text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

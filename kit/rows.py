@@ -1,5 +1,5 @@
-"""The rows that training draws from: features of the positions of all images, drawn at once. Rows y (N, C) of the
-backbone's features, with half the bits; w (N, K), whitened by the model, which is a `clflow.CLFlow` here."""
+"""The rows that training draws from: the features of all positions of all images. Rows y (N, C) of the backbone's
+features, in float16; w (N, K), whitened by the model, which is a `clflow.CLFlow` here."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,10 +17,10 @@ from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
 
-ROWS = 1_000_000  # of good images that training draws from: 1.2 GB with ResNet18. Of more, each image keeps a part
-ROWS_PER_CHANNEL = 3  # at least, to fit the whitening on. With fewer, these rows look more normal than new ones do
-COPIED = 4  # one position in so many of a camera copy becomes a row
-HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 384 x 384, or 13 of 13 megapixels
+ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
+COPIED = 4  # one row of a camera copy for every four rows of its original
+ROWS_PER_CHANNEL = 3  # at least, to fit the whitening. With fewer, these rows look more normal than new ones do
+HELD_OUT_BYTES = 1e9  # kept maps of held-out images: 1,100 images of 384 x 384, or 13 of 13 megapixels
 
 
 # ---------------------------------------------------------------- rows y, of features
@@ -28,11 +28,11 @@ HELD_OUT_BYTES = 1e9  # of held-out images' maps that are kept: 1,100 images of 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows y (N, C) in float16, and the numbers (N,) of the good images that they are of.
+    """Rows y (N, C) in float16, and the numbers (N,) of the good images that they come from.
 
-    Rows of good images also have `inside` (h, w) bool, where on a map they may be from: they are from everywhere there,
-    unless each image gave only some. The first `originals` rows are of the images themselves, all if it is None; rows
-    of camera copies follow, with the numbers of their originals."""
+    Good images also have `inside` (h, w) bool: the positions of a map that their rows come from, or are drawn from. The
+    first `originals` rows come from the images themselves (all rows if it is None). Rows of camera copies follow, with
+    the numbers of their originals."""
 
     y: Tensor
     images: Tensor
@@ -43,15 +43,14 @@ class Rows:
 def good_rows(model: Detector, painter: Painter) -> Rows:
     """Rows of this process's good images, and of a camera copy of each.
 
-    All processes together keep at most ROWS rows of images, spread over all images. Of a copy, one in COPIED of as many
-    positions becomes a row."""
+    All processes together keep at most ROWS rows of the images themselves, spread over all images."""
     mine = painter.processes.part(range(len(painter.files)))
     per_image = max(1, ROWS // len(painter.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
     maps = map(model.features, painter.normal())
     rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
-        print(f"keeping {per_image} positions of each image, drawn at random: {ROWS} rows in all are the limit")
+        print(f"keeping {per_image} positions of each image, chosen at random: the limit is {ROWS} rows in total")
     maps = map(model.features, painter.copies())
     copied_per_image = math.ceil(len(rows) / len(mine) / COPIED)
     copied, _ = spread(maps, len(mine), model, copied_per_image, generator, torch.half)
@@ -67,13 +66,13 @@ def spread(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of so many `images`, from their maps (B, C, h, w), batch by batch: of each image `count` at random in the
-    region of interest, in their order, or all that are there: (N, C). And where that is: (h, w) bool."""
+    """Rows (N, C) of this many `images`, from their maps (B, C, h, w), batch by batch. Each image gives `count` random
+    positions in the region of interest, in their order, or all of them. Also returns that region, (h, w) bool."""
     kept, filled = torch.empty(0), 0
     for x in maps:
         is_inside = model.inside(x.shape[2:])
         inside = is_inside.flatten().nonzero()[:, 0]
-        if not filled:  # room for all at once: what is put together at the end needs twice the memory
+        if not filled:  # allocated once: concatenation at the end would need twice the memory
             kept = x.new_empty(images * min(count, len(inside)), x.shape[1], dtype=dtype)
         for features in x:
             chosen = torch.randperm(len(inside), generator=generator)[:count].sort().values
@@ -83,29 +82,29 @@ def spread(
 
 
 def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
-    """The numbers (N,) of the images that rows (N, C) came from: these, in their order; all have given as many."""
+    """The image numbers (N,) of rows (N, C) that come from these images in this order, the same number from each."""
     return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
 
 
 def check_rows(count: int, model: Detector) -> None:
-    """Raises InputError if there are too few rows to fit the whitening on."""
+    """Raises InputError if there are too few rows to fit the whitening."""
     least = ROWS_PER_CHANNEL * model.backbone.channels
     if count < least:
         raise InputError(
-            f"--data: the images to train on have {count} positions in all, and {model.settings.backbone} takes "
+            f"--data: the images to train on have {count} positions in total, but {model.settings.backbone} needs "
             f"{least}; give more good images, or a larger --size"
         )
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Some of the rows y (N, C) of all processes, with the numbers (N,) of their images: `count` in all, at random."""
+    """Random rows y (N, C) of all processes, `count` in total, with the numbers (N,) of their images."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(count / good.processes.count)]
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
 def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
-    """Rows of synthetic defects, which are painted on so many images."""
+    """Rows of synthetic defects, which are painted on this many images."""
     anomalous, origin = [], []
     for after, mask, numbers in painter.painted(images):
         x = model.features(after)
@@ -120,8 +119,8 @@ def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
 
 
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:
-    """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, be it by a thin scratch's one
-    pixel: (A, h, w) bool."""
+    """Which positions of maps of this shape (h, w) a mask (A, 1, H, W) touches, if only with one pixel of a thin
+    scratch: (A, h, w) bool."""
     return F.adaptive_max_pool2d(mask, shape)[:, 0] > 0
 
 
@@ -129,9 +128,10 @@ def touches(mask: Tensor, shape: torch.Size) -> Tensor:
 
 
 class HeldOut:
-    """Codes (B, K + 1, h, w) of the held-out images in float16, batch by batch, as often as they are asked for.
+    """Iterates over the codes (B, K + 1, h, w) of the held-out images in float16, batch by batch.
 
-    Training never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed each time."""
+    Training never changes them. The first ones, up to HELD_OUT_BYTES, are kept; the others are computed in each
+    iteration."""
 
     def __init__(self, model: Detector, files: list[Path]):
         self.model = model
@@ -174,18 +174,18 @@ class Feed:
         self.images = normal.images, painted_images
         self.inside = normal.inside
         self.originals = len(normal.y) if normal.originals is None else normal.originals
-        # The rows that are drawn from: all.
+        # The rows that `draw` may choose: all of them.
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
 
     def beside(self, real: Tensor) -> "Feed":
-        """The same, with these codes (A', K + 1) of real defects. These are of no good image: `only` keeps all."""
+        """The same, with these codes (A', K + 1) of real defects. They belong to no good image: `only` keeps all."""
         more = copy(self)
         more.real = real
         return more
 
     def only(self, allowed: Tensor) -> "Feed":
-        """The same, but of those images that are `allowed` (n,) bool, by number."""
+        """The same with only the rows of those images that are `allowed` (n,) bool."""
         part = copy(self)
         normal, anomalous = self.images
         part.normal_index = where(allowed[normal])
@@ -195,7 +195,7 @@ class Feed:
     def code(self, number: int) -> Tensor | None:
         """The code (1, K + 1, h, w) of the good image with this number, zero outside the region of interest.
 
-        None if not all of its rows are here."""
+        None if some of its rows are missing."""
         mine = torch.nonzero(self.images[0][: self.originals] == number)[:, 0]
         rows = self.normal[mine].float().to(self.device)
         if len(rows) < self.inside.sum():
@@ -205,7 +205,7 @@ class Feed:
         return code.permute(2, 0, 1)[None]
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """A batch for `Losses.forward`, rows w (N, K) and (A, K); which, depends on torch's seed."""
+        """A random batch for `Losses.forward`, rows w (N, K) and (A, K); it depends on torch's seed."""
         normal = drawn(self.normal_index, batch)
         count = math.ceil(batch / 4) if len(self.anomalous_index) else 0
         real = count // 2 if self.real is not None else 0
@@ -217,12 +217,12 @@ class Feed:
 
 
 def where(is_allowed: Tensor) -> Tensor:
-    """The numbers of the rows that are allowed."""
+    """The indices of the allowed rows."""
     return torch.nonzero(is_allowed)[:, 0]
 
 
 def drawn(index: Tensor, count: int) -> Tensor:
-    """Some of `index` (N,), at random, with replacement: (count,)."""
+    """`count` of `index` (N,), at random, with replacement: (count,)."""
     return index[torch.randint(len(index), (count,))] if count else index[:0]
 
 

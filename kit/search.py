@@ -1,8 +1,8 @@
-"""The fast search of a large bank of prototypes: what bank.py says in plain loops, in a fraction of the time. Tests
-compare the two on the same bank.
+"""The fast search of a large bank of prototypes: the same as the plain form in bank.py, in a fraction of the time.
+Tests compare the two on the same bank.
 
-On a CPU the bank is divided into cells, and a row looks into a few of them; elsewhere it looks through all, in parts.
-The buffers are the bank's own: `prototypes` is a `bank.Prototypes` here. Rows y (N, C); P prototypes."""
+On a CPU the bank is divided into cells, and each row searches a few of them. Elsewhere rows search the whole bank, in
+parts. The buffers belong to the bank: `prototypes` is a `bank.Prototypes` here. Rows y (N, C); P prototypes."""
 
 import math
 import warnings
@@ -17,36 +17,36 @@ from kit.errors import InputError
 from kit.settings import Settings
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
-SKETCH = 64  # random directions in which the bank is chosen
-FARTHEST = 1024  # rows, among which the next ones for the bank are sought
-CHUNK = 4096  # rows whose distances to the bank are held at once
-GROUP = 32  # prototypes, of which the best is sought first
-SEEN = 2**14  # the same, where a bank is searched in cells
-CELL = 128  # prototypes of a cell, in the mean
-LOOKED_INTO = 4  # cells
-LOOKED_INTO_IF_FAR = 16  # cells, of a row that is far from what it finds in the first few
-FAR = -1e30  # what no row is near to; infinity times zero would not be a number
-NOTHING_ELSE = "--data: its good images are copies of one; give different photographs"  # to see a row from
+SKETCH = 64  # random directions onto which rows are projected to choose the bank
+FARTHEST = 1024  # rows among which the next ones for the bank are chosen at once
+CHUNK = 4096  # rows whose distances to the whole bank are in memory at once
+GROUP = 32  # prototypes per group; the best group is found first
+SEEN = 2**14  # rows that are searched at once in cells
+CELL = 128  # prototypes per cell on average
+LOOKED_INTO = 4  # cells that a row searches
+LOOKED_INTO_IF_FAR = 16  # cells that a row searches if it is far from all prototypes in the first few
+FAR = -1e30  # similarity of prototypes that do not count; infinity times zero would be NaN
+NOTHING_ELSE = "--data: the good images are copies of one image; give different photographs"
 
 
 # ---------------------------------------------------------------- the nearest prototype
 
 
 def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None) -> Tensor:
-    """`bank.Prototypes.nearest`, for many rows (N, C) and a large bank: (N,). Half the bits will do, since nearly equal
-    distances may be mistaken for each other.
+    """`bank.Prototypes.nearest` for many rows (N, C) and a large bank: (N,). bfloat16 is precise enough: it may only
+    confuse nearly equal distances.
 
-    On a CPU a row looks into a few cells, and into more of them if it is farther from what it finds there than
-    prototypes are from each other: rows of defects are far from all cells, and which of these is nearest says
-    little. Elsewhere it looks through all, in this many equal `parts`."""
+    On a CPU a row searches a few cells. It searches more if the result is farther away than prototypes are from each
+    other: rows of defects are far from all cells, so the order of the nearest cells means little. Elsewhere all
+    rows search the whole bank, in this many equal `parts`."""
     queries = F.pad((rows - prototypes.centre).to(dtype), (0, 2), value=1.0)
     out = None if without is None else left_out(prototypes.origin, without, len(rows))
     exports = torch.compiler.is_compiling()
     if exports:
-        keys = keys_of(prototypes.bank, dtype)  # an export keeps nothing
+        keys = keys_of(prototypes.bank, dtype)  # an export has no cache
     else:
         keys = prototypes.keys.of(prototypes.bank, dtype)
-    # An export can have no loop whose steps depend on values, and on a GPU to start each of these takes too long.
+    # An export cannot have loops that depend on values; on a GPU, starting each step of these loops takes too long.
     if exports or rows.device.type != "cpu":
         return among_all(in_equal_parts(queries, parts), keys, out)
     found = among_cells(prototypes, queries, keys, out, LOOKED_INTO)
@@ -59,20 +59,20 @@ def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype,
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Which of P prototypes do not count for which of N rows: `is_out` (G, P) bool for each kind of rows, and the
-    `kind` (N,) that each row is of."""
+    """The prototypes that do not count for each of N rows: `is_out` (G, P) bool for each of G kinds of rows, and the
+    `kind` (N,) of each row."""
 
     is_out: Tensor
     kind: Tensor
 
     def of(self, rows: Tensor) -> "LeftOut":
-        """The same for some of the rows: their numbers, or (N,) bool."""
+        """The same for some of the rows, given by indices or (N,) bool."""
         return LeftOut(self.is_out, self.kind[rows])
 
 
 def left_out(origin: Tensor, without: Tensor, rows: int) -> LeftOut:
-    """Which prototypes, with these origins (P,), do not count for so many rows; see `bank.Prototypes.nearest`. Raises
-    InputError if none would count."""
+    """The prototypes, with these origins (P,), that do not count for this many rows; see `bank.Prototypes.nearest`.
+    Raises InputError if none would count."""
     kinds, kind = without.to(origin.device).view(-1, without.shape[-1]).unique(dim=0, return_inverse=True)
     is_out = (origin == kinds[:, :, None]).any(dim=1)
     if is_out.all(dim=1).any():
@@ -81,10 +81,10 @@ def left_out(origin: Tensor, without: Tensor, rows: int) -> LeftOut:
 
 
 class Keys:
-    """`keys_of` a bank, made once for each bank: that takes as long as a tenth of a search."""
+    """Caches `keys_of` a bank: computing them takes a tenth of the time of a search."""
 
     def __init__(self):
-        self.made, self.made_of = torch.zeros(0), torch.zeros(0)  # keys, and the bank that they were made of
+        self.made, self.made_of = torch.zeros(0), torch.zeros(0)  # the keys, and the bank that they belong to
 
     def of(self, bank: Tensor, dtype: torch.dtype) -> Tensor:
         if self.made_of is not bank or self.made.dtype != dtype:
@@ -93,9 +93,9 @@ class Keys:
 
 
 def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a row's product with is the higher the nearer a prototype p is, |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2):
-    (p, -|p|^2 / 2), for rows (y, 1). The second part is split into its coarse and its fine bits, in two columns: (P, C
-    + 2)."""
+    """Keys (p, -|p|^2 / 2), whose product with rows (y, 1) is highest for the nearest prototype p:
+    |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2). The second part is split into coarse and fine bits, in two columns:
+    (P, C + 2)."""
     bias = bank.square().sum(dim=1) / -2
     coarse = bias.to(dtype)
     fine = (bias - coarse.float()).to(dtype)
@@ -106,15 +106,15 @@ def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cells_of(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide a bank (P, C) into cells of some CELL prototypes, by k-means. Returns the order (P,) of the prototypes in
-    which those of a cell follow each other, the cells' centres (K, C), and how many prototypes each has (K,)."""
-    # Here, since to import scikit-learn takes a second, and a detector that judges an image needs none of it.
+    """Divide a bank (P, C) into cells of about CELL prototypes, by k-means. Returns the order (P,) that sorts the
+    prototypes by cell, the centres of the cells (K, C), and their numbers of prototypes (K,)."""
+    # Imported here: scikit-learn takes a second, and judging an image does not need it.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     kmeans = KMeans(math.ceil(len(bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of equal prototypes it makes fewer cells
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal prototypes give fewer cells
         kmeans.fit(bank.cpu().numpy())
     cell = torch.from_numpy(kmeans.labels_).long().to(bank.device)
     order = cell.argsort(stable=True)
@@ -123,8 +123,8 @@ def cells_of(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def among_cells(prototypes: nn.Module, queries: Tensor, keys: Tensor, out: LeftOut | None, looks: int) -> Tensor:
-    """`among_all`, but each query looks only into so many cells, those whose centres are nearest to it, of those
-    that have a prototype which counts."""
+    """`among_all`, but each query searches only `looks` cells: those with the nearest centres, among the cells that
+    have a prototype that counts."""
     sizes = prototypes.sizes.tolist()
     nearness = queries @ keys_of(prototypes.centres, queries.dtype).T
     if out is not None:
@@ -132,7 +132,7 @@ def among_cells(prototypes: nn.Module, queries: Tensor, keys: Tensor, out: LeftO
         is_empty = torch.stack([of_cell.all(dim=1) for of_cell in cells], dim=1)
         nearness[is_empty[out.kind]] = FAR
     looks = min(looks, len(sizes))
-    cell = nearness.topk(looks, dim=1).indices.flatten()  # query 0 looks into the first of these, ...
+    cell = nearness.topk(looks, dim=1).indices.flatten()  # the first `looks` of these belong to query 0, ...
     order = cell.argsort(stable=True)
     visits = order.split(cell.bincount(minlength=len(sizes)).tolist())
     similarity = queries.new_empty(len(cell))
@@ -155,14 +155,14 @@ def among_cells(prototypes: nn.Module, queries: Tensor, keys: Tensor, out: LeftO
 
 
 def among_all(parts: Sequence[Tensor], keys: Tensor, out: LeftOut | None = None) -> Tensor:
-    """The number of the key (P, C + 2) that is nearest to each of the queries: (N,). These come in equal parts (n, C +
-    2), since all products at once would fill the memory. Keys that are left `out` do not count."""
+    """The index (N,) of the key (P, C + 2) that is nearest to each query. Queries come in equal parts (n, C + 2), since
+    all products at once would fill the memory. Keys that are left `out` do not count."""
     missing = -len(keys) % GROUP
     padding = keys.new_zeros(missing, keys.shape[1])
     padding[:, -2] = FAR
     keys = torch.cat((keys, padding))
     count = parts[0].shape[0]
-    room = keys.new_empty(len(keys), count)  # for all parts: to get new memory each time takes longer
+    room = keys.new_empty(len(keys), count)  # reused for all parts: new memory for each part takes longer
     found = []
     for number, part in enumerate(parts):
         similarity = torch.mm(keys, part.T, out=room)
@@ -170,7 +170,7 @@ def among_all(parts: Sequence[Tensor], keys: Tensor, out: LeftOut | None = None)
             kind = out.kind[number * count : (number + 1) * count]
             similarity[: len(keys) - missing][out.is_out.T[:, kind]] = FAR
         similarity = similarity.view(len(keys) // GROUP, GROUP, count)
-        # First the best group, by its best member, then the member: one search through all takes twice as long.
+        # First the group with the best member, then this member: a single argmax takes twice as long.
         group = similarity.amax(dim=1).max(dim=0).indices
         members = similarity[group, :, torch.arange(count, device=group.device)]
         found.append(group * GROUP + members.max(dim=1).indices)
@@ -178,35 +178,36 @@ def among_all(parts: Sequence[Tensor], keys: Tensor, out: LeftOut | None = None)
 
 
 def in_equal_parts(queries: Tensor, parts: int) -> Sequence[Tensor]:
-    """(N, C) -> so many (N / parts, C). Not len(queries), which would fix the batch in an export."""
+    """(N, C) -> `parts` tensors (N / parts, C). Without len(queries), which would fix the batch size in an export."""
     return queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind()
 
 
 def search_parts(height: int, width: int) -> int:
-    """Into how many equal parts `among_all` is to divide the rows of a batch of maps (height, width): each as
-    many rows as eight lines of every map have, where that divides the height, less of long ones. With parts of one
-    line, a single square image takes 1.7 times as long."""
+    """The number of equal parts for `among_all`, for the rows of a batch of maps (height, width). A part has eight
+    lines of each map if that divides the height, and fewer if lines are long. With parts of one line, a single square
+    image takes 1.7 times as long."""
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
 
 
 def seen_at_once(device: torch.device) -> int:
-    """Of how many rows the nearest prototypes are to be sought at once."""
-    return SEEN if device.type == "cpu" else CHUNK  # there all products with the bank are held at once
+    """The number of rows that are searched at once."""
+    return SEEN if device.type == "cpu" else CHUNK  # a GPU holds all products with the bank at once
 
 
 # ---------------------------------------------------------------- the choice of a bank
 
 
 def prototype_count(settings: Settings, positions: int) -> int:
-    """How many prototypes --bank N makes of images with so many positions: N, or of few images a tenth of their rows,
-    so that others are left to be seen from them."""
+    """The number of prototypes for --bank N and images with this many positions: N, but at most a tenth of all rows, so
+    that most rows are not prototypes."""
     rows = (settings.images - settings.held_out) * positions
     return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
 
 
 def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """PatchCore's coreset: which `count` of rows (N, C) cover them. Greedy: the next one is always the row that is
-    farthest from all that are chosen, in a few random directions (which keep distances, Johnson and Lindenstrauss)."""
+    """PatchCore's coreset: the indices (count,) of rows that cover all rows (N, C). Greedy: each step chooses the row
+    that is farthest from all chosen rows. Distances are measured in a random projection, which nearly preserves them
+    (Johnson and Lindenstrauss)."""
     directions = torch.randn(rows.shape[1], SKETCH, generator=generator).to(rows) / math.sqrt(SKETCH)
     sketch = rows @ directions
     chosen = new = torch.zeros(1, dtype=torch.long, device=rows.device)
@@ -220,9 +221,9 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def next_farthest(sketch: Tensor, distance: Tensor) -> Tensor:
-    """Which of the rows (N, S) the greedy choice takes next, in order, as far as a look at the FARTHEST of them
-    can tell: (k,), k >= 1. `distance` (N,) is how far each is from what is chosen. With each choice these only fall, so
-    that the farthest of the few is the farthest of all while it is not nearer than all others were."""
+    """The next rows (k,), k >= 1, of the greedy choice from rows (N, S), as many as can be found among the FARTHEST
+    ones. `distance` (N,) is the distance of each row to the chosen rows. A choice can only reduce distances. So the
+    farthest of these few rows is the farthest of all, as long as its distance is not below those of all other rows."""
     values, few = distance.topk(min(FARTHEST, len(distance)))
     others = values[-1]
     between = torch.cdist(sketch[few], sketch[few])

@@ -1,40 +1,40 @@
-"""What a detector is made with: the options of each method, and their defaults. These are what --method may name, and
-what train.py takes beside it. The methods themselves are in methods/. No PyTorch here: the command line is read with
-it."""
+"""The settings of a detector: the options of each method, with their defaults. --method takes the methods listed here,
+and train.py their options. The methods themselves are in methods/. No PyTorch here: the command line is read with this
+file."""
 
 from dataclasses import dataclass, field, fields
 
 FALSE_ALARM = 0.02  # default share of good images that may be flagged
-# Different good images that a threshold takes. Training on five calibrates with all five, and at least two images teach
-# what judges the others. With four or fewer, median and spread of the scores hang on single images: measured on *wood*,
-# a detector flags a quarter to three quarters of other good images.
+# Different good images that a threshold needs. Training on five calibrates with all five, each judged by a model that
+# at least two others have trained. With four or fewer, median and spread of the scores depend on single images: on
+# *wood*, such a detector flagged a quarter to three quarters of other good images.
 LEAST_IMAGES = 5
-FOR_HELD_OUT = 4 * LEAST_IMAGES  # good images, where held-out ones alone calibrate: these are a quarter of few images
-UNIT = 32  # pixels: sides are multiples of it, so that every layer of a backbone halves them evenly
+FOR_HELD_OUT = 4 * LEAST_IMAGES  # good images, if only the held-out quarter calibrates
+UNIT = 32  # pixels: sides are multiples of it, so that each layer of a backbone can halve them
 
 Shape = tuple[int, int]  # (height, width), in pixels
 
 
 def as_shape(size: int | Shape) -> Shape:
-    """A number stands for a square."""
+    """The shape of a size; a number means a square."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a detector was made with: plain values, which the checkpoint keeps. These are facts; each method's own class
-    adds its options, with their defaults. `size` and `backbone` are among them."""
+    """The settings of a detector, as plain values that the checkpoint stores. The fields here are facts; the class of
+    each method adds its options, with their defaults. `size` and `backbone` are among these."""
 
     method: str
-    images: int  # good ones, of which
-    held_out: int  # calibrate and are not trained on
+    images: int  # number of good images
+    held_out: int  # number of these that calibrate and are not trained on
     seed: int = 0
     data: str = ""  # the folder they came from
     category: str = ""  # its name
-    false_alarm: float = FALSE_ALARM  # where nobody asks for another rate
-    roi: str | None = None  # the picture that marks the region of interest
-    taught: tuple[tuple[str, str], ...] = ()  # images beside those of `data`: path and hash of each
-    good: tuple[str, ...] = ()  # hashes of the good images, of held-out ones, too
+    false_alarm: float = FALSE_ALARM  # the default rate of this detector
+    roi: str | None = None  # the mask image of the region of interest
+    taught: tuple[tuple[str, str], ...] = ()  # training images other than those of `data`: path and hash of each
+    good: tuple[str, ...] = ()  # hashes of the good images, including the held-out ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class CLFlowSettings(Settings):
     batch: int = 2048  # rows
     lr: float = 2e-3
     textures: str | None = None
-    defects: str | None = None  # folder of real ones
+    defects: str | None = None  # folder of real defects
     defect_masks: str | None = None
     corrections: str | None = None  # file
     backbone: str = "resnet18"
@@ -61,7 +61,7 @@ class CLFlowSettings(Settings):
 
     @property
     def has_classifier(self) -> bool:
-        """Whether there is a loss that trains one."""
+        """Whether a loss trains a classifier."""
         return self.classification_weight > 0 or self.contrast_weight > 0
 
 
@@ -111,21 +111,21 @@ class AutoencoderSettings(Settings):
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a method, and what differs for the demo, which is small and has no weights but pip's."""
+    """The settings of a method, and the options that differ in the demo, which is small and uses weights from pip."""
 
     settings: type[Settings]
     demo: dict[str, object] = field(default_factory=dict)
-    least_images: int = LEAST_IMAGES  # good ones that training takes, for a threshold
+    least_images: int = LEAST_IMAGES  # good images that training needs, for a threshold
 
     @property
     def defaults(self) -> dict[str, object]:
-        """The options of the method, those of its settings that are not facts; train.py refuses all others."""
+        """The options of the method: its settings that are not facts. train.py refuses all other options."""
         facts = {fact.name for fact in fields(Settings)}
         return {option.name: option.default for option in fields(self.settings) if option.name not in facts}
 
     @property
     def is_trained(self) -> bool:
-        """Whether there are epochs of anything."""
+        """Whether the method has training epochs."""
         return "epochs" in self.defaults
 
 

@@ -1,7 +1,7 @@
-"""The shape in which images are judged: as many pixels as asked for, in the shape that the good images have.
+"""The shape in which images are judged: the aspect ratio of the good images, with the area that --size gives.
 
-A shape is (height, width), in pixels. --size takes 384, as many pixels as 384 x 384; "native", as many as the images
-have; or a shape outright. No PyTorch here: the command line is read with it."""
+A shape is (height, width), in pixels. --size takes a number (384: the area of 384 x 384), "native" (the area of the
+images), or a shape. No PyTorch here: the command line is read with this file."""
 
 import argparse
 import math
@@ -18,17 +18,16 @@ Size = int | str | Shape
 NATIVE = "native"
 SIDES = (64, 4096)  # of a square size
 LONGEST = 32768  # side of a shape
-ASKED = 100  # images at most, what shape they have
-OTHER = 1.1  # times as long for its height as others, from which on an image has another shape
-SPOT = 20  # pixels, in the sentence on what is done to an image
+ASKED = 100  # images at most, to find the usual shape
+OTHER = 1.1  # ratio of two aspect ratios, above which the shapes are different
+SPOT = 20  # pixels of the example defect in `told`
 
 
 # ---------------------------------------------------------------- --size
 
 
 def parsed_size(text: str) -> Size:
-    """What stands behind --size: "384", "native", or "256x1024", height first. Raises argparse's error for anything
-    else."""
+    """The value of --size: "384", "native", or "256x1024", height first. Raises argparse's error for anything else."""
     try:
         if text == NATIVE:
             return NATIVE
@@ -46,17 +45,18 @@ def check_size(size: Size) -> None:
     """Raises InputError if a size is out of range."""
     if isinstance(size, int):
         if not SIDES[0] <= size <= SIDES[1]:
-            raise InputError(f"--size {size}: out of range, give {SIDES[0]} to {SIDES[1]}, or HEIGHTxWIDTH")
+            raise InputError(f"--size {size}: out of range; give {SIDES[0]} to {SIDES[1]}, or HEIGHTxWIDTH")
     elif size != NATIVE:
         for side in size:
             if side % UNIT or not UNIT <= side <= LONGEST:
-                raise InputError(f"--size {as_text(size)}: {side} is not a multiple of {UNIT} in {UNIT}..{LONGEST}")
+                wanted = f"a multiple of {UNIT} from {UNIT} to {LONGEST}"
+                raise InputError(f"--size {as_text(size)}: {side} is not {wanted}")
         if math.prod(size) < SIDES[0] ** 2:
-            raise InputError(f"--size {as_text(size)}: has less pixels than {SIDES[0]}x{SIDES[0]}; give more")
+            raise InputError(f"--size {as_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give more")
 
 
 def as_text(size: Size) -> str:
-    """As --size takes it."""
+    """A size in the form that --size takes."""
     return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)
 
 
@@ -65,7 +65,7 @@ def as_text(size: Size) -> str:
 
 def shape_in_file(path: Path) -> tuple[int, int] | None:
     """(H, W) of an image file after its EXIF rotation, without decoding it; None if it cannot be read."""
-    from kit.images import FORMATS  # here, since it imports PyTorch
+    from kit.images import FORMATS  # imported here, since it imports PyTorch
 
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -80,7 +80,7 @@ def shape_in_file(path: Path) -> tuple[int, int] | None:
 
 
 def usual_shape(files: list[Path]) -> Shape | None:
-    """The median shape of images, some of them are asked; None if none can be read."""
+    """The median shape of a sample of images; None if none can be read."""
     asked = files[:: math.ceil(len(files) / ASKED)]
     shapes = [shape for path in asked if (shape := shape_in_file(path))]
     if not shapes:
@@ -90,8 +90,8 @@ def usual_shape(files: list[Path]) -> Shape | None:
 
 
 def input_size(size: Size, files: list[Path]) -> int | Shape:
-    """The size in which images like `files` are judged: `size` itself if it is a shape; else the shape that they have,
-    with as many pixels as the square, or as they have. Both sides are multiples of 32; a square is a single number."""
+    """The size in which images like `files` are judged: `size` itself if it is a shape; else their aspect ratio, with
+    the area of the square or, for "native", their own. Sides are multiples of 32; a square is a single number."""
     if isinstance(size, tuple):
         return size
     height, width = usual_shape(files) or (1, 1)
@@ -99,7 +99,7 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     stretch = math.sqrt(height / width)
     shape = (rounded(side * stretch), rounded(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
-        raise InputError(f"--size {as_text(size)}: makes {as_text(shape)} of these images; give HEIGHTxWIDTH")
+        raise InputError(f"--size {as_text(size)}: would resize these images to {as_text(shape)}; give HEIGHTxWIDTH")
     return shape[0] if shape[0] == shape[1] else shape
 
 
@@ -108,38 +108,39 @@ def rounded(side: float) -> int:
 
 
 def told(files: list[Path], shape: Shape) -> str:
-    """A line on what it does to images like `files` to be judged in this shape, and how they would be seen as they
-    are; nothing if they are."""
+    """One line that says how images like `files` are resized to `shape`, and which --size would keep them in full
+    resolution; "" if they are not resized."""
     usual = usual_shape(files)
     if usual is None or usual == shape:
         return ""
     shrinks = math.sqrt(math.prod(shape) / math.prod(usual))
     native = input_size(NATIVE, files)
+    change = "shrinks" if shrinks < 1 else "grows"
     line = (
         f"images of {usual[1]} x {usual[0]} pixels are judged at {shape[1]} x {shape[0]}: "
-        f"a spot of {SPOT} pixels becomes {SPOT * shrinks:.0f}"
+        f"a {SPOT}-pixel defect {change} to {SPOT * shrinks:.0f} pixels"
     )
     if shrinks < 1:
-        line += f"; --size {as_text(native)} sees it as it is"
+        line += f"; use --size {as_text(native)} for full resolution"
     return line
 
 
 def is_other(shape: Shape, judged_in: Shape) -> bool:
-    """Whether an image of this shape is stretched by more than a tenth to the shape in which it is judged."""
+    """Whether the aspect ratios of an image and of the shape in which it is judged differ by more than a tenth."""
     stretch = (shape[0] / shape[1]) / (judged_in[0] / judged_in[1])
     return max(stretch, 1 / stretch) > OTHER
 
 
 def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
-    """A line on the images, by name, that have another shape than the one in which they are judged."""
+    """One line on the images, by name, whose shape differs from the one in which they are judged."""
     name, (height, width) = next(iter(others.items()))
     return (
-        f"{len(others)} of {images} images have another shape than {judged_in[1]} x {judged_in[0]}, {name} for one "
-        f"({width} x {height}): all the same they are stretched to it, and judged"
+        f"{len(others)} of {images} images have another shape than {judged_in[1]} x {judged_in[0]}, for example {name} "
+        f"({width} x {height}): they will be stretched to this shape"
     )
 
 
 def others_among(files: list[Path], judged_in: Shape) -> dict[str, Shape]:
-    """Those of some files that have another shape, by name."""
+    """The files with another shape than `judged_in`: name -> shape."""
     shapes = {path.name: shape_in_file(path) for path in files}
     return {name: shape for name, shape in shapes.items() if shape and is_other(shape, judged_in)}

@@ -1,4 +1,4 @@
-"""What the methods' training loops share: a step of the optimizer, and what is told of an epoch."""
+"""The part that all training loops share: the optimizer step, and the record of an epoch."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from kit.processes import Processes
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a training loop yields: the means of the losses over an epoch's steps, by name, and `progress`, what it
-    takes to go on from here besides the model. Number 0 is before the first step."""
+    """The record that a training loop yields: the means of the losses over an epoch's steps, by name, and `progress`,
+    the state that is needed besides the model to continue from here. Number 0 is before the first step."""
 
     number: int
     losses: dict[str, float]
@@ -21,7 +21,7 @@ class Epoch:
 
 
 class Descent:
-    """Adam with clipped gradients, and one cycle of its learning rate over all `steps` of a training."""
+    """Adam with clipped gradients and a one-cycle learning rate over all `steps` of a training."""
 
     def __init__(self, losses: nn.Module, lr: float, steps: int, weight_decay: float):
         self.parameters = [p for p in losses.parameters() if p.requires_grad]
@@ -29,10 +29,10 @@ class Descent:
         self.cycle = optim.lr_scheduler.OneCycleLR(self.adam, lr, steps, pct_start=0.11)
 
     def step(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """One step down losses["loss"]; the values of all. Raises InputError if training diverges."""
+        """One step on losses["loss"]. Returns the values of all losses. Raises InputError if training diverges."""
         loss = losses["loss"]
         if not loss.isfinite():
-            raise InputError(f"--lr: training diverged to {loss.item()}; try a lower learning rate")
+            raise InputError(f"--lr: training diverged (the loss is {loss.item()}); try a lower learning rate")
         self.adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -44,7 +44,7 @@ class Descent:
         return {"adam": self.adam.state_dict(), "cycle": self.cycle.state_dict()}
 
     def go_on_from(self, progress: dict | None) -> int:
-        """Go on where a stopped training was, if this is one; the number of its last whole epoch."""
+        """Restore the state of a stopped training, if there is one. Returns the number of its last complete epoch."""
         if progress is None:
             return 0
         self.adam.load_state_dict(progress["adam"])
@@ -52,7 +52,7 @@ class Descent:
         return progress["epoch"]
 
     def epoch(self, number: int, steps: list[dict[str, float]], processes: Processes) -> Epoch:
-        """What is told of an epoch with these steps: the means over them, and over all processes, each of which has
+        """The record of an epoch with these steps: the means over the steps and over all processes, each of which has
         seen its part of every batch."""
         progress = self.state() | {"epoch": number}
         if not steps:
@@ -65,12 +65,12 @@ class Descent:
 
 
 def shared(losses: nn.Module, processes: Processes) -> nn.Module:
-    """The losses, with gradients that are the means of those of all processes. Buffers, the bank among them, are the
-    same for all from the start, and need not be sent at each step."""
+    """The losses, with gradients averaged over all processes. Buffers, such as the bank, are the same in all processes
+    from the start and need not be sent at each step."""
     return losses if processes.count == 1 else nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False)
 
 
 def seed_epoch(seed: int, number: int, rank: int = 0) -> None:
-    """Random numbers of an epoch, so that --resume need not know where the generator was; for each process of its own,
-    or all would draw the same noise. Seeds count modulo 2^32: no number must be lost in the upper bits."""
+    """Seed the random numbers of an epoch, so that --resume does not need the state of the generator. Each process has
+    its own seed, or all would draw the same noise. Seeds are taken modulo 2^32, so the sum must stay below that."""
     torch.manual_seed(seed + 10_000 * number + 100_000_000 * rank)

@@ -1,4 +1,4 @@
-"""From a score and an anomaly map to a verdict: thresholds that need no defects, regions and their boxes."""
+"""From a score and an anomaly map to a verdict: thresholds from good images alone, regions and their boxes."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,19 @@ from kit.errors import InputError
 from kit.settings import LEAST_IMAGES
 
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
-FEW = 10  # good images: too few for a threshold that one may trust
-LEAST = 1e-6  # of a score: lower ones have no logarithm
+FEW = 10  # good images: with fewer, `basis` warns that the threshold is unreliable
+LEAST = 1e-6  # lowest score before the logarithm is taken
 REACH = 1.5  # robust standard deviations
-USUAL = 0.16  # standard deviation of the logarithms of good images' scores, of eight categories
-BELIEVED = 20  # images
+USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
+BELIEVED = 20  # images; the weight of USUAL
 ODD = 4  # standard deviations above the median, of log scores
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a share `false_alarm` of normal images is expected to exceed: by the score, and by the map's maximum; from
-    `images` normal ones, which support with 90 % confidence that not more than a share `at_most` exceeds the score."""
+    """Thresholds for the score and for the map's maximum, each of which a share `false_alarm` of normal images is
+    expected to exceed. They come from `images` different normal images; with 90 % confidence, at most a share `at_most`
+    of normal images exceeds the score threshold."""
 
     score: float
     heat: float
@@ -39,9 +40,9 @@ class Region:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a detector says of one image; `heat` (H, W) is its anomaly map, in the image's own pixels.
+    """The verdict of a detector on one image. `heat` (H, W) is the anomaly map, in the image's own pixels.
 
-    `regions`, highest peak first, are where the defect is; there are none in a normal image."""
+    `regions` are the locations of the defect, highest peak first; a normal image has none."""
 
     score: float
     threshold: float
@@ -52,8 +53,8 @@ class Verdict:
 
 
 def thresholds(normal: np.ndarray, rate: float, different: int | None = None) -> Thresholds:
-    """Thresholds that a share `rate` of normal images exceeds; normal (2, n): their scores and their maps' maxima; they
-    show `different` ones, n if it is not given. Raises InputError if these are fewer than LEAST_IMAGES."""
+    """Thresholds that a share `rate` of normal images exceeds, from `normal` (2, n), the scores and the maps' maxima of
+    n images. They count as `different` images (default: n). Raises InputError for fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)
     above = round(float((normal[0] > score).mean()) * images)
@@ -62,17 +63,17 @@ def thresholds(normal: np.ndarray, rate: float, different: int | None = None) ->
 
 
 def basis(limits: Thresholds) -> str:
-    """What a threshold rests on, in a line."""
-    warning = f"warning, less than {FEW} good images: " if limits.images < FEW else ""
+    """One line on a threshold: how many good images it comes from, and the false-alarm rate to expect."""
+    warning = f"; warning: fewer than {FEW} good images make it unreliable" if limits.images < FEW else ""
     return (
-        f"{warning}threshold {limits.score:.3f} from {limits.images} good images, of whose like it flags at most "
-        f"{limits.at_most:.1%}, with {CONFIDENCE:.0%} confidence"
+        f"threshold {limits.score:.3f}, set from {limits.images} good images: expect at most "
+        f"{100 * limits.at_most:.1f} % false alarms on images like these ({100 * CONFIDENCE:.0f} % confidence){warning}"
     )
 
 
 def threshold(values: np.ndarray, rate: float, different: int | None = None) -> float:
-    """What a share `rate` of values like these n exceeds, which `different` images gave, n if it is not given. Raises
-    InputError if these are fewer than LEAST_IMAGES.
+    """The value that a share `rate` of values like these n exceeds. They count as `different` images (default: n).
+    Raises InputError for fewer than LEAST_IMAGES.
 
     The k-th highest, k = rate (n + 1) rounded down, if that is at least 10. This is the quantile of split conformal
     prediction. Its guarantee needs exchangeability: values and new scores come from one detector, and any order of them
@@ -81,15 +82,15 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     each of these detectors, and this program does not. Scores of thirds tend to be higher than those of the final
     detector, so the threshold tends to be cautious.
 
-    Of fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
-    logarithms. It says where their bulk ends, whatever the highest of few happens to be: what lies more than REACH
-    deviations from the median, above or below, counts as if it lay there. And few images do not decide alone how widely
-    good ones scatter: USUAL, a scatter that others had, counts as much as BELIEVED images do."""
+    For fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
+    logarithms. Two measures make it robust. Values more than REACH deviations from the median are clipped to that
+    distance, so that the highest of a few values does not decide. And s is pooled with USUAL, the deviation measured on
+    other categories, which has the weight of BELIEVED images."""
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST))
     images = len(logs) if different is None else different
     if images < LEAST_IMAGES:
         raise InputError(
-            f"a threshold takes the scores of {LEAST_IMAGES} different good images, and there are {images}: finish the "
+            f"a threshold needs the scores of {LEAST_IMAGES} different good images, but there are {images}: finish the "
             "training (--resume), or give more good images"
         )
     k = int(rate * (images + 1))
@@ -104,7 +105,7 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
 
 
 def believed(deviation: float, images: int) -> float:
-    """A deviation that so many images had, together with the usual one."""
+    """The deviation of this many images, pooled with the usual one."""
     return float(np.sqrt((BELIEVED * USUAL**2 + images * deviation**2) / (BELIEVED + images)))
 
 
@@ -119,22 +120,22 @@ CLIPPED_DEVIATION = clipped_deviation(REACH)
 
 
 def odd_ones(values: np.ndarray) -> np.ndarray:
-    """Which of these values (n,), highest first, are too high to belong to the others: their logarithms are more than
-    four standard deviations above the median. The deviation is that of the median distance from it, which a few odd
-    ones do not change. Of less than five none is odd."""
+    """The indices, highest value first, of the outliers among values (n,): their logarithms are more than four standard
+    deviations above the median. The deviation is estimated from the median distance to the median, which a few outliers
+    do not change. Fewer than five values have no outliers."""
     if len(values) < 5:
         return np.array([], dtype=int)
     logs = np.log(np.maximum(values, LEAST))
     away = logs - np.median(logs)
-    deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # of copies of one image it would be zero
+    deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # for copies of one image it would be zero
     odd = np.flatnonzero(away > ODD * deviation)
     return odd[np.argsort(-away[odd], kind="stable")]
 
 
 def drift(scores: np.ndarray, normal: np.ndarray) -> str:
-    """Whether many images' scores have moved as a whole: "higher" or "lower", if three quarters of them are that than
-    three quarters of the normal ones; else "". Of a folder with up to two thirds of defects that is not said, nor of
-    less than ten images."""
+    """Whether the scores of many images have shifted: "higher" or "lower" if three quarters of them lie above or below
+    three quarters of the normal scores, else "". Up to two thirds of defects in a folder do not trigger this. Fewer
+    than ten images give ""."""
     if len(scores) < 10:
         return ""
     low, high = np.quantile(scores, (0.25, 0.75))

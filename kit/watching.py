@@ -1,4 +1,4 @@
-"""Judging what arrives: a camera writes files into a folder, and each is judged once."""
+"""Judging images as they arrive: a camera writes files into a folder, and each is judged once."""
 
 import os
 import time
@@ -27,19 +27,19 @@ from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds
 PAGE_EVERY = 30.0
-IN_TURN = 2000  # known files whose stamps are asked at each look
-SETTLED_NS = 2_000_000_000  # after which a directory's time tells all that was done in it before
-RECENT = 50  # images that are asked, together, whether their scores have moved
+IN_TURN = 2000  # known files whose stamps are checked at each look
+SETTLED_NS = 2_000_000_000  # after this, a later change is sure to give the directory another time
+RECENT = 50  # latest images that are checked for a drift of their scores
 
 
 def watch(work: Inspection, folder: Path) -> None:
-    """Judge the images in `folder` and its subfolders, and those that come, until Ctrl-C or SIGTERM.
+    """Judge the images in `folder` and its subfolders, and new ones as they arrive, until Ctrl-C or SIGTERM.
 
-    An image counts as whole when it has not changed between two looks, and can be read; one that cannot is named, and
-    looked at again when it changes. A call that was stopped or killed goes on when it is made again, with whichever
-    detector: a row of scores.csv holds the stamp of its image, and the fingerprint of the detector that judged it."""
+    An image is complete when it has not changed between two looks and can be read. One that cannot be read is named,
+    and tried again when it changes. The same call after a stop or a kill continues, also with another detector: a row
+    of scores.csv has the stamp of its image and the fingerprint of the detector that judged it."""
     if not folder.is_dir():
-        raise InputError(f"--images {folder}: no such folder; --watch needs one")
+        raise InputError(f"--images {folder}: no such folder; --watch needs a folder")
     out = work.out
     refuse_inside(out, folder)
     print(basis(work.limits))
@@ -47,7 +47,7 @@ def watch(work: Inspection, folder: Path) -> None:
         check_findings(out, folder, work.detector, watch=True)
         judgements = Judgements(work, folder)
         seen = {(cell, (int(size), int(changed))) for cell, size, changed in judgements.seen}
-        print(f"watching {folder}, {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
+        print(f"watching {folder}: {len(seen)} images judged so far; stop with Ctrl-C", flush=True)
         try:
             judge_what_comes(folder, seen, judgements)
         finally:
@@ -57,7 +57,7 @@ def watch(work: Inspection, folder: Path) -> None:
 
 
 def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Judgements) -> None:
-    """Look into `folder` again and again; never returns."""
+    """Check `folder` again and again; never returns."""
     listing = Listing(folder)
     last_look: dict[Path, Stamp] = {}
     page_is_due = time.monotonic()
@@ -71,19 +71,19 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
         complaints: list[str] = []
         for image, verdict in judge_files(judgements.model, whole, judgements.limits, complaints):
             path = image.path
-            if stamp_of(path) == now[path]:  # else it was written while it was read: next time
+            if stamp_of(path) == now[path]:  # else it changed while it was read, and is judged at the next look
                 judgements.add(name_below(folder, path), image.photo, verdict, now[path])
                 measures.append(image.measures)
                 is_page_old = True
                 if not is_told and shapes.is_other(verdict.heat.shape, judgements.model.shape):
                     print(shapes.others_told({path.name: verdict.heat.shape}, 1, judgements.model.shape), flush=True)
-                    is_told = True  # of the first one: a camera makes many
+                    is_told = True  # once is enough: a camera makes many such images
         for complaint in complaints:
             print(f"not judged: {complaint}", flush=True)
         for complaint in judgements.complaints:
-            print(f"judged, but no picture: {complaint}", flush=True)
+            print(f"judged, but its picture could not be written: {complaint}", flush=True)
         judgements.complaints.clear()
-        # What cannot be read is seen, too, until it changes.
+        # Unreadable files count as seen, too, until they change.
         seen |= {(plain_cell(name_below(folder, path)), now[path]) for path in whole if stamp_of(path) == now[path]}
         if is_page_old and time.monotonic() > page_is_due:
             entries = judgements.write_page()
@@ -95,15 +95,15 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
 
 
 class Listing:
-    """The images below a folder, looked at again and again. A new name changes its directory's time, so that only
-    directories have to be asked each time. A file that is written over in place changes nothing but itself: of those
-    that are known, IN_TURN are looked at each time, in turn. 100,000 files at once take two seconds."""
+    """The images below a folder, checked again and again. A new name changes its directory's time, so each look checks
+    the directories only. A file that is overwritten in place does not change its directory, so each look also checks
+    the next IN_TURN of the known files. To check 100,000 files takes two seconds."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.times: dict[Path, int] = {}  # of directories, when they were listed
-        self.names: dict[Path, set[str]] = {}  # in directories, all that were there
-        self.files: list[Path] = []  # in the order in which they came
+        self.names: dict[Path, set[str]] = {}  # by directory, all names that were ever in it
+        self.files: list[Path] = []  # in the order in which they arrived
         self.turn: Iterator[Path] = iter(())
 
     def look(self) -> list[Path]:
@@ -120,10 +120,10 @@ class Listing:
             changed = directory.stat().st_mtime_ns
             if self.times.get(directory) != changed:
                 self.list_directory(directory, new)
-                # A change soon after this one may get the same time: a clock is only so fine.
+                # A change shortly after this one may get the same time, since clocks have a limited resolution.
                 if time.time_ns() - changed > SETTLED_NS:
                     self.times[directory] = changed
-        except OSError:  # it went away, or cannot be reached now
+        except OSError:  # it is gone, or cannot be reached now
             self.times.pop(directory, None)
             return
         for subfolder in [path for path in self.times if path.parent == directory and path != directory]:
@@ -132,7 +132,7 @@ class Listing:
     def list_directory(self, directory: Path, new: list[Path]) -> None:
         """Add a directory's new files to `new`; its subfolders are visited from now on."""
         names = self.names.setdefault(directory, set())
-        with os.scandir(directory) as entries:  # tells folders from files without asking for each
+        with os.scandir(directory) as entries:  # distinguishes folders from files without a system call for each
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     if data.is_hidden(entry.name):
@@ -153,7 +153,7 @@ class Listing:
 
 
 def unseen(folder: Path, files: Iterable[Path], seen: set[tuple[str, Stamp]]) -> dict[Path, Stamp]:
-    """Those of these files that are there, with their stamps, less those that were seen."""
+    """The existing files among `files` that were not seen, with their stamps."""
     stamps = {path: stamp_of(path) for path in dict.fromkeys(files)}
     return {
         path: stamp

@@ -1,4 +1,4 @@
-"""Large images in overlapping windows, so that what a network needs at once does not grow with the image."""
+"""Large images in overlapping windows, so that the memory of a network does not grow with the image."""
 
 import math
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from torch import Tensor
 from kit.processes import return_freed_memory
 from kit.settings import UNIT, Shape
 
-PIXELS = 2**21  # at once, of all images of a batch together: two million
-CORE = 1024  # pixels a side of a window, at most, without what is seen around it
+PIXELS = 2**21  # processed at once, of all images of a batch together: two million
+CORE = 1024  # maximum side of a window in pixels, without the margin around it
 
 
 def at_once(shape: Shape, batch: int = 8) -> int:
-    """How many images of this shape are looked at together, at most `batch`."""
+    """The number of images of this shape that are processed together, at most `batch`."""
     return max(1, min(batch, PIXELS // math.prod(shape)))
 
 
 def cuts(length: int) -> list[int]:
-    """Where an axis is cut into equal parts of at most CORE pixels: all ends, at multiples of UNIT but for the last."""
+    """The ends of equal parts of an axis, of at most CORE pixels each. All but the last are multiples of UNIT."""
     count = math.ceil(length / CORE)
     return [round(i * length / count / UNIT) * UNIT for i in range(count)] + [length]
 
 
 def part_shape(shape: Shape, side: int) -> Shape:
-    """What to look at of images of this shape at once: all of it, or as many pixels as side x side where there are more
-    than twice as many, no side longer than the image's."""
+    """The shape of the part of an image that is used at once: the whole image, or the area of side x side if the image
+    has more than twice this area. No side is longer than the image's."""
     if math.prod(shape) <= 2 * side**2:
         return shape
     height, width = min(shape[0], side), min(shape[1], side)
@@ -34,15 +34,15 @@ def part_shape(shape: Shape, side: int) -> Shape:
 
 
 def overlapping_parts(shape: Shape, side: int) -> list[tuple[slice, slice]]:
-    """Overlapping parts of an image of this shape that together are all of it, each of the same `part_shape`; half a
-    part or less from one to the next."""
+    """Overlapping parts, all of the same `part_shape`, that cover an image of this shape. From one part to the next it
+    is at most half a part."""
     height, width = part_shape(shape, side)
     down, across = starts(shape[0], height), starts(shape[1], width)
     return [(slice(y, y + height), slice(x, x + width)) for y in down for x in across]
 
 
 def starts(length: int, part: int) -> list[int]:
-    """Where parts of an axis start, evenly spread."""
+    """The evenly spaced starts of the parts of an axis."""
     gaps = math.ceil(2 * (length - part) / part)
     return [0] + [round(i * (length - part) / gaps) for i in range(1, gaps + 1)]
 
@@ -50,9 +50,10 @@ def starts(length: int, part: int) -> list[int]:
 def in_windows(
     function: Callable[[Tensor], list[Tensor]], images: Tensor, stride: int, reach: int | None
 ) -> list[Tensor]:
-    """`function` of images (B, 3, H, W): maps (B, ..., h, w) whose positions are `stride` pixels apart, and see what is
-    up to `reach` pixels around them. Of large images it is asked window by window, each with that much around it, and
-    what it says of the windows' cores is put together. All at once, if a position sees the whole image (None)."""
+    """`function` of images (B, 3, H, W): maps (B, ..., h, w) whose positions are `stride` pixels apart and depend on
+    pixels up to `reach` away. Large images are processed window by window, each with a margin of `reach`; the results
+    for the windows without margins are put together. If `reach` is None, a position depends on the whole image, and it
+    is processed at once."""
     height, width = images.shape[2:]
     if height * width <= PIXELS or reach is None:
         return function(images)

@@ -1,4 +1,4 @@
-"""The table of methods: the detector of each, and the loop that trains it. A new one is an entry here, and one in
+"""The table of methods: the detector of each, and its training loop. To add a method, add an entry here and one in
 kit/settings.py."""
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from methods import autoencoder, nearest, paper
 
 @dataclass(frozen=True)
 class Method:
-    """A detector, and the loop that trains it, a generator `train(model, good images, progress)`."""
+    """A detector, and its training loop: a generator `train(model, good images, progress)`."""
 
     detector: type[Detector]
     train: Callable[..., Iterator[Epoch]]
@@ -29,7 +29,8 @@ METHODS = {
 
 
 def load(path: Path | str, device: str = "cpu") -> Detector:
-    """The detector of checkpoint `path`, ready to judge. Raises InputError if it is missing or is not one."""
+    """The detector of checkpoint `path`, ready to judge. Raises InputError if the file is missing or is no
+    checkpoint."""
     checkpoint = read_checkpoint(path)
     try:
         return METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint, device)

@@ -1,8 +1,8 @@
 """The projecting autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723): it learns to undo partial corruptions, and so
-to project an image onto the manifold of normal ones. An anomaly is what the projection moves in another way than it
-moves normal images, as a frozen backbone sees it.
+to project an image onto the manifold of normal images. Anomalies are found where the projection changes the features of
+a frozen backbone differently from the way it changes those of normal images.
 
-Shapes: images (B, 3, H, W) in [0, 1]. Draw what it does: python benchmarks/projection.py RUN"""
+Shapes: images (B, 3, H, W) in [0, 1]. To see projections: python benchmarks/projection.py RUN"""
 
 import math
 from collections.abc import Iterator
@@ -33,10 +33,10 @@ BRANCH = 64  # channels of one dilated convolution
 DILATIONS = (1, 2, 4, 8)
 CONTEXT = BRANCH * len(DILATIONS)
 FOLDED = 12  # channels of an image folded 2x2
-SEEN = 1.5  # times its size, an image is shown to the backbone
+SEEN = 1.5  # factor by which images are enlarged for the backbone
 FITTED = 200  # normal images at most, from which the bank is chosen
-CANDIDATES = 50_000  # positions of theirs
-LAMBDA = 0.9  # of the loss: inferred; the corrupted region is small, and its error large
+CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
+LAMBDA = 0.9  # of the loss, inferred: the corrupted region is small, and its error large
 IMAGES_PER_EPOCH = 1000
 WEIGHT_DECAY = 0
 
@@ -50,7 +50,7 @@ def double_conv(before: int, channels: int) -> nn.Sequential:
 
 
 class StackedDilated(nn.ModuleList):
-    """Parallel 3x3 convolutions of growing dilation, concatenated: near and far context in one layer."""
+    """Parallel 3x3 convolutions with increasing dilation, concatenated: near and far context in one layer."""
 
     def __init__(self, width: int):
         super().__init__(Conv2dNormActivation(width, BRANCH, dilation=d) for d in DILATIONS)
@@ -61,7 +61,8 @@ class StackedDilated(nn.ModuleList):
 
 class Projection(nn.Module):
     """The network f: images (B, 3, H, W) -> images, H and W divisible by 8. Blocks of 2x2 pixels are folded into the
-    channels, to save time. No skip leads past the dilated layers: with one, and weight decay, they die unnoticed."""
+    channels to save time. No skip connection bypasses the dilated layers: with one, and weight decay, their weights
+    went to zero unnoticed."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +77,7 @@ class Projection(nn.Module):
         self.out = nn.Conv2d(fine, FOLDED, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        mean = images.mean(dim=(2, 3), keepdim=True)  # put back at the end: a shift of the light is no defect
+        mean = images.mean(dim=(2, 3), keepdim=True)  # added back at the end: a change of brightness is no defect
         x = self.down[0](F.pixel_unshuffle(images - mean, 2))
         encoded = []
         for block in self.down[1:]:
@@ -88,28 +89,29 @@ class Projection(nn.Module):
         return F.pixel_shuffle(self.out(x), 2) + mean
 
     def combined(self, level: int, skip: Tensor, x: Tensor) -> Tensor:
-        """The convex combination C skip + (1 - C) x, mirrored: where the image is corrupted, x, the decoder, counts."""
+        """The convex combination C skip + (1 - C) x, then a double convolution. Where the image is corrupted, the
+        decoder's x should count."""
         gate = self.gates[level](torch.cat((skip, x), dim=1)).sigmoid()
         return self.mirror[level](torch.lerp(x, skip, gate))
 
 
 class Autoencoder(Detector):
-    """The detector: what the projection f moves, as a frozen backbone's features phi see it, and how far that is from
-    how it moves normal images,
+    """The detector: how the projection f changes the features phi of a frozen backbone, compared with the changes on
+    normal images,
 
         d = phi(f(x)) - phi(x);   E = |d - p| / spacing of p
 
-    p being the nearest of a bank of such differences of normal images. Where f is not perfect, it moves normal images,
-    too, and alike: the bank knows these movements."""
+    where p is the nearest of a bank of such differences from normal images. Since f is not perfect, it changes normal
+    images, too, but in similar ways, which the bank contains."""
 
     SETTINGS = AutoencoderSettings
 
     def __init__(self, settings: AutoencoderSettings):
         shape = as_shape(settings.size)
         if shape[0] % 8 or shape[1] % 8:
-            raise InputError(f"--size {as_text(settings.size)}: the autoencoder takes multiples of 8")
-        if math.prod(shape) > PIXELS:  # it sees all of an image at once
-            raise InputError(f"--size {as_text(settings.size)}: the autoencoder takes at most {PIXELS} pixels")
+            raise InputError(f"--size {as_text(settings.size)}: --method autoencoder needs multiples of 8")
+        if math.prod(shape) > PIXELS:  # it processes the whole image at once
+            raise InputError(f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, experts=1)
@@ -119,7 +121,7 @@ class Autoencoder(Detector):
         self.to(memory_format=torch.channels_last)
 
     def project(self, images: Tensor) -> Tensor:
-        """f(x), of images (B, 3, H, W)."""
+        """f(x) for images (B, 3, H, W)."""
         with self.autocast():
             return self.projection(images.contiguous(memory_format=torch.channels_last)).float()
 
@@ -131,7 +133,7 @@ class Autoencoder(Detector):
 
     @torch.no_grad()
     def moved(self, images: Tensor) -> Tensor:
-        """d, (B, C, h, w), of images (B, 3, H, W)."""
+        """d (B, C, h, w) for images (B, 3, H, W)."""
         images = images.to(self.device)
         return self.phi(self.project(images)) - self.phi(images)
 
@@ -141,7 +143,7 @@ class Autoencoder(Detector):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: one image (1, 3, H, W) on its way to the energies, as (what it is, map (h, w))."""
+        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
         images = images.to(self.device)
         projected = self.project(images)
         moved = self.phi(projected) - self.phi(images)
@@ -149,12 +151,12 @@ class Autoencoder(Detector):
             ("f(x), brightness", projected[0].mean(dim=0)),
             ("|f(x) - x|, pixels", (projected - images)[0].norm(dim=0)),
             ("|d|, features", moved[0].norm(dim=0)),
-            ("E, beside the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
+            ("E, compared with the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
         ]
 
     @torch.no_grad()
     def fit(self, good: GoodImages) -> None:
-        """Choose the bank from how the present f moves good images, at most FITTED of them."""
+        """Choose the bank from the changes d of the present f on good images, at most FITTED of them."""
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
         per_image = math.ceil(CANDIDATES / len(files))
@@ -168,9 +170,9 @@ class Autoencoder(Detector):
 
 
 def bend(images: Tensor, mask: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
-    """Elastic deformation of each image with probability 1/2: in a disc where there is contrast, a shift, turn and
-    stretch that fades towards the rim. Takes and returns images (A, 3, H, W) and masks (A, 1, H, W), which gain the
-    discs; nothing outside the region of interest (H, W) is bent."""
+    """Elastic deformation of each image with probability 1/2: a shift, rotation and stretch in a disc with contrast,
+    which fades towards the edge of the disc. Takes and returns images (A, 3, H, W) and masks (A, 1, H, W), to which the
+    discs are added. Nothing outside the region of interest (H, W) is deformed."""
     contrast = (images - gaussian_blur(images, 9, 2)).square().mean(dim=1).add(1e-9).mul(roi).flatten(1)
     grid = F.affine_grid(torch.eye(2, 3)[None], images[:1].shape, align_corners=False).to(images)
     centre = grid.flatten(0, 2)[torch.multinomial(contrast, 1)][:, None]
@@ -186,11 +188,11 @@ def bend(images: Tensor, mask: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Losses(nn.Module):
-    """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, M where x- is painted
-    (`synthesize`) or bent. The x+ that have no x-, half of a batch, teach nothing here.
+    """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, where M marks what is
+    painted (`synthesize`) or bent in x-. The x+ without an x-, half of a batch, are not used.
 
-    `forward(images, mask)`: B ones x+, then A <= B ones x- that were made from the first of them; mask (A, 1, H, W).
-    Returns the losses of the batch by name; "loss" is the one to descend."""
+    `forward(images, mask)`: B images x+, then A <= B images x- that were made from the first A of them; mask (A, 1, H,
+    W). Returns the losses of the batch by name; training minimises "loss"."""
 
     def __init__(self, model: Autoencoder):
         super().__init__()
@@ -199,7 +201,7 @@ class Losses(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
         clean, painted = images[: len(mask)], images[-len(mask) :]
         corrupted, mask = bend(painted, mask, self.model.roi)
-        self.model.train()  # the norms take the batch's statistics here, and the running ones elsewhere
+        self.model.train()  # batch norms use the batch's statistics here, and the running ones elsewhere
         error = (self.model.project(corrupted) - clean).square().mean(dim=1, keepdim=True)
         self.model.eval()
         outside = region_error(error, 1 - mask)
@@ -208,7 +210,7 @@ class Losses(nn.Module):
 
 
 def region_error(error: Tensor, region: Tensor) -> Tensor:
-    """Mean of `error` (A, 1, H, W) within `region`, of the same shape, then over the images: they count equally."""
+    """Mean of `error` (A, 1, H, W) within `region` (same shape), then over the images, which have equal weight."""
     return ((error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3))).mean()
 
 
@@ -216,9 +218,9 @@ def region_error(error: Tensor, region: Tensor) -> Tensor:
 
 
 def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
-    """Train a model, whose backbone has ImageNet weights, to undo what is painted on good images. A generator: it
-    yields after each epoch, and once before the first step; bank and calibration are those of the present f then. With
-    the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    """Train a model with ImageNet weights to undo what is painted on good images. A generator: it yields after each
+    epoch, and once before the first step; bank and calibration then belong to the present f. With the `progress` of an
+    earlier call's epoch, and its model, training continues from there."""
     settings = model.settings
     painter = Painter(good, synthesize, model)
     batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
@@ -237,7 +239,7 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
         seed_epoch(settings.seed, number)
         painter.epoch = number
         steps = []
-        painted = iter(batches)  # draws the order of the images, which is the same for all processes
+        painted = iter(batches)  # draws the order of the images, the same in all processes
         if good.processes.rank:
             seed_epoch(settings.seed, number, good.processes.rank)
         for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):

@@ -1,6 +1,6 @@
-"""The nearest neighbour, the honest rival: how far an image's features are from the bank of prototypes, in units of the
-bank's spacing there. Nothing is trained. What a flow learns has to beat this, and stands on the same bank. With one
-scale for all (--no-local) it is PatchCore's distance (arXiv 2106.08265), without its reweighting of the image score."""
+"""The nearest neighbour, the baseline: the distance of an image's features to the bank of prototypes, divided by the
+bank's local spacing. Nothing is trained. CL-Flow uses the same bank, so its flow has to beat this. With one scale for
+all (--no-local) it is PatchCore's distance (arXiv 2106.08265), without its reweighting of the image score."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from kit.search import CANDIDATES, prototype_count
 from kit.settings import NearestSettings
 from kit.training import Epoch
 
-BANK = 4000  # prototypes, to ask new images whether those that follow each other are alike
+BANK = 4000  # prototypes, to find out whether new images are a series
 
 
 class Nearest(Detector):
-    """The detector: E = d / spacing, d the distance of a position's feature to the nearest one in the bank.
+    """The detector: E = d / spacing, where d is the distance of a position's feature to the nearest prototype.
 
-    With `local`, spacing is that of the bank there; without, the bank's mean, which is PatchCore's distance, up to a
-    factor."""
+    With `local`, it is the spacing of this prototype. Without, it is the mean spacing of the bank, which gives
+    PatchCore's distance, up to a factor."""
 
     SETTINGS = NearestSettings
 
@@ -49,8 +49,8 @@ class Nearest(Detector):
 
 @torch.no_grad()
 def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
-    """Choose the bank from the features of good images and of their camera copies, and calibrate. There are no epochs:
-    what is yielded is number 0."""
+    """Choose the bank from the features of good images and of their camera copies, and calibrate. There are no epochs;
+    it yields once, as number 0."""
     generator = torch.Generator().manual_seed(model.settings.seed)
     images = len(good.trained_on)
     painter = Painter(replace(good, processes=good.processes.alone()), None, model)
@@ -73,7 +73,7 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
 
 @torch.no_grad()
 def alike_among(model: Detector, files: Sequence[Path]) -> float:
-    """`alike_in_order` of images that the model has not seen, with a bank of their own features."""
+    """`alike_in_order` for images that the model has not seen, with a bank of their own features."""
     generator = torch.Generator().manual_seed(model.settings.seed)
     maps = map(model.features, data.batches(files, model.shape))
     rows, _ = spread(maps, len(files), model, math.ceil(CANDIDATES / len(files)), generator)

@@ -1,5 +1,5 @@
 """CL-Flow in the paper's own form (Wang, Li, Luo, Bi, arXiv 2311.06794), from the image to the loss. Only the abstract
-was available, so this is a reconstruction; clflow.py is our own form, which finds more.
+was available, so this is a reconstruction. clflow.py is our own form, which detects more.
 
     a frozen backbone's maps at three scales -> a 2D flow for each -> energies, the exact likelihood of each position
     pairs x+ and x- = synthesize(x+) -> L = L_nll + lambda_cls L_cls + lambda_con L_con, trained in one stage
@@ -30,9 +30,9 @@ from kit.windows import PIXELS
 from synth import synthesize
 
 STRIDES = (4, 8, 16)  # pixels: the three scales
-FITTED = 100  # good images at most, from which the standardisation is fitted
-BORDER = 3.0  # standard deviations above the mean energy of normal positions, where the class changes
-POSITIONS = 64  # drawn from each x-, so that small defects count like large ones
+FITTED = 100  # good images at most, to fit the standardisation
+BORDER = 3.0  # the class changes at this many standard deviations above the mean energy of normal positions
+POSITIONS = 64  # drawn from each x-, so that small and large defects have equal weight
 IMAGES_PER_EPOCH = 200
 WEIGHT_DECAY = 1e-5
 
@@ -53,7 +53,7 @@ class Standardisation(nn.Module):
         """From the mean and the variance of x within each of n normal images, (n, C) both. The variance over all of
         them is that within images and that between them."""
         variance = variances.mean(dim=0) + means.var(dim=0, correction=0)
-        floor = 1e-3 * variance.mean() + 1e-12  # a channel that hardly varies is noise, and stays small
+        floor = 1e-3 * variance.mean() + 1e-12  # keeps channels that hardly vary, which are noise, small
         self.mean.copy_(means.mean(dim=0)[:, None, None])
         self.deviation.copy_((variance + floor).sqrt()[:, None, None])
 
@@ -62,13 +62,13 @@ class Standardisation(nn.Module):
 
 
 class Paper(Detector):
-    """The detector: the energies of three flows, each an expert. `Detector` turns them into a map, a score and a
-    verdict, each on the scale that held-out good images give it. At test time nothing but the likelihood counts."""
+    """The detector: three flows, each an expert. `Detector` brings their energies to a common scale, with the held-out
+    good images, and turns them into a map, a score and a verdict. At test time only the likelihood counts."""
 
     SETTINGS = PaperSettings
 
     def __init__(self, settings: PaperSettings):
-        if math.prod(as_shape(settings.size)) > PIXELS:  # the flows see all of an image at once
+        if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
             raise InputError(f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
         super().__init__(settings, backbone, experts=len(STRIDES))
@@ -101,7 +101,7 @@ class Paper(Detector):
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: one image (1, 3, H, W) on its way to the energies, as (what it is, map (h, w))."""
+        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
         steps = []
         for stride, x, norm, flow in zip(STRIDES, self.scales(images), self.norms, self.flows, strict=True):
             x = norm(x)
@@ -140,7 +140,7 @@ def positions_in_boxes(boxes: Tensor, image: Shape, shape: Shape) -> Tensor:
 
 
 def drawn_places(where: Tensor) -> Tensor:
-    """POSITIONS places of each map, among those that `where` (A, h, w) bool marks, with replacement: (A, n)."""
+    """POSITIONS random places of each map, from those that `where` (A, h, w) bool marks, with replacement: (A, n)."""
     return torch.multinomial(where.flatten(1).float(), POSITIONS, replacement=True)
 
 
@@ -154,27 +154,28 @@ def rows_at(maps: Tensor, places: Tensor) -> Tensor:
 
 
 def log_odds(e: Tensor, normal: Tensor) -> Tensor:
-    """Log-odds of being anomalous, from energies e: by how many standard deviations of normal energies they lie above
-    the border between the classes,
+    """Log-odds of being anomalous, from energies e: how many standard deviations of normal energies they lie above the
+    border m between the classes,
 
         p(normal) = sigmoid((m - e) / sigma);   m = mean + BORDER sigma
 
-    with the mean and sigma of `normal` energies, which get no gradient here: they say where the border lies. At the
-    mean the log-odds are -3, which nearly is the smoothed label of 0.05: the classification then does not pull at what
-    is typically normal, and the likelihood alone decides there."""
+    The mean and sigma of `normal` energies get no gradient here, since they only define the border. At the mean the
+    log-odds are -3, close to the smoothed label of 0.05: there the classification has hardly any gradient, and the
+    likelihood alone decides."""
     normal = normal.detach()
     sigma = normal.std() + 1e-6
     return (e - normal.mean()) / sigma - BORDER
 
 
 def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: InfoNCE, in which each anomalous one (A,) is to stand out from all normal ones (N,)."""
+    """L_con on energies: InfoNCE, in which each anomalous energy (A,) should stand out from all normal ones (N,)."""
     return info_nce(anomalous, normal, temperature)
 
 
 def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
-    """L_con on the cosine, as the abstract has it; all (n, C). Box_s are latents of x+ inside the box of the defect,
-    Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ anywhere, and pushed away from Neg_Box_s:
+    """L_con on the cosine, as in the abstract; all arguments (n, C). Box_s are latents of x+ inside the box of the
+    defect, Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ at random places, and pushed away from
+    Neg_Box_s:
 
         -log( e^(cos(Box, Z) / T) / (e^(cos(Box, Z) / T) + sum_k e^(cos(Box, Neg_Box_k) / T)) )
     """
@@ -183,12 +184,12 @@ def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperatu
 
 
 class Losses(nn.Module):
-    """L = L_nll + lambda_cls L_cls + lambda_con L_con, each the mean over the scales. A module, since that is what
-    DistributedDataParallel wraps.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con, each the mean over the scales. This is a module because
+    DistributedDataParallel wraps modules.
 
     `forward(images, mask, boxes)`: B images x+, then A images x- that were made from the first A of them, (B + A, 3, H,
     W); the masks (A, 1, H, W) of the defects, and the boxes (A, 4) around them. Returns the losses of the batch by
-    name; "loss" is the one to descend."""
+    name; training minimises "loss"."""
 
     def __init__(self, model: Paper):
         super().__init__()
@@ -199,7 +200,7 @@ class Losses(nn.Module):
         if not settings.classification_weight and not settings.contrast_weight:
             likelihoods = [energy(z, log_det).mean() for z, log_det in self.model.latents(images[: -len(mask)])]
             nll = torch.stack(likelihoods).mean()
-            return {"loss": nll, "nll": nll}  # x- have no part in it
+            return {"loss": nll, "nll": nll}  # x- are not used
         scales = [self.of_scale(z, log_det, mask, boxes) for z, log_det in self.model.latents(images)]
         losses = {name: torch.stack([scale[name] for scale in scales]).mean() for name in scales[0]}
         loss = losses["nll"]
@@ -210,8 +211,8 @@ class Losses(nn.Module):
         return {"loss": loss, **losses}
 
     def of_scale(self, z: Tensor, log_det: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """The losses of one scale that have a weight. On x- energies know no bounds: the proxy tasks see tamed ones, or
-        a few outliers would be all that clipped gradients follow."""
+        """The losses of one scale whose weight is not 0. Energies of x- are unbounded, so the proxy tasks use tamed
+        ones: otherwise a few outliers would dominate the clipped gradients."""
         settings = self.model.settings
         pairs = len(mask)
         e = energy(z, log_det)
@@ -244,11 +245,11 @@ class Losses(nn.Module):
 
 
 def train(model: Paper, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
-    """Train a model whose backbone has ImageNet weights on good images, in one stage. A generator: it yields after each
-    epoch, and once before the first step; the model is calibrated on the held-out images then, ready to judge. The
-    number of epochs is fixed, and the last one counts.
+    """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
+    once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
+    epochs is fixed, and the last one counts.
 
-    With the `progress` of an earlier call's epoch, and its model, it goes on from there."""
+    With the `progress` of an earlier call's epoch, and its model, training continues from there."""
     settings = model.settings
     painter = Painter(good, synthesize, model)
     batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
@@ -264,7 +265,7 @@ def train(model: Paper, good: GoodImages, progress: dict | None = None) -> Itera
         seed_epoch(settings.seed, number)
         painter.epoch = number
         steps = []
-        pairs = iter(batches)  # draws the order of the images, which is the same for all processes
+        pairs = iter(batches)  # draws the order of the images, the same in all processes
         if good.processes.rank:
             seed_epoch(settings.seed, number, good.processes.rank)
         for images, masks, boxes in counted(pairs, f"epoch {number}/{settings.epochs}, steps", len(batches)):
@@ -275,7 +276,7 @@ def train(model: Paper, good: GoodImages, progress: dict | None = None) -> Itera
 
 
 def calibrate(model: Paper, good: GoodImages) -> None:
-    """The calibration on the held-out images. To judge the others as if they were new would take three more trainings
-    of the flows."""
+    """Calibrate on the held-out images. To judge the other good images as if they were new, the flows would have to be
+    trained three more times."""
     held_out = data.batches(good.held_out, model.shape)
     model.calibrate((model.judge(images) for images in held_out), good.held_out)

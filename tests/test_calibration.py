@@ -60,7 +60,7 @@ def test_of_many_images_some_are_drawn(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LIMIT", 10)
     call(evaluate.main, run, "--recalibrate", draw_buttons(tmp_path / "new", 24, day=1))
     said = capsys.readouterr().out
-    assert "took 10 of 24 images" in said and "from 10 good images" in said and "left out" not in said
+    assert "using 10 of 24 images" in said and "from 10 good images" in said and "left out" not in said
     assert "a series" not in said and "warning: three quarters" not in said
     assert load(run / "recalibrated.pt").normal.shape == (2, 10)
 
@@ -73,7 +73,8 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
         fixture = "finished_run" if method == "clflow" else "projecting_run"
         shutil.copytree(request.getfixturevalue(fixture), tmp_path / "run")
     run, good = tmp_path / "run", category / "train/good"
-    refuse(evaluate.main, capsys, run, "--recalibrate", good, words=["--recalibrate", "0 new images", "it takes 5"])
+    words = ["--recalibrate", "0 new images", "give at least 5"]
+    refuse(evaluate.main, capsys, run, "--recalibrate", good, words=words)
     mixed = draw_buttons(tmp_path / "mixed", 12, day=2)
     for number in range(24):  # under other names: known by their bytes
         shutil.copy(good / f"{number:03}.png", mixed / f"copy_{number}.png")
@@ -110,8 +111,8 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
     call(evaluate.main, run, "--recalibrate", frames(10, 6, tmp_path / "frames"))
     said = capsys.readouterr().out
     different = int(load(run / "recalibrated.pt").different)
-    assert "a series:" in said and 5 <= different <= 24 and f"from {different} good images" in said
-    with pytest.raises(InputError, match="--recalibrate: 3 different new images; it takes 5"):
+    assert "look like a series" in said and 5 <= different <= 24 and f"from {different} good images" in said
+    with pytest.raises(InputError, match="--recalibrate: 3 different new images; give at least 5"):
         calibration.recalibrate(Scored(), [Path("not_read.png")] * 30, alike=10.0)
 
 
@@ -121,7 +122,7 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
 @pytest.mark.parametrize("method, least", [("clflow", 5), ("nearest", 5), ("autoencoder", 20), ("paper", 20)])
 def test_training_asks_for_enough_images(tmp_path, capsys, method, least):
     few = draw_buttons(tmp_path / "few", least - 1, day=4)
-    words = ["--data", f"{least - 1} good images", f"training takes {least}"]
+    words = ["--data", f"{least - 1} good images", f"training needs at least {least}"]
     refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", "--method", method, *LITE, words=words)
     assert least == OPTIONS[method].least_images
     calibrating = held_out_count(least) if method in ("autoencoder", "paper") else least
@@ -155,13 +156,13 @@ def test_a_third_is_never_judged_by_what_it_taught():
         if is_enough:
             as_new.check_processes()
         else:
-            with pytest.raises(InputError, match="4 processes, and 4 images to train on: start fewer"):
+            with pytest.raises(InputError, match="4 processes for 4 images to train on: start fewer"):
                 as_new.check_processes()
 
 
 def test_a_series_of_too_few_different_images_is_refused():
     good = files_called(*(f"{number:03}.png" for number in range(30)))
-    with pytest.raises(InputError, match="these 30 show about 3 different ones; training takes 5"):
+    with pytest.raises(InputError, match="these 30 images .* about 3 different images; training needs at least 5"):
         calibration.AsNew(good, 0, alike=10.0)
 
 
@@ -240,7 +241,7 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
     said = capsys.readouterr().out
     model = load(tmp_path / "run" / "model.pt")
     different = int(model.different)
-    assert "a series:" in said and 5 <= different <= 36 and f"about {different} different" in said
+    assert "look like a series" in said and 5 <= different <= 36 and f"about {different} different" in said
     assert model.normal.shape == (2, 72)  # not the held-out ones, which have neighbours among the others
     assert model.thresholds().images == different
     others = [draw_button(np.random.default_rng([9, number]), "good")[0] for number in range(40)]

@@ -135,7 +135,8 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
     assert "a first training" not in capsys.readouterr().out
     call(evaluate.main, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "trained with them, 3 test images: chip/000.png, chip/001.png, chip/002.png\n" in said
+    names = "chip/000.png, chip/001.png, chip/002.png"
+    assert f"left out 3 test images, since the detector was trained with them: {names}\n" in said
     pictures = {path.name for path in (tmp_path / "run" / "pictures" / "chip").iterdir()}
     assert pictures == {"003.png.png"} and len(list((tmp_path / "run" / "pictures").glob("*/*"))) == 17
     # By its path, whatever became of it since.
@@ -227,13 +228,13 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
 
     here = str(category / "test/crack/000.png")
     attempt_corrections('{"missed": [', ["c.json", "JSON"])
-    attempt_corrections("[]", ["no corrections", "missed"])
-    attempt_corrections('{"mised": []}', ["no corrections", "missed"])
-    attempt_corrections('{"missed": [1]}', ["no corrections"])
-    attempt_corrections('{"missed": []}', ["no image in it"])
-    attempt_corrections(json.dumps({"missed": ["/gone.png"]}), ["/gone.png", "not there"])
+    attempt_corrections("[]", ["not a corrections file", "missed"])
+    attempt_corrections('{"mised": []}', ["not a corrections file", "missed"])
+    attempt_corrections('{"missed": [1]}', ["not a corrections file"])
+    attempt_corrections('{"missed": []}', ["contains no images"])
+    attempt_corrections(json.dumps({"missed": ["/gone.png"]}), ["/gone.png", "no longer exists"])
     attempt_corrections(json.dumps({"missed": [here], "false_alarms": [here]}), ["two of its lists"])
-    attempt_corrections(json.dumps({"not_good": [here]}), ["none of the good images"])
+    attempt_corrections(json.dumps({"not_good": [here]}), ["not among the good images"])
     attempt("--corrections", tmp_path / "gone.json", words=["gone.json"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "black").mkdir()

@@ -158,7 +158,7 @@ def test_another_precision_than_that_of_the_calibration_is_told(
     model.halved = torch.tensor(calibrated == "bfloat16")
     model.save(run / "model.pt")
     image = data.list_images(category / "test/good")[0]
-    line = f"the threshold comes from scores in {calibrated}, and this machine judges in {judged}"
+    line = f"the threshold comes from scores in {calibrated}, but this machine judges in {judged}"
     out = ["--out", tmp_path / "out"]
     ways = [[], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
     for as_calibrated in (False, True):
@@ -183,7 +183,7 @@ def test_every_way_to_hand_over_an_image_gives_the_same_verdict(monkeypatch, mod
     floats = read_image(chip)
     for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):  # rounded once more, before the resizing
         assert model.inspect(image).score == pytest.approx(expected.score, rel=0.02)
-    monkeypatch.setattr(model, "full_precision", True)  # half the bits may move a box by some pixels
+    monkeypatch.setattr(model, "full_precision", True)  # bfloat16 may move a box by some pixels
     expected = model.inspect(chip)
     for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):
         verdict = model.inspect(image)

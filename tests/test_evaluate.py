@@ -252,13 +252,13 @@ def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_pa
         shutil.copytree(category / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
     before = (run / "tests" / "set" / "metrics.json").read_bytes()
-    words = ["holds the figures of", "a/set", "another --out"]
+    words = ["holds the metrics of", "a/set", "another --out"]
     refuse(evaluate.main, capsys, run, "--data", tmp_path / "b" / "set", words=words)
     assert (run / "tests" / "set" / "metrics.json").read_bytes() == before
     out = tmp_path / "figures"
     call(evaluate.main, run, "--data", tmp_path / "a" / "set", "--out", out)
     command = [other_detector(run), "--data", tmp_path / "a" / "set", "--out", out]
-    refuse(evaluate.main, capsys, *command, words=["figures of another detector", "another --out"])
+    refuse(evaluate.main, capsys, *command, words=["metrics of another detector", "another --out"])
 
 
 def test_a_name_of_250_letters_costs_no_other_image(run, category, tmp_path):
@@ -410,7 +410,7 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--images", images, "--out", images / "out"], ["--out", "images are read"]),
         ([run, "--false-alarm", 2], ["--false-alarm"]),
         ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "files that are read"]),
-        ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "it takes 5"]),
+        ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "give at least 5"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
         ([tmp_path / "junk.pt"], ["junk.pt"]),

@@ -120,7 +120,7 @@ def test_what_a_new_run_may_not_write_over(tmp_path):
     files.check_out(out, mine, [mine], resume=False)  # nothing there
     checkpoint(out / "model.pt", mine)
     files.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
-    with pytest.raises(InputError, match=f"a run of .*{mine.parent.name}"):
+    with pytest.raises(InputError, match=f"a run on .*{mine.parent.name}"):
         files.check_out(out, other, [other], resume=False)
     checkpoint(out / "unfinished" / "state.pt", mine)
     files.check_out(out, mine, [mine], resume=True)

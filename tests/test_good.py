@@ -85,7 +85,7 @@ def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
     painter = make_painter(category)
     assert len(painter.cache) == 3
     expected = [read_image(path, (64, 64)) for path in painter.files]
-    assert all(np.allclose(painter.untouched(i), expected[i], atol=1e-3) for i in range(24))  # half the bits
+    assert all(np.allclose(painter.untouched(i), expected[i], atol=1e-3) for i in range(24))  # float16
 
 
 def test_batches_need_no_shared_memory(category, monkeypatch):

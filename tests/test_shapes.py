@@ -34,7 +34,7 @@ def test_what_stands_behind_size(text, size):
 
 
 @pytest.mark.parametrize(
-    "size, word", [(10, "out of range"), ((100, 128), "multiple of 32"), ((32, 32), "less pixels")]
+    "size, word", [(10, "out of range"), ((100, 128), "multiple of 32"), ((32, 32), "fewer pixels")]
 )
 def test_sizes_out_of_range_are_refused(size, word):
     with pytest.raises(InputError, match=word):
@@ -78,8 +78,8 @@ def test_a_photograph_s_shape_is_that_of_the_turned_one(tmp_path):
 def test_what_is_done_to_images_is_told(tmp_path):
     files = images_of(tmp_path / "images", (256, 4096))
     assert shapes.told(files, (96, 1536)) == (
-        "images of 4096 x 256 pixels are judged at 1536 x 96: a spot of 20 pixels becomes 8; "
-        "--size 256x4096 sees it as it is"
+        "images of 4096 x 256 pixels are judged at 1536 x 96: a 20-pixel defect shrinks to 8 pixels; "
+        "use --size 256x4096 for full resolution"
     )
     assert shapes.told(files, (256, 4096)) == ""
     odd = images_of(tmp_path / "odd", (100, 100), (100, 109), (100, 112))
@@ -180,7 +180,8 @@ def test_another_shape_is_judged_and_told(strips_run, tmp_path, capsys):
     (tmp_path / "new").mkdir()
     Image.new("L", (200, 200), 130).save(tmp_path / "new" / "square.png")
     call(evaluate.main, strips_run, "--images", tmp_path / "new", "--out", tmp_path / "found")
-    assert "1 of 1 images have another shape than 320 x 64, square.png for one (200 x 200)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 1 images have another shape than 320 x 64, for example square.png (200 x 200)" in said
     assert (tmp_path / "found" / "scores.csv").read_text().count("\n") == 2
 
 
@@ -195,4 +196,4 @@ def test_strips_are_exported_explained_and_measured(strips, strips_run, tmp_path
     call(evaluate.main, strips_run, "--out", tmp_path / "elsewhere", "--data", strips)
     assert '"size": "64x320"' in (tmp_path / "elsewhere" / "metrics.json").read_text()
     call(synth.main, strips, "--size", 143, "--out", tmp_path / "sheet.png")
-    assert "a spot of" not in capsys.readouterr().out  # judged as they are
+    assert "20-pixel defect" not in capsys.readouterr().out  # judged as they are

@@ -284,7 +284,7 @@ def test_a_retraining_that_is_stopped_leaves_the_detector_before(
     capsys.readouterr()
     call(evaluate.main, out, "--images", category / "test" / "chip", "--out", tmp_path / "found")
     said = capsys.readouterr().out
-    assert "a training there is not finished" in said and contents(out) == before
+    assert "a new training is not finished" in said and contents(out) == before
     call(train.main, *again, "--resume")
     assert load(out / "model.pt").settings.seed == 1
     assert visible(out) == ["log.csv", "loss.png", "model.pt"] and len(log_of(out)) == 2
@@ -401,7 +401,7 @@ def test_bad_training_input(category, tmp_path, capsys):
     attempt("--data", tmp_path / "nowhere", words=["--data", "no such folder"])
     attempt("--data", tmp_path / "empty", words=["--data", "empty", "train/good"])
     attempt("--data", tmp_path / "bare", words=["bare", "no images", "train/good"])
-    attempt("--data", tmp_path / "one", words=["1 good images", "training takes 5"])
+    attempt("--data", tmp_path / "one", words=["1 good images", "training needs at least 5"])
     attempt("--data", tmp_path / "broken", *LITE, "--size", 64, words=["zz.png"])
     attempt("--data", category, "--backbone", "vgg", words=["--backbone", "vgg", "resnet18"])
     attempt("--data", category, "--weights", tmp_path / "weights.pth", words=["weights.pth", "--weights"])
@@ -547,7 +547,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
             break
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and error == "stopped; go on with --resume\n"
+    assert process.returncode == 128 + number and error == "stopped; continue with --resume\n"
     assert read_checkpoint(tmp_path / "run" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
 

@@ -44,7 +44,7 @@ def test_too_few_scores_give_no_threshold():
         lambda: threshold(np.array([0.3]), 0.5),
         lambda: thresholds(np.stack((values, values)), 0.02, different=LEAST_IMAGES - 1),
     ):
-        with pytest.raises(InputError, match="a threshold takes the scores of 5 different good images"):
+        with pytest.raises(InputError, match="a threshold needs the scores of 5 different good images"):
             call()
 
 
