@@ -71,8 +71,7 @@ class Painter:
     `surrounded` adds the area around it that the backbone sees. Decoded images are kept in memory in float16, up to
     CACHE_BYTES; of the others only the last ones."""
 
-    def __init__(self, good: GoodImages, paint: Paint | None, model: Detector):
-        """`paint` is None if nothing is painted."""
+    def __init__(self, good: GoodImages, paint: Paint, model: Detector):
         self.files = good.trained_on
         self.textures = good.textures
         self.processes = good.processes

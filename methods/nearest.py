@@ -4,7 +4,6 @@ all (--no-local) it is PatchCore's distance (arXiv 2106.08265), without its rewe
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,11 +14,13 @@ from kit import data
 from kit.backbone import BACKBONES
 from kit.calibration import AsNew, alike_in_order
 from kit.detector import Detector
-from kit.good import GoodImages, Painter
-from kit.rows import COPIED, origins, spread
+from kit.good import GoodImages
+from kit.processes import counted
+from kit.rows import origins, spread
 from kit.search import CANDIDATES, prototype_count
 from kit.settings import NearestSettings
 from kit.training import Epoch
+from kit.windows import at_once
 
 BANK = 4000  # prototypes, to find out whether new images are a series
 
@@ -49,18 +50,15 @@ class Nearest(Detector):
 
 @torch.no_grad()
 def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Iterator[Epoch]:
-    """Choose the bank from the features of good images and of their camera copies, and calibrate. There are no epochs;
-    it yields once, as number 0."""
+    """Choose the bank from the features of good images, and calibrate. There are no epochs; it yields once, as number
+    0."""
     generator = torch.Generator().manual_seed(model.settings.seed)
     images = len(good.trained_on)
-    painter = Painter(replace(good, processes=good.processes.alone()), None, model)
-    of_copies = CANDIDATES // (COPIED + 1)
-    maps = map(model.features, painter.normal())
-    rows, is_inside = spread(maps, images, model, math.ceil((CANDIDATES - of_copies) / images), generator)
-    maps = map(model.features, painter.copies())
-    copied, _ = spread(maps, images, model, math.ceil(of_copies / images), generator)
-    candidates = torch.cat((rows, copied))
-    origin = torch.cat((origins(rows, range(images)), origins(copied, range(images))))
+    batches = data.batches(good.trained_on, model.shape)
+    batches = counted(batches, "features of images", images, each=at_once(model.shape))
+    maps = map(model.features, batches)
+    candidates, is_inside = spread(maps, images, model, math.ceil(CANDIDATES / images), generator)
+    origin = origins(candidates, range(images))
     if progress is None:
         model.prototypes.fit(candidates, origin, prototype_count(model.settings, int(is_inside.sum())), generator)
     held_out = data.batches(good.held_out, model.shape)

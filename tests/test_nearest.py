@@ -225,13 +225,13 @@ def test_features_join_two_strides_position_by_position(monkeypatch):
 @pytest.fixture(scope="module")
 def bank_run(category, tmp_path_factory):
     out = tmp_path_factory.mktemp("nearest")
-    call(train.main, "--data", category, "--out", out, "--method", "nearest", *LITE, "--size", 128, "--bank", 800)
+    call(train.main, "--data", category, "--out", out, "--method", "nearest", *LITE, "--size", 128, "--bank", 400)
     return out
 
 
 def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_median_of_these(bank_run):
     model = load(bank_run / "model.pt")
-    assert model.prototypes.bank.shape == (800, 40 + 112)
+    assert model.prototypes.bank.shape == (400, 40 + 112)
     between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
     mean = between[:, 1:6].mean(axis=1)
     expected = np.maximum(mean, np.quantile(mean, 0.5, method="lower"))
@@ -272,7 +272,7 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
     def stop(*_):
         raise KeyboardInterrupt
 
-    command = ["--data", category, "--out", tmp_path, "--method", "nearest", *LITE, "--size", 128, "--bank", 800]
+    command = ["--data", category, "--out", tmp_path, "--method", "nearest", *LITE, "--size", 128, "--bank", 400]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
