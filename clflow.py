@@ -289,7 +289,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     # once, on some of the rows.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed, CANDIDATES)
-    check_rows(len(some[0]), model)
+    check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
     alike = 1.0
