@@ -108,8 +108,6 @@ class Autoencoder(Detector):
 
     def __init__(self, settings: AutoencoderSettings):
         shape = as_shape(settings.size)
-        if shape[0] % 8 or shape[1] % 8:
-            raise InputError(f"--size {as_text(settings.size)}: --method autoencoder needs multiples of 8")
         if math.prod(shape) > PIXELS:  # it processes the whole image at once
             raise InputError(f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
         projection = Projection()  # first, so that its weights do not depend on the backbone's

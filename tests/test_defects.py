@@ -160,8 +160,8 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
     for name, more in (("without", []), ("with", ["--defects", tmp_path / "bad"])):
         call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--batch", 1024, *more)
         model = load(tmp_path / name / "model.pt")
-        normal = model.energies(data.read_batch(data.list_images(mine / "test" / "good"), model.shape))[1]
-        defective = model.energies(data.read_batch(others, model.shape))[1]
+        normal = model.energies(data.read_batch(data.list_images(mine / "test" / "good"), model.shape))[-1]
+        defective = model.energies(data.read_batch(others, model.shape))[-1]
         odds.append(float(defective.flatten(1).amax(dim=1).mean() - normal.flatten(1).amax(dim=1).mean()))
     assert odds[1] > odds[0] + 0.3, odds
 
