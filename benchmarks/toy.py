@@ -7,17 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import kit  # noqa: F401 (before PyTorch, which reads the setting that `kit` makes only once)
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import make_moons
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from clflow import energy, tamed  # noqa: E402
-from flows import Flow2D  # noqa: E402
-from kit.draw import save_picture  # noqa: E402
-from methods.paper import contrast_energy  # noqa: E402
+from clflow import energy, tamed
+from flows import Flow2D
+from kit.draw import save_picture
+from methods.paper import contrast_energy
 
 PANEL = 320  # pixels
 REACH = 3.0  # of the plane that is drawn: -REACH..REACH
