@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-AFTER_THE_FIRST = 2.0  # seconds that other processes wait with an error
+AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 
 
 class InputError(Exception):

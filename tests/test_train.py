@@ -266,7 +266,7 @@ def test_a_retraining_that_is_stopped_leaves_the_detector_before(
     command = ["--data", category, "--out", out, *QUICK]
     call(train.main, *command, "--keep-epochs")
     call(evaluate.main, out)
-    call(evaluate.main, out, "--recalibrate", category / "train" / "good")
+    call(evaluate.main, out, "--recalibrate", category / "test" / "good")
     before = contents(out)
     assert {"model.pt", "log.csv", "loss.png", "epoch_01.pt", "recalibrated.pt", "metrics.json"} < set(before)
     keep = train.keep
