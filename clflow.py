@@ -280,7 +280,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
     from kit.good import Painter
     from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, check_rows, good_rows, painted_rows
+    from kit.rows import Feed, HeldOut, candidates, check_different, check_rows, good_rows, painted_rows
 
     settings = model.settings
     painter = Painter(good, paint, model)
@@ -290,6 +290,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed, CANDIDATES)
     check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
+    check_different(normal)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
     alike = 1.0

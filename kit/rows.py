@@ -16,6 +16,7 @@ from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
+from kit.search import NOTHING_ELSE
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
 COPIED = 4  # one row of a camera copy for every four rows of its original
@@ -51,11 +52,26 @@ def good_rows(model: Detector, painter: Painter) -> Rows:
     rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
         print(f"keeping {per_image} positions of each image, chosen at random: the limit is {ROWS} rows in total")
-    maps = map(model.features, painter.copies())
-    copied_per_image = math.ceil(len(rows) / len(mine) / COPIED)
-    copied, _ = spread(maps, len(mine), model, copied_per_image, generator, torch.half)
-    images = torch.cat((origins(rows, mine), origins(copied, mine)))
+    every = math.ceil(COPIED * int(is_inside.sum()) * len(mine) / len(rows))
+    copied, copied_images = copied_rows(model, painter, is_inside, every)
+    images = torch.cat((origins(rows, mine), copied_images))
     return Rows(torch.cat((rows, copied)), images, is_inside, originals=len(rows))
+
+
+def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """Rows y (N, C) of a camera copy of each of this process's good images, and the numbers (N,) of the images.
+
+    Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the image alone, so
+    several processes choose the same ones as one process."""
+    mine = painter.processes.part(range(len(painter.files)))
+    rows, images = [], []
+    for x in map(model.features, painter.copies()):
+        for features in x:
+            number = mine[len(rows)]
+            inside = as_rows(features[None])[is_inside.flatten()]
+            rows.append(inside[number % every :: every].half())
+            images.append(torch.full((len(rows[-1]),), number))
+    return torch.cat(rows), torch.cat(images)
 
 
 def spread(
@@ -94,6 +110,19 @@ def check_rows(count: int, model: Detector) -> None:
             f"--data: the images to train on have {count} positions in total, but {model.settings.backbone} needs "
             f"{least}; give more good images, or a larger --size"
         )
+
+
+def check_different(normal: Rows) -> None:
+    """Raises InputError if all good images are copies of one: nothing would tell how much good images differ. Their
+    camera copies would hide that."""
+    images = normal.images[: normal.originals]
+    first = normal.y[: normal.originals][images == images[0]]
+    for number in images.unique()[1:]:
+        another = normal.y[: normal.originals][images == number]
+        if not torch.allclose(another, first, atol=0.01):
+            return
+    if len(images.unique()) > 1:
+        raise InputError(NOTHING_ELSE)
 
 
 def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[Tensor, Tensor]:

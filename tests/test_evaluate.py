@@ -317,7 +317,7 @@ def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, t
         for path in data.list_images(category / part):
             to = tmp_path / part / path.name
             to.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(path).point(lambda value: int(0.6 * value)).save(to)
+            Image.open(path).point(lambda value: int(0.4 * value)).save(to)
     old = load(run / "model.pt")
     dark = [old.inspect(path) for path in data.list_images(tmp_path / "train/good")]
     assert sum(verdict.anomalous for verdict in dark) > 12
