@@ -570,7 +570,9 @@ of_likelihood = follow(likelihood, loop)
 # of the scatter along each axis (Mahalanobis'), and it detects already. Its mean over whitened rows is ½. Training
 # lowers it only a little: relative to their prototypes, rows are nearly Gaussian already.
 #
-# Most of the work is done before the first step: by the local scale and the whitening.
+# The AUROC rises by less than a hundredth, so most of the work is done before the first step: by the prototypes, their
+# local scale and the whitening. Chips, cracks and stains are found without a mistake. The experts differ on *blocked*,
+# a hole that is filled, and on the *faint* stains.
 #
 # **The third expert.** The first two know the normal and nothing else. A *classifier*, one hidden layer on the same
 # rows w, learns from painted defects. Its output f is the log-odds that a row is anomalous. It shares no parameter with
@@ -594,7 +596,13 @@ without_contrast, loop = begin(contrast_weight=0.0)
 of_classifier = follow(without_contrast, loop)
 
 # %% [markdown]
-# Before the first step the classifier is random. Then its loss falls, and it detects.
+# Before the first step the classifier is random, and with half of the map it does harm. Then its loss falls, and its
+# AUROC rises, as does that of all experts together.
+#
+# The columns show what the classifier is good at. On *faint* stains it is better than the distance: a change of tone is
+# among the painted defects. On *blocked* it is worse than the flow: a filled hole looks like the surface of the button,
+# and is like no painted defect. Flow and distance need no examples of defects. All of this was so with each of the
+# seeds 0, 1 and 2. Which expert is the best in the column *all* changes with the seed.
 #
 # With 80 test images an AUROC is uncertain by some hundredths. Exercise 8 measures by how much.
 
@@ -643,8 +651,9 @@ shown_as_anomalous = np.asarray(toy.scatter(toy.elsewhere(500), "#c0392b"))
 show({"synthetic anomalies": shown_as_anomalous} | panels, columns=3)
 
 # %% [markdown]
-# The logarithm shows the leaks. With the contrast, less probability lies off the moons: it empties the places where
-# anomalies were shown.
+# The logarithm shows the leaks. With the contrast, less probability lies off the moons. It empties the places where
+# anomalies were shown, most of all beyond the ends of the moons. Between the moons few anomalies were shown, since
+# hardly any place there is farther than 0.4 from a moon. There the bridge remains, and is broader.
 #
 # It also costs something: the mean energy on the moons rises, because one flow is bent for two purposes.
 #
@@ -668,8 +677,10 @@ with patch.object(clflow, "Losses", WithEnergies):
     follow(of_energies, loop)
 
 # %% [markdown]
-# Compare L_nll, *nll* above, with that of part 5: the flow pays for the contrast with likelihood. Anomalies fill nearly
-# all of the plane that is not normal. In the 76 dimensions of w, painted defects show few of very many directions.
+# Compare L_nll, *nll* above, with that of part 5. It is higher: the flow pays for the contrast with likelihood. And the
+# AUROC of the flow alone is lower (with each of the seeds 0, 1 and 2). On the plane, anomalies fill nearly everything
+# that is not normal. In the 76 dimensions of w, painted defects show only few of very many directions. What the flow
+# gives up to push these away is missing elsewhere.
 #
 # **The other choice.** The classifier does not have to be a density. So f and f_k are its log-odds in clflow
 # (`clflow.contrast_odds`): each anomalous row has to stand out from *all* 2,048 normal rows of the batch. The logarithm
@@ -710,7 +721,9 @@ model, loop = begin()
 of_model = follow(model, loop)
 
 # %% [markdown]
-# It did rise. The sum of both is a compromise.
+# It did rise. L_cls asks for moderate odds and L_con for large ones. Neither reaches its lowest value, and their sum is
+# a compromise. Does the detector gain? These test images cannot tell: with the seeds 0, 1 and 2 the AUROC of the
+# classifier changes by +.006, −.002 and −.005.
 #
 # [results.md](results.md) has what was found on real images, with three seeds. We go on with this last model, which has
 # all defaults.
@@ -775,21 +788,49 @@ for kind in ("good", "chip", "faint", "blocked"):
 display(draw.below_each_other(pictures).resize((640, sum(p.height * 640 // p.width for p in pictures))))
 
 # %% [markdown]
-# A white outline is where the map is above its own limit, if the image is flagged.
+# If an image is flagged, an outline shows where the map is above its own limit (red on the photograph, white on the
+# map). The chip and this faint stain are outlined. The counts above say that not even half of the faint stains are
+# flagged. The filled hole is missed, as all of its kind are, although the map is highest there. Exercises 5 and 6 are
+# about it.
 #
-# **A worse camera.** This is what the camera copies are for. A good test button, with noise of standard deviation 0.02
-# (5 of 255 grey levels), and with more:
+# **A worse camera.** This is what the camera copies are for. Here are the good test images again, with noise on their
+# own pixels, of standard deviation 0.02 (5 of 255 grey levels) and 0.05. Training showed noise of up to 0.03. For
+# comparison, the nearest prototype is trained once more without camera copies.
+
 
 # %%
-button = read_image(one_of_each["good"].path, model.shape)
-noise = np.random.default_rng(0).standard_normal(button.shape, dtype=np.float32)
-for strength in (0, 0.02, 0.05, 0.1):
-    verdict = model.inspect((button + strength * noise).clip(0, 1))
-    told = "flagged" if verdict.anomalous else "not flagged"
-    print(f"noise {strength:4}: score {verdict.score:5.2f}, threshold {verdict.threshold:.2f}, {told}")
+def scores_with_noise(detector, strength):
+    """Scores of the good test images, after noise of this standard deviation on their 256×256 pixels."""
+    rng = np.random.default_rng(0)
+    scores = []
+    for test in tests:
+        if test.kind == "good":
+            button = read_image(test.path, (256, 256))
+            button = button + strength * rng.standard_normal(button.shape, dtype=np.float32)
+            scores.append(detector.inspect(button.clip(0, 1)).score)
+    return np.array(scores)
+
+
+without_copies = Nearest(NEAREST).eval()
+without_copies.backbone.load_imagenet()
+with patch("kit.good.camera_copy", lambda image, rng: image):  # each copy is the image itself
+    for _ in nearest.train(without_copies, good):
+        pass
+
+detectors = {"nearest, without camera copies": without_copies, "nearest": near, "all three experts": model}
+for name, detector in detectors.items():
+    limit = detector.thresholds().score
+    print(f"{name}: threshold {limit:.2f}")
+    for strength in (0, 0.02, 0.05):
+        scores = scores_with_noise(detector, strength)
+        flagged = (scores > limit).sum()
+        print(f"  noise {strength:4}: median score {np.median(scores):5.2f}, {flagged:2} of {len(scores)} flagged")
 
 # %% [markdown]
-# Training showed noise of up to 0.03. Stronger noise is new to the detector.
+# Without camera copies every noisy image is flagged, and stronger noise raises the score without end. With copies the
+# score rises much less, and it hardly rises any more with stronger noise. But it does rise. On this demo the scores of
+# good images are so much alike that the threshold is close to them, so noise of 0.02 still flags many. Camera copies
+# weaken false alarms; they do not replace a calibration with images of the new camera (`--recalibrate`).
 #
 # **The promise, checked by drawing.** The demo can draw as many new good buttons as we like. How many of 300 are
 # flagged?
@@ -806,8 +847,8 @@ print(
 )
 
 # %% [markdown]
-# Less than promised is the side to err on: good images that were judged by what two thirds of so few teach score a
-# little higher than new ones do, and the threshold with them.
+# Less than promised is the side to err on. Good images of the training are judged by what two thirds of so few images
+# teach. So they score a little higher than new ones do (see the histogram), and the threshold with them.
 #
 # ## 8 What carries the result
 #
@@ -830,7 +871,11 @@ table_of(
 )
 
 # %% [markdown]
-# With ten images of each kind these are only a hint.
+# Only two columns differ. On *blocked* the nearest prototype wins, clearly, and so it does in the column *all*. On
+# *faint* all three experts win. That is so with the seeds 0, 1 and 2, except that with seed 1 all three experts win in
+# the column *all*. The two lines of the nearest prototype differ by less than two hundredths, with seed 1 in the other
+# direction: the prototypes of these drawn images are spaced about alike (part 3), so a local scale has little to
+# change. Ten or twenty images of a kind are few, see exercise 8.
 #
 # On eight real categories, at 384×384 with ResNet18; image AUROC, means of three seeds. These figures are from an
 # earlier form of the method: two experts, flow and classifier, half of the map each, without camera copies and without
@@ -860,17 +905,17 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # %% [markdown]
 # ## Exercises
 #
-# Each says what to change, what to expect, and a test. The numbers were measured on two CPU cores with `SEED = 0`. A
-# range holds for the seeds 0, 1 and 2; elsewhere a number may fall a little outside it. Add cells below, and use the
-# names from above. Solutions are in [solutions.md](solutions.md).
+# Each says what to change, what to expect, and a test. The numbers were measured once, with `SEED = 0`. On another
+# machine an AUROC may differ by a hundredth, and with another seed by some hundredths. The tests allow for that. Add
+# cells below, and use the names from above. Solutions are in [solutions.md](solutions.md).
 #
 # **1 Is it a density?** (part 4) Add up q(x) = e^(−2E) / 2π of the flow `plain` over a grid from −6 to 6, times the
 # area of a cell. Why −2E? *Expect* 0.99 to 1.01. *Test:* it is within 0.03 of 1. With the log-determinant left out of
 # the energy it is not.
 #
-# **2 Additive couplings.** (part 4) Train a flow like that of `benchmarks/toy.py` with s = 0 and no scale:
-# `step.clamp = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of 0.1 to 0.25, where `plain` has
-# −0.2 to −0.15. Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
+# **2 Additive couplings.** (part 4) Train a flow like that of `benchmarks/toy.py` with s = 0 and no scale: `step.clamp
+# = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about 0.17, where `plain` has about −0.2.
+# Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
 #
 # **3 The temperature.** (part 6) Differentiate L_con with respect to one f_k. Of the gradient of all f_k together,
 # which share does the highest f_k get? Compute it with `clflow.info_nce` for f = 1 and eleven f_k, evenly spaced from
@@ -884,19 +929,21 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # **5 Another synthesizer.** (parts 1, 5) Write `cut_and_paste(image, rng, other=None, roi=None, defects=1)`. It returns
 # the image with `defects` rectangles pasted, their mask and its box. Take height and width of each at random from 1/16
 # to 1/5 of the image's side, and a random place to copy from and to. Train with it in place of `clflow.synthesize` and
-# all defaults. *Expect* about the AUROC of part 6. *Test:* outside the mask nothing changes, and outside the box there
-# is no mask.
+# all defaults. *Expect* about 0.96 of the classifier and 0.97 together, instead of 0.94 and 0.95. Which kind of defect
+# gains, and why? *Test:* outside the mask nothing changes, and outside the box there is no mask.
 #
 # **6 A defect that it cannot see.** (part 8) Train the nearest prototype at 128×128 (`replace(NEAREST, size=128)`) and
-# measure it by kind of defect. Which kind suffers, and why? *Expect* less for *blocked*. Then take the 40×40 pixels in
-# the upper left corner of a good image (256×256), which are cloth, repeat them to 256×256 by mirroring (`np.pad` with
-# `mode="reflect"`), and let `model` judge that. A button is missing. Is it seen, though the map compares single
-# positions? *Test:* the verdict is anomalous. Its score is above the threshold.
+# measure it by kind of defect. Which kind suffers, and why? *Expect* about 0.5 for *blocked* and *faint* and 0.7 for
+# *stain*, instead of 0.94, 0.95 and 1.00. Then take the 40×40 pixels in the upper left corner of a good image
+# (256×256), which are cloth, repeat them to 256×256 by mirroring (`np.pad` with `mode="reflect"`), and let `model`
+# judge that. A button is missing. Is it seen, though the map compares single positions? *Test:* the verdict is
+# anomalous. Its score is about 5.6, four times the threshold.
 #
 # **7 A new score.** (part 7) From the maps in `judged`, without calibrating anew, compute other scores: the maximum,
-# and the mean of the highest 10 % and of the whole map. Which one is worst, and why? *Expect* the mean of the whole map
-# to be worst. *Test:* eight images together get the scores that each gets alone.
+# and the mean of the highest 10 % and of the whole map. Which one is worst, and why? *Expect* 0.93, 0.96 and 0.85,
+# instead of 0.95. *Test:* eight images together get the scores that each gets alone.
 #
 # **8 How sure is an AUROC?** (part 8) Draw test images with replacement a thousand times, good and defective ones
-# separately, and compute the AUROC of `model` and of `near` on each draw. *Expect* a few hundredths for each. *Test:*
-# the standard deviation of `near` agrees with Hanley and McNeil's formula within a factor of 2.
+# separately, and compute the AUROC of `model` and of `near` on each draw. *Expect* ± 0.02 of each, and a 95 % interval
+# of their difference, `model` minus `near`, from −0.07 to 0.02: 80 images cannot tell which is better. *Test:* the
+# standard deviation of `near` agrees with Hanley and McNeil's formula within a factor of 2.
