@@ -1,6 +1,6 @@
 """What each difference between the paper's form of CL-Flow and ours is worth: a ladder, one difference a step.
 
-python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder             # hours: some 20 minutes a category
+python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder             # 20 to 30 minutes a category
 python benchmarks/ladder.py FOLDER/* --out ladder --table                    # reads the results; nothing is trained
 
 The first steps are trainings by train.py --method paper, in OUT/paper. The others train on kept features, as

@@ -82,13 +82,13 @@ class PaperSettings(Settings):
 
     method: str = "paper"
     size: int | Shape = 256
-    epochs: int = 4
-    batch: int = 8  # images
+    epochs: int = 5
+    batch: int = 4  # images x+; half as many x-
     lr: float = 2e-3
     textures: str | None = None
     backbone: str = "resnet18"
     steps: int = 8  # of each flow
-    classification_weight: float = 0.02
+    classification_weight: float = 0.1
     smoothing: float = 0.1
     contrast_weight: float = 0.02
     contrast: str = "cosine"  # or "energy"
