@@ -158,7 +158,7 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
         shutil.copy(path, tmp_path / "bad")
     odds = []
     for name, more in (("without", []), ("with", ["--defects", tmp_path / "bad"])):
-        call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--batch", 1024, *more)
+        call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--size", 128, "--batch", 1024, *more)
         model = load(tmp_path / name / "model.pt")
         normal = model.energies(data.read_batch(data.list_images(mine / "test" / "good"), model.shape))[-1]
         defective = model.energies(data.read_batch(others, model.shape))[-1]
