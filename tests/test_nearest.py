@@ -263,7 +263,7 @@ def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
     assert visible(bank_run) == ["model.pt"]
     call(evaluate.main, bank_run)
     metrics = json.loads((bank_run / "metrics.json").read_text())
-    assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
+    assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.85 and metrics["pixel_auroc"] > 0.9
     images = data.read_batch(data.list_images(category / "test" / "chip")[:3], (128, 128))
     check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
