@@ -91,14 +91,16 @@ def training_parser() -> Parser:
     add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
     add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
     add("--defects", type=Path, help="folder of images with real defects to learn from (default: none)")
-    masks_help = "folder with masks for --defects (default: ../ground_truth/<name>)"
+    masks_help = "folder with masks for --defects (default: ground_truth/<name>, beside the folder or test/)"
     add("--defect-masks", type=Path, metavar="FOLDER", help=masks_help)
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, saved from report.html (default: none)")
     add("--epochs", type=int, help=default_text("epochs", "number of training epochs"))
-    batch_help = "batch size; for clflow in rows (features of single positions), else in images"
+    batch_help = "batch size: feature vectors for clflow, images for the other methods"
     add("--batch", type=int, help=default_text("batch", batch_help))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of the one-cycle schedule"))
-    size_help = "input size in pixels: N for the area of N x N in the shape of the good images, HEIGHTxWIDTH, or native"
+    size_help = (
+        "input size in pixels: N (area N x N, aspect ratio of good images), HEIGHTxWIDTH, or native (not resized)"
+    )
     add("--size", type=parsed_size, help=default_text("size", size_help))
     roi_help = "mask image; only its white area is inspected (default: the whole image)"
     add("--roi", type=Path, metavar="MASK", help=roi_help)
@@ -123,18 +125,18 @@ def add_method_groups(parser: Parser) -> None:
     add = parser.add_argument_group("backbone and prototypes").add_argument
     backbones = "frozen backbone: efficientnet_lite0, or a ResNet of torchvision"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
-    add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: the published ones)")
-    add("--bank", type=int, help=default_text("bank", "maximum number of prototypes in the bank"))
-    local = "scale each feature by the local spacing of the prototypes; clflow and nearest only"
+    add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: download, or from pip)")
+    add("--bank", type=int, help=default_text("bank", "maximum number of prototypes (stored normal features)"))
+    local = "scale each feature by the local spacing of the prototypes (--method clflow and nearest only)"
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
-    add = parser.add_argument_group("CL-Flow: what the paper leaves open").add_argument
+    add = parser.add_argument_group("CL-Flow: options that the abstract leaves open, see docs/method.md").add_argument
     add("--steps", type=int, help=default_text("steps", "number of coupling steps in each flow"))
     classification = "weight of the classification loss L_cls; 0 turns it off"
     add("--classification-weight", type=float, help=default_text("classification_weight", classification))
     add("--smoothing", type=float, help=default_text("smoothing", "label smoothing of L_cls"))
     contrast = "weight of the contrastive loss L_con; 0 turns it off"
     add("--contrast-weight", type=float, help=default_text("contrast_weight", contrast))
-    similarity = "similarity that L_con compares; paper only"
+    similarity = "similarity used by L_con (--method paper only)"
     add("--contrast", choices=("cosine", "energy"), help=default_text("contrast", similarity))
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
 
@@ -156,7 +158,7 @@ def default_text(name: str, meaning: str) -> str:
         if name in method.defaults:
             defaults[label] = str(method.defaults[name])
             if name in method.demo:
-                defaults[label] += f", demo {method.demo[name]}"
+                defaults[label] += f" (demo: {method.demo[name]})"
     different = sorted(set(defaults.values()))
     if len(different) == 1:
         return f"{meaning} (default: {different[0]})"
@@ -222,8 +224,8 @@ def evaluation_options(arguments: list[str] | None = None) -> argparse.Namespace
 def evaluation_parser() -> Parser:
     """All options. Those that may have no effect default to None."""
     parser = Parser(
-        description="Measure a detector on its test images: python evaluate.py runs/bottle. With one of --images, "
-        "--explain, --export, --curve or --recalibrate it does that instead."
+        description="Measure a detector on its test images: python evaluate.py runs/bottle. With --images, "
+        "--explain, --export, --curve or --recalibrate it does something else instead of measuring."
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder that contains model.pt, or a checkpoint file")
@@ -240,7 +242,7 @@ def evaluation_parser() -> Parser:
         help="folder for the results of --images (default: predictions/RUN/IMAGES) or --data (default: "
         "RUN/tests/NAME), or picture file for --explain (default: explained.png, explained-2.png, ...)",
     )
-    rate_help = f"accepted share of flagged good images, 0 to 1 (default: the detector's, normally {FALSE_ALARM})"
+    rate_help = f"accepted share of flagged good images, 0 to 1 (default: the detector's own, normally {FALSE_ALARM})"
     add("--false-alarm", type=float, help=rate_help)
     add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
