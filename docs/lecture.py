@@ -158,7 +158,7 @@ print("largest change outside the mask:", np.abs(x_minus - x_plus)[~mask].max())
 show({"x⁺": x_plus, "foreground": synth.foreground(x_plus), "mask M": mask, "x⁻": x_minus})
 
 # %%
-show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 9)})
+show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 5)})
 
 # %% [markdown]
 # **Camera copies.** If painted defects were all that a detector learned, anything unlike a training image would be a
