@@ -791,7 +791,7 @@ display(draw.below_each_other(pictures).resize((640, sum(p.height * 640 // p.wid
 # %% [markdown]
 # If an image is flagged, an outline shows where the map is above its own limit (red on the photograph, white on the
 # map). The chip and this faint stain are outlined. The counts above say that not even half of the faint stains are
-# flagged. The filled hole is missed, as all of its kind are, although the map is highest there. Exercises 5 and 6 are
+# flagged. The filled hole is missed, as all of its kind are, although the map is highest near it. Exercises 5 and 6 are
 # about it.
 #
 # **A worse camera.** This is what the camera copies are for. Here are the good test images again, with noise on their
