@@ -109,7 +109,9 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
         painted_on.add((image.shape, other.shape, roi.shape))
         return synthesize(image, rng, other, roi, defects)
 
-    monkeypatch.setattr("synth.synthesize", watched)
+    monkeypatch.setattr("clflow.synthesize", watched)
+    import sklearn.cluster  # noqa: F401 (while the platform has its true name)
+
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
     call(train.main, *options)
     assert painted_on == {((96, 96, 3), (96, 96, 3), (96, 96))}
