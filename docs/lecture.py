@@ -866,8 +866,8 @@ table_of(
 # %% [markdown]
 # Only two columns differ, by some hundredths, and the order of the lines is not the same in both. Ten or twenty images
 # of a kind are too few to rank the methods: another seed changes the order, see exercise 8. The two lines of the
-# nearest prototype hardly differ: the prototypes of these drawn images are spaced about alike (part 3), so a local scale
-# has little to change.
+# nearest prototype hardly differ: the prototypes of these drawn images are spaced about alike (part 3), so a local
+# scale has little to change.
 #
 # On eight real categories, at 384×384 with ResNet18; image AUROC, means of three seeds. These figures are from an
 # earlier form of the method: two experts, flow and classifier, half of the map each, without camera copies and without
