@@ -243,8 +243,8 @@ def print_camera_copies(model: Detector, files: Sequence[Path]) -> None:
         _, scores = model(to_tensor(copy[None]))
         flagged += int(scores.item() > limit)
     print(
-        f"tested on copies of {len(chosen)} held-out good images with slight blur, noise and JPEG compression: "
-        f"{flagged} exceed the threshold"
+        "false alarms on slightly blurred, noisy or compressed copies of held-out good images: "
+        f"{flagged} of {len(chosen)}"
     )
 
 
