@@ -92,7 +92,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         print(line)
     if others := shapes.others_among(run.files, model.shape):
         print(shapes.others_told(others, len(run.files), model.shape))
-    if progress is None:
+    if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     log = progress["log"] if progress else []
     started = time.perf_counter()

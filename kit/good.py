@@ -175,8 +175,8 @@ class Painter:
             yield to_tensor(after), to_tensor(masks), numbers
 
 
-class Copies(Dataset):
-    """Camera copies of a painter's files with these numbers, (H, W, 3) each."""
+class Numbered(Dataset):
+    """What a painter makes for each of these numbers; subclasses make a stacked batch."""
 
     def __init__(self, painter: Painter, numbers: Sequence[int]):
         self.painter = painter
@@ -184,6 +184,10 @@ class Copies(Dataset):
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+class Copies(Numbered):
+    """Camera copies of a painter's files with these numbers, (H, W, 3) each."""
 
     def __getitems__(self, indices: list[int]) -> tuple[np.ndarray]:
         """Some of them, stacked. An array, as in `Paintings`."""
@@ -195,15 +199,8 @@ class Copies(Dataset):
         return camera_copy(painter.image(painter.files[number]), np.random.default_rng([painter.seed, number]))
 
 
-class Paintings(Dataset):
+class Paintings(Numbered):
     """The x- of a painter with these numbers, `surrounded`: (H, W, 3), mask (H, W, 1), number."""
-
-    def __init__(self, painter: Painter, numbers: Sequence[int]):
-        self.painter = painter
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
 
     def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, ...]:
         """A stacked batch. Arrays, not tensors: tensors of a loader's worker go through shared memory, and a container
