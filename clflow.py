@@ -85,6 +85,7 @@ class CLFlow(Detector):
     map; the other half is the classifier's log-odds. `Detector` turns these energies into map, score and verdict."""
 
     SETTINGS = CLFlowSettings
+    LEARNS_CAMERA_COPIES = True
 
     def __init__(self, settings: CLFlowSettings):
         backbone = BACKBONES[settings.backbone]()

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 # isort: split
 import argparse
+import copy
 import io
 import json
 import math
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw
+from kit import data, draw, quantized
 from kit.calibration import LIMIT, recalibrate, unseen
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
@@ -129,9 +130,10 @@ def explain(work: Inspection, path: Path) -> None:
 
 def export(model: Detector, file: Path) -> None:
     """Export a detector on the CPU: FILE.onnx for other runtimes, any other name as a torch.export program, which
-    torch.export.load reads. It computes in float32, so that its scores are the same on any machine."""
-    limits = float32_limits(model)
-    model.full_precision = True
+    torch.export.load reads. It computes in float32, so that its scores are the same on any machine; activations that
+    were rounded to 8 bits still are."""
+    limits = exported_limits(model)
+    model.for_export()
     height, width = model.shape
     images = torch.zeros(2, 3, height, width)
     with torch.no_grad():
@@ -147,27 +149,29 @@ def export(model: Detector, file: Path) -> None:
     print(f"thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
 
 
-def float32_limits(model: Detector) -> Thresholds:
-    """The thresholds of a detector that computes in float32. If it was calibrated in bfloat16, its scores were slightly
-    different: then the thresholds are multiplied by the median ratio of good images' scores in both precisions."""
+def exported_limits(model: Detector) -> Thresholds:
+    """The thresholds of a detector as it is exported. If it was calibrated in bfloat16 or with a backbone in int8, its
+    scores were slightly different: then the thresholds are multiplied by the median ratio of good images' scores as
+    exported and as they are here."""
     limits = model.thresholds()
-    folder = Path(model.settings.data)
-    if not model.halved:
+    if not model.halved and not model.has_int8:
         return limits
+    name = "bfloat16" if model.halved else "int8"
+    folder = Path(model.settings.data)
     reason = ""
-    if model.dtype == torch.float32:
-        reason = "this machine has no fast bfloat16"
+    if model.precision_warning() or (model.has_int8 and not quantized.is_fast(model.device)):
+        reason = f"this machine has no fast {name}"
     elif not folder.is_dir():
         reason = f"{folder} no longer exists"
     if reason:
-        print(f"these thresholds are for bfloat16, so they may be off by some hundredths in float32: {reason}")
+        print(f"these thresholds are for {name}, so they may be off by some hundredths in float32: {reason}")
         return limits
     files = data.list_images(data.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
-    model.full_precision = True
-    score_ratio, heat_ratio = np.median(scores_and_peaks(model, some) / before, axis=1)
-    model.full_precision = False
+    exported = copy.deepcopy(model)
+    exported.for_export()
+    score_ratio, heat_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
     return replace(limits, score=float(limits.score * score_ratio), heat=float(limits.heat * heat_ratio))
 
 

@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
-from kit.calibration import print_camera_copies, show_suspects
+from kit.calibration import count_camera_copies, show_suspects
 from kit.camera import usual_of
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
@@ -43,6 +44,7 @@ from kit.files import (
 from kit.good import Defect, GoodImages, held_out_count, split
 from kit.images import read_region
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.quantized import CALIBRATION_IMAGES
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
@@ -94,6 +96,9 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         print(shapes.others_told(others, len(run.files), model.shape))
     if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
+    if progress is None:
+        some = good.trained_on[:: math.ceil(len(good.trained_on) / CALIBRATION_IMAGES)]
+        model.round_backbone(data.batches(some, model.shape))
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):
@@ -166,8 +171,8 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     if not good.processes.first:
         return
     own = unfinished_files(run.out)
+    count_camera_copies(model, good.held_out)
     show_suspects(model, own, run.out)
-    print_camera_copies(model, good.held_out)
     write_atomically(own.claim(MODEL), model.save)
     install(run.out)
 

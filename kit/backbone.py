@@ -4,7 +4,7 @@ torchvision's ResNets. To add another one, write a class here and a line in BACK
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -16,13 +16,14 @@ from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Conv2dNormActivation
 
+from kit import quantized
 from kit.errors import InputError
+from kit.settings import LITE0
 
 # Of ImageNet, per channel. torchvision's own `normalize` cannot be exported: it branches on the values.
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
-LITE0 = "efficientnet_lite0"
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
 
 
@@ -32,11 +33,14 @@ RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "re
 class Backbone(nn.Module):
     """A frozen network. It provides `features`, their number of `channels`, the distance of two positions in pixels
     (`stride`), and `load_imagenet`. If it also gives `reach`, the number of pixels around a position that matter to it,
-    large images are processed in windows."""
+    large images are processed in windows. If it
+    `can_round`, it can compute in int8: see `Convolutional`."""
 
     channels: int
     stride: int
     reach: int | None = None  # None: the whole image
+    can_round = False  # whether it can compute in int8
+    has_int8 = False  # whether it does
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, channels, h, w) float32, about H / stride and W / stride positions."""
@@ -75,6 +79,9 @@ class Convolutional(Backbone):
         self.stride = strides[0]
         self.taps = [self.TAPS[stride] for stride in strides]
         self.net = folded(self.extractor())
+        # Scale and zero point of each activation, once it is rounded to 8 bits; until then empty.
+        self.register_buffer("rounding", torch.zeros(0, 2))
+        self.rounded: dict[torch.device, nn.Module] = {}  # made of `net` and `rounding`, when it is first used
         self.widths = [layer.shape[1] for layer in self.layers(torch.zeros(1, 3, 64, 64))]
         self.channels = sum(self.widths)
 
@@ -95,7 +102,33 @@ class Convolutional(Backbone):
     def layers(self, images: Tensor) -> list[Tensor]:
         """The network's own maps, one for each stride."""
         images = images.contiguous(memory_format=torch.channels_last)
-        return list(self.net(self.normalised(images)).values())
+        return list(self.network(images.device)(self.normalised(images)).values())
+
+    def network(self, device: torch.device) -> nn.Module:
+        """The network that computes the layers on this device: in float32, unless there are scales for int8."""
+        if not self.has_int8 or not quantized.IS_AVAILABLE:
+            return self.net
+        if device not in self.rounded:
+            make = quantized.as_int8 if quantized.is_fast(device) else quantized.as_rounded
+            self.rounded[device] = make(self.net, self.rounding).to(device, memory_format=torch.channels_last)
+        return self.rounded[device]
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether features are computed from numbers of 8 bits."""
+        return len(self.rounding) > 0
+
+    def measure_rounding(self, batches: Iterable[Tensor]) -> None:
+        """Compute in int8 from now on, with scales and biases for these images, (B, 3, H, W) in each batch."""
+        inputs = [self.normalised(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]
+        self.rounding = quantized.scales_of(self.net, inputs)
+        quantized.correct_biases(self.net, self.rounding, torch.cat(inputs))
+
+    def round_for_export(self) -> None:
+        """Replace the network by one that computes the same rounded numbers in float32 arithmetic."""
+        if self.has_int8:
+            self.net = quantized.as_rounded(self.net, self.rounding)
+            self.rounding = torch.zeros(0, 2)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images, normalised as in the network's ImageNet training."""
@@ -155,6 +188,7 @@ class ResNet(Convolutional):
     """One of torchvision's ResNets, by name; by default its layers 2 and 3."""
 
     TAPS = {4: "layer1", 8: "layer2", 16: "layer3"}
+    can_round = True
 
     def __init__(self, name: str, strides: tuple[int, ...] = (8, 16)):
         super().__init__(name, partial(torchvision.models.get_model, name), strides)

@@ -27,7 +27,7 @@ FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
 FEW = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
-COPIES = 30  # camera copies of held-out images, at most, on which the threshold is tested
+COPIES = 30  # camera copies of held-out images, on which the threshold is tested
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
 TENTHS = 10
@@ -232,20 +232,23 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
 
 
 @torch.no_grad()
-def print_camera_copies(model: Detector, files: Sequence[Path]) -> None:
-    """A line on how many camera copies of these held-out images exceed the threshold; at most COPIES are tried."""
-    chosen = files[:COPIES]
-    limit = model.thresholds().score
-    flagged = 0
-    for number, path in enumerate(chosen):
+def count_camera_copies(model: Detector, files: Sequence[Path]) -> None:
+    """Judge COPIES camera copies of these held-out images. If the method learns camera copies, they raise the
+    threshold where this is needed. Prints lines on this, and on how many copies exceed the threshold."""
+    columns = []
+    for number in range(COPIES):
         rng = np.random.default_rng([model.settings.seed, number])
-        copy = camera_copy(read_image(path, model.shape), rng)
-        _, scores = model(to_tensor(copy[None]))
-        flagged += int(scores.item() > limit)
-    print(
-        "false alarms on slightly blurred, noisy or compressed copies of held-out good images: "
-        f"{flagged} of {len(chosen)}"
-    )
+        copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
+        columns.append(model.scores(model.judge(to_tensor(copy[None]))))
+    copies = torch.cat(columns, dim=1)
+    before = model.thresholds().score
+    if model.LEARNS_CAMERA_COPIES:
+        model.copies = copies
+    limit = model.thresholds().score
+    what = "slightly blurred, noisy or compressed copies of held-out good images"
+    if limit > before:
+        print(f"{what} raise the threshold from {before:.3f} to {limit:.3f}")
+    print(f"false alarms on {what}: {int((copies[0] > limit).sum())} of {COPIES}")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kit.errors import InputError
-from kit.settings import FALSE_ALARM, OPTIONS
+from kit.settings import FALSE_ALARM, LITE0, OPTIONS
 from kit.shapes import check_size, parsed_size
 
 RANGES = {
@@ -126,6 +126,8 @@ def add_method_groups(parser: Parser) -> None:
     backbones = "frozen backbone: efficientnet_lite0, or a ResNet of torchvision"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
     add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: download, or from pip)")
+    int8 = "compute a ResNet in 8-bit integers on CPUs that are fast at it (--method clflow and nearest only)"
+    add("--int8", action=argparse.BooleanOptionalAction, help=default_text("int8", int8))
     add("--bank", type=int, help=default_text("bank", "maximum number of prototypes (stored normal features)"))
     local = "scale each feature by the local spacing of the prototypes (--method clflow and nearest only)"
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
@@ -187,6 +189,8 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["smoothing"], "with --classification-weight 0")
     if not contrasts:
         refuse_without_effect(args, ["contrast", "temperature"], "with --contrast-weight 0")
+    if options["backbone"] == LITE0:
+        refuse_without_effect(args, ["int8"], f"with --backbone {LITE0}")
     if args.method == "clflow" and not options["local"]:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if not args.defects:

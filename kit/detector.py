@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
+from kit import quantized
 from kit.backbone import Backbone
 from kit.camera import MEASURES
 from kit.errors import InputError
@@ -25,7 +26,7 @@ from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
-FORMAT = 12  # of the checkpoint
+FORMAT = 13  # of the checkpoint
 PART = 512  # positions along an axis whose weights are in memory at once
 SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 
@@ -103,10 +104,12 @@ class Detector(nn.Module):
     This class turns energies into map and score (`forward`), calibrates them on normal images (`calibrate`), gives
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
-    images, each judged as if it were new; they count as `different` images. `camera` (2, 4) is the usual light, noise,
+    images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
+    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise,
     sharpness and compression of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
+    LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
 
     def __init__(self, settings: Settings, backbone: Backbone | None, experts: int):
         super().__init__()
@@ -122,6 +125,7 @@ class Detector(nn.Module):
         self.register_buffer("units", torch.ones(experts))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
+        self.register_buffer("copies", torch.zeros(2, 0))
         self.register_buffer("camera", torch.full((2, len(MEASURES)), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
@@ -170,6 +174,24 @@ class Detector(nn.Module):
         return self.levels.device
 
     @property
+    def has_int8(self) -> bool:
+        """Whether the features are computed from numbers of 8 bits."""
+        return self.backbone is not None and self.backbone.has_int8
+
+    def round_backbone(self, batches: Iterable[Tensor]) -> None:
+        """Let the backbone compute in int8 if the settings ask for it and this device is fast at it. The batches are of
+        good images, on which it is measured: see kit/quantized.py."""
+        wanted = getattr(self.settings, "int8", False)  # only some methods have this option
+        if wanted and self.backbone.can_round and quantized.is_fast(self.device):
+            self.backbone.measure_rounding(batches)
+
+    def for_export(self) -> None:
+        """Compute in float32 from now on, even where bfloat16 or int8 is faster."""
+        self.full_precision = True
+        if self.has_int8:
+            self.backbone.round_for_export()
+
+    @property
     def dtype(self) -> torch.dtype:
         """bfloat16 where it is faster, for the parts that tolerate it; else float32."""
         fast = not self.full_precision and has_fast_bfloat16(self.device)
@@ -183,6 +205,12 @@ class Detector(nn.Module):
 
     def precision_warning(self) -> str:
         """One line if the detector judges in another precision than that of its calibration; else ""."""
+        if self.has_int8 and not quantized.IS_AVAILABLE:
+            return (
+                "the threshold comes from features in int8, but this version of PyTorch has no torch.ao.quantization: "
+                "scores can be off by some hundredths. Calibrate on this machine: --recalibrate FOLDER with new good "
+                "images, or train again"
+            )
         judges_halved = self.dtype != torch.float32
         if judges_halved == bool(self.halved):
             return ""
@@ -232,6 +260,7 @@ class Detector(nn.Module):
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an outlier must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
+        self.copies = torch.zeros(2, 0, device=self.device)
         self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 
@@ -242,7 +271,8 @@ class Detector(nn.Module):
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
         """The thresholds that a share `false_alarm` of normal images is expected to exceed."""
-        return thresholds(self.normal.cpu().numpy(), false_alarm or self.settings.false_alarm, int(self.different))
+        rate = false_alarm or self.settings.false_alarm
+        return thresholds(self.normal.cpu().numpy(), rate, int(self.different), self.copies.cpu().numpy())
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:

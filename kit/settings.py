@@ -10,6 +10,7 @@ FALSE_ALARM = 0.02  # default share of good images that may be flagged
 # *wood*, such a detector flagged a quarter to three quarters of other good images.
 LEAST_IMAGES = 5
 FOR_HELD_OUT = 4 * LEAST_IMAGES  # good images, if only the held-out quarter calibrates
+LITE0 = "efficientnet_lite0"  # the backbone whose weights come with pip
 UNIT = 32  # pixels: sides are multiples of it, so that each layer of a backbone can halve them
 
 Shape = tuple[int, int]  # (height, width), in pixels
@@ -51,6 +52,7 @@ class CLFlowSettings(Settings):
     defect_masks: str | None = None
     corrections: str | None = None  # file
     backbone: str = "resnet18"
+    int8: bool = False  # the backbone
     bank: int = 16000
     local: bool = True
     steps: int = 2  # of the flow
@@ -72,6 +74,7 @@ class NearestSettings(Settings):
     method: str = "nearest"
     size: int | Shape = 384
     backbone: str = "resnet18"
+    int8: bool = False  # the backbone
     bank: int = 16000
     local: bool = True
 
@@ -130,12 +133,12 @@ class Options:
 
 
 OPTIONS = {
-    "clflow": Options(CLFlowSettings, {"backbone": "efficientnet_lite0"}),
-    "paper": Options(PaperSettings, {"backbone": "efficientnet_lite0"}, least_images=FOR_HELD_OUT),
-    "nearest": Options(NearestSettings, {"backbone": "efficientnet_lite0"}),
+    "clflow": Options(CLFlowSettings, {"backbone": LITE0}),
+    "paper": Options(PaperSettings, {"backbone": LITE0}, least_images=FOR_HELD_OUT),
+    "nearest": Options(NearestSettings, {"backbone": LITE0}),
     "autoencoder": Options(
         AutoencoderSettings,
-        {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": "efficientnet_lite0", "bank": 1000},
+        {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": LITE0, "bank": 1000},
         least_images=FOR_HELD_OUT,
     ),
 }

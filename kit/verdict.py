@@ -14,6 +14,8 @@ LEAST = 1e-6  # lowest score before the logarithm is taken
 REACH = 1.5  # robust standard deviations
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
+TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
+MOST_RAISED = 1.2  # the highest ratio by which camera copies raise a threshold
 ODD = 4  # standard deviations above the median, of log scores
 
 
@@ -52,14 +54,28 @@ class Verdict:
     found: np.ndarray  # (H, W) bool: all regions together
 
 
-def thresholds(normal: np.ndarray, rate: float, different: int | None = None) -> Thresholds:
+def thresholds(
+    normal: np.ndarray, rate: float, different: int | None = None, copies: np.ndarray | None = None
+) -> Thresholds:
     """Thresholds that a share `rate` of normal images exceeds, from `normal` (2, n), the scores and the maps' maxima of
-    n images. They count as `different` images (default: n). Raises InputError for fewer than LEAST_IMAGES."""
+    n images. They count as `different` images (default: n). Camera copies of normal images raise them if their scores
+    and maxima `copies` (2, m) are higher: see `raised`. Raises InputError for fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)
+    heat = threshold(normal[1], rate, images)
+    if copies is not None and copies.shape[1] > 0:
+        score, heat = raised(score, copies[0], rate), raised(heat, copies[1], rate)
     above = round(float((normal[0] > score).mean()) * images)
     at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, images - above))  # Clopper and Pearson's bound
-    return Thresholds(score, threshold(normal[1], rate, images), images, at_most)
+    return Thresholds(score, heat, images, at_most)
+
+
+def raised(limit: float, copies: np.ndarray, rate: float) -> float:
+    """The threshold `limit`, raised so that a share of TIMES `rate` of camera copies exceeds it, where these have the
+    values `copies` (m,). So the verdict holds for a camera that is slightly worse. It is raised by a factor of
+    MOST_RAISED at most: beyond that, defects would be missed in images as they are."""
+    wanted = threshold(copies, min(TIMES * rate, 0.5))
+    return float(np.clip(wanted, limit, MOST_RAISED * limit))
 
 
 def basis(limits: Thresholds) -> str:

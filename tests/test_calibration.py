@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -255,16 +254,38 @@ def test_independent_images_are_no_series(category, tmp_path, capsys):
     assert "a series" not in capsys.readouterr().out and load(tmp_path / "model.pt").different == 24
 
 
-def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category, monkeypatch, capsys):
-    """All of them if the threshold is very low, none if it is very high, one if it is below the highest score."""
+@pytest.mark.parametrize("learns", [False, True])
+def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category, monkeypatch, capsys, learns):
+    """All of them if the threshold is very low, one if it is below the highest score. A method that learns camera
+    copies raises its threshold for them, by a fifth at most."""
+    monkeypatch.setattr(calibration, "COPIES", 6)
     model = load(run / "model.pt")
+    model.LEARNS_CAMERA_COPIES = learns
+    model.copies = torch.zeros(2, 0)
     held_out = data.list_images(category / "train" / "good")[:6]
     scores = []
     for number, path in enumerate(held_out):
         copy = camera_copy(read_image(path, model.shape), np.random.default_rng([0, number]))
         scores.append(model(torch.from_numpy(copy).permute(2, 0, 1)[None])[1].item())
     highest, second = sorted(scores, reverse=True)[:2]
-    for limit, expected in ((-1e3, 6), (1e3, 0), ((highest + second) / 2, 1)):
-        monkeypatch.setattr(model, "thresholds", lambda limit=limit: SimpleNamespace(score=limit))
-        calibration.print_camera_copies(model, held_out)
-        assert f"copies of held-out good images: {expected} of 6" in capsys.readouterr().out
+    usual = model.normal / model.thresholds().score  # scores whose threshold is 1
+    for limit, expected in ((highest / 100, 6), ((highest + second) / 2, 1), (2 * highest, 0)):
+        model.normal = usual * limit
+        model.copies = torch.zeros(2, 0)
+        assert model.thresholds().score == pytest.approx(limit, rel=0.01)
+        calibration.count_camera_copies(model, held_out)
+        said, after = capsys.readouterr().out, model.thresholds().score
+        if not learns or limit > highest:
+            assert f"copies of held-out good images: {expected} of 6" in said and "raise" not in said
+            assert after == pytest.approx(limit, rel=0.01)
+        if learns and limit < second / 2:
+            assert f"raise the threshold from {limit:.3f} to {1.2 * limit:.3f}" in said
+            assert after == pytest.approx(1.2 * limit)
+            assert load_again(model, run).thresholds() == model.thresholds()
+            model.calibrate([[torch.rand(6, 4, 4)] * len(model.shares)])
+            assert model.copies.shape == (2, 0)  # a new calibration starts without the old copies
+
+
+def load_again(model, run):
+    model.save(run / "again.pt")
+    return load(run / "again.pt")

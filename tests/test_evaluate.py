@@ -484,9 +484,9 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
     model.halved = torch.tensor(False)
     monkeypatch.setattr(type(model), "dtype", property(lambda self: torch.bfloat16))
     monkeypatch.setattr(type(model), "autocast", lambda self: contextlib.nullcontext())
-    assert evaluate.float32_limits(model) == model.thresholds()  # it was calibrated in float32 already
+    assert evaluate.exported_limits(model) == model.thresholds()  # it was calibrated in float32 already
     model.halved = torch.tensor(True)
-    before, after = model.thresholds(), evaluate.float32_limits(model)
+    before, after = model.thresholds(), evaluate.exported_limits(model)
     assert after.score == pytest.approx(1.1 * before.score) and after.heat == pytest.approx(1.1 * before.heat)
 
 

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+from helpers import call, refuse
+from torch import fx, nn
+
+import evaluate
+import train
+from kit import data, quantized
+from kit.backbone import BACKBONES
+from methods import load
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not quantized.is_fast(CPU), reason="this processor has no VNNI")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with random weights of a ResNet18, whose batch norms keep the activations in a usual range."""
+    torch.manual_seed(0)
+    backbone = BACKBONES["resnet18"]()
+    state = backbone.make().state_dict()
+    for name, value in state.items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand_like(value) + 2)
+        if name.endswith("bn1.bias"):
+            value.copy_(0.1 * torch.randn_like(value))
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(state, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def rounded_run(category, weights, tmp_path_factory):
+    """A run of the nearest neighbour whose backbone computes in int8."""
+    out = tmp_path_factory.mktemp("rounded") / "run"
+    options = [
+        "--method",
+        "nearest",
+        "--backbone",
+        "resnet18",
+        "--weights",
+        weights,
+        "--size",
+        96,
+        "--bank",
+        100,
+        "--int8",
+    ]
+    call(train.main, "--data", category, "--out", out, *options)
+    return out
+
+
+def small_net() -> fx.GraphModule:
+    """One convolution and a ReLU."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval().requires_grad_(False)
+    return fx.symbolic_trace(net)
+
+
+def test_a_convolution_in_int8_is_the_sum_of_integers():
+    """Oracle: the same convolution by hand, in NumPy's integers."""
+    net, x = small_net(), torch.rand(2, 3, 64, 64)
+    (scale_in, zero_in), (scale_out, zero_out) = quantized.scales_of(net, [x]).tolist()
+    weight, bias = net.get_submodule("0").weight.numpy(), net.get_submodule("0").bias.numpy()
+    scales = np.abs(weight).max(axis=(1, 2, 3)) / 127.5
+    whole_weight = np.clip(np.rint(weight / scales[:, None, None, None]), -128, 127).astype(np.int64)
+    whole = np.clip(np.rint(x.numpy() / scale_in) + zero_in, 0, 255).astype(np.int64) - int(zero_in)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (3, 3), axis=(2, 3))
+    sums = np.einsum("bchwij,ocij->bohw", windows, whole_weight)
+    result = sums * scales[:, None, None] * scale_in + bias[:, None, None]
+    expected = np.clip(np.rint(result / scale_out) + zero_out, zero_out, 255) - zero_out
+    for make in (quantized.as_int8, quantized.as_rounded):
+        found = make(net, torch.tensor([[scale_in, zero_in], [scale_out, zero_out]]))(x).numpy() / scale_out
+        off = np.abs(found - expected)
+        assert off.max() < 1.01 and (off > 0.01).mean() < 1e-3  # halves may be rounded either way
+    assert zero_out == 0 and expected.max() > 200
+
+
+def test_features_in_int8_are_close_to_float32_and_depend_on_the_image_alone(weights):
+    backbone, images = BACKBONES["resnet18"](), torch.rand(4, 3, 96, 128)
+    backbone.load_imagenet(str(weights))
+    exact = backbone.features(images)
+    backbone.measure_rounding([images[:2], images[2:]])
+    rounded = backbone.features(images)
+    error = (rounded - exact).norm() / (exact - exact.mean(dim=(0, 2, 3), keepdim=True)).norm()
+    assert 0.001 < error < 0.2
+    assert torch.equal(torch.cat([backbone.features(image[None]) for image in images]), rounded)
+
+
+def test_a_checkpoint_gives_the_same_scores_and_other_machines_nearly_the_same(rounded_run, category, monkeypatch):
+    files = data.list_images(category / "test" / "good")
+    model = load(rounded_run / "model.pt")
+    assert model.has_int8 and not model.precision_warning()
+    scores = evaluate.scores_and_peaks(model, files)
+    assert np.array_equal(evaluate.scores_and_peaks(load(rounded_run / "model.pt"), files), scores)
+    monkeypatch.setattr(quantized, "is_fast", lambda device: False)
+    elsewhere = evaluate.scores_and_peaks(load(rounded_run / "model.pt"), files)
+    assert 0 < np.abs(elsewhere / scores - 1).max() < 0.05
+    monkeypatch.setattr(quantized, "IS_AVAILABLE", False)
+    assert "int8" in load(rounded_run / "model.pt").precision_warning()
+
+
+def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, capsys):
+    file = tmp_path / "model.pt2"
+    call(evaluate.main, rounded_run, "--export", file)
+    assert "thresholds:" in capsys.readouterr().out
+    program = torch.export.load(file).module()
+    model = load(rounded_run / "model.pt")
+    images = data.read_batch(data.list_images(category / "test" / "good")[:2], model.shape)
+    scores = model(images)[1]
+    model.for_export()
+    assert not model.has_int8
+    exported = program(images)[1]
+    assert (exported - model(images)[1]).abs().max() < 1e-3 * exported.max()
+    assert (exported / scores - 1).abs().max() < 0.05
+
+
+def test_int8_has_no_effect_on_other_backbones(category, tmp_path, capsys):
+    options = ["--method", "nearest", "--backbone", "efficientnet_lite0", "--data", category, "--out", tmp_path / "run"]
+    refuse(train.main, capsys, *options, "--int8", words=["--int8", "efficientnet_lite0"])
+    refuse(train.main, capsys, *options, "--method", "paper", "--int8", words=["--int8", "--method paper"])
