@@ -40,7 +40,7 @@ from kit.files import (
 )
 from kit.images import read_image
 from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
-from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
+from kit.measuring import as_text, judge_tests, left_to_measure, measure, readable_tests, report
 from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
 from kit.settings import LEAST_IMAGES
 from kit.single import single_file
@@ -66,13 +66,16 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
         figures = measure(judged)
         label = "/".join(folder_of(file.resolve()).parts[-2:])
         epoch = epoch_of(file)
-        print(f"{label}, epoch {epoch}:", {name: figures[name] for name in lines}, flush=True)
+        print(f"{label}, epoch {epoch}: {', '.join(f'{name} {as_text(figures[name])}' for name in lines)}", flush=True)
         for name in lines:
             if figures[name] is not None:
                 lines[name].setdefault(label, []).append((epoch, figures[name]))
     charts = [draw.line_chart(f"{name} by epoch", by_run) for name, by_run in lines.items() if by_run]
     if not charts:
-        raise InputError(f"{run}: no epoch_NN.pt in it, or no test images to measure on; train with --keep-epochs")
+        raise InputError(
+            f"{run}: contains no epoch_NN.pt, or its category has no test images; train with --keep-epochs "
+            "on a category with test/"
+        )
     if not processes.first:
         return
     own = OwnFiles(run, "measured")
@@ -89,7 +92,9 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     model = work.model
     files = unseen(model, data.usable(data.list_images(folder, subfolders=True), work.skip_bad))
     if len(files) < LEAST_IMAGES:
-        raise InputError(f"--recalibrate {folder}: {len(files)} new images; give at least {LEAST_IMAGES}, better 50")
+        raise InputError(
+            f"--recalibrate {folder}: only {len(files)} new images; give at least {LEAST_IMAGES}, better 50"
+        )
     taken = files
     if len(files) > LIMIT:
         order = np.random.default_rng(0).permutation(len(files))[:LIMIT]
@@ -101,7 +106,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     with held(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
-    print(f"wrote {to}; to use its threshold, name this file: python evaluate.py {to} --images FOLDER")
+    print(f"wrote {to}; to use the new threshold, give this file: python evaluate.py {to} --images FOLDER")
 
 
 # ---------------------------------------------------------------- one image, explained
@@ -146,7 +151,7 @@ def export(model: Detector, file: Path) -> None:
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
-    print(f"thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
+    print(f"thresholds: {limits.score:.4f} for the score, {limits.heat:.4f} for the map")
 
 
 def exported_limits(model: Detector) -> Thresholds:
@@ -164,7 +169,10 @@ def exported_limits(model: Detector) -> Thresholds:
     elif not folder.is_dir():
         reason = f"{folder} no longer exists"
     if reason:
-        print(f"these thresholds are for {name}, so they may be off by some hundredths in float32: {reason}")
+        print(
+            f"the exported detector computes in float32, but its thresholds were set in {name} and could not be converted "
+            f"({reason}): they may be off by a few hundredths"
+        )
         return limits
     files = data.list_images(data.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
@@ -255,7 +263,7 @@ def tell_unfinished(run: Path, checkpoint: Path) -> None:
             raise InputError(f"{run}: training stopped before the first epoch ended; continue with train.py --resume")
         print(f"{run}: training is not finished; this uses its last complete epoch")
     elif checkpoint == run / MODEL and is_unfinished(run):
-        print(f"{run}: a new training is not finished; until then the earlier detector is used")
+        print(f"{run}: a new training is not finished yet; this uses the earlier detector")
 
 
 def tell_precision(model: Detector, args: argparse.Namespace, processes: Processes) -> None:
@@ -301,4 +309,4 @@ def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; with --images, the same command continues where it stopped")
+    run_script(main, on_interrupt="stopped; with --images, the same command continues from there")

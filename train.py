@@ -81,11 +81,14 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     method = METHODS[run.settings.method]
     model, progress = begin(run, args)
     if model is None:
-        print(f"{run.out}: training is finished already")
+        print(f"{run.out}: this training is already finished")
         return
     good = GoodImages(*split(run.files, run.settings.seed), textures, processes, run.defects)
     if len(good.trained_on) < processes.count:
-        raise InputError(f"{processes.count} processes for {len(good.trained_on)} images to train on: start fewer")
+        images = len(good.trained_on)
+        raise InputError(
+            f"torchrun started {processes.count} processes for {images} training images; start at most {images}"
+        )
     beside = f" and {len(run.defects)} real defects" if run.defects else ""
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
     if processes.first:  # it is the one that writes checkpoints
@@ -110,7 +113,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
     finish(model, good, run)
-    print(f"wrote {run.out / MODEL}; next: python evaluate.py {run.out}, or the same with --images FOLDER")
+    print(f"wrote {run.out / MODEL}")
+    print(f"to measure it: python evaluate.py {run.out}; to judge new images, add --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
@@ -190,26 +194,30 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
     for name, value in asdict(run.settings).items():
         if name not in ("images", "held_out", "taught", "good") and then.get(name) != value:
             was = then.get(name)
-            hint = "give that, or another --out"
-            raise InputError(f"--resume: {run.out} was started with another {name} ({was}); {hint}")
+            hint = "give the same value, or another --out"
+            raise InputError(f"--resume: {run.out} was started with {name} = {was}; {hint}")
     if then.get("taught", ()) != run.settings.taught:
         raise InputError(
-            f"--resume: {run.out} was started with other defects or corrections; give those, or another --out"
+            f"--resume: {run.out} was started with other --defects or --corrections; give the same ones, or "
+            "another --out"
         )
     if checkpoint["progress"] is None:  # it is finished
         return
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
-    complain_of_files(before - now, "is missing")
-    complain_of_files(now - before, "is new")
+    complain_of_files(before - now, "missing", "put them back")
+    complain_of_files(now - before, "new", "remove them")
 
 
-def complain_of_files(files: set[str], what: str) -> None:
-    """Raises InputError, naming the first of these files, if there are any."""
+def complain_of_files(files: set[str], what: str, remedy: str) -> None:
+    """Raises InputError, naming the first three of these files, if there are any."""
     if not files:
         return
-    others = f", and {len(files) - 1} more" if len(files) > 1 else ""
-    consequence = "this would change which images are held out; give the same images, or another --out"
-    raise InputError(f"--resume: {min(files)} {what}{others}: {consequence}")
+    named = ", ".join(sorted(files)[:3])
+    others = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    raise InputError(
+        f"--resume needs the same good images as before, or other images would be held out. These are {what}: "
+        f"{named}{others}; {remedy}, or give another --out"
+    )
 
 
 # ---------------------------------------------------------------- all runs
@@ -233,7 +241,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         least = OPTIONS[args.method].least_images
         if len(files) < least:
             raise InputError(
-                f"--data {category}: {len(files)} good images; training needs at least {least}, better {4 * least}"
+                f"--data {category}: only {len(files)} good images; give at least {least}, better {4 * least}"
             )
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / name / f"seed{seed}" if several else out
@@ -258,7 +266,10 @@ def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:
     """Raises InputError if another planned run has the same folder."""
     for run in planned:
         if run.out.resolve() == target.resolve():
-            raise InputError(f"--out {target}: is the folder of both {run.category} and {category}; rename one of them")
+            raise InputError(
+                f"--out {target}: this folder would contain the runs of both {run.category} and {category}; rename one "
+                "of these two categories"
+            )
 
 
 def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:
@@ -278,8 +289,8 @@ def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -
     shape, usual = shapes.shape_in_file(mask), shapes.usual_shape(files)
     if shape and usual and shapes.is_other(shape, usual):
         raise InputError(
-            f"--roi {mask}: is {shape[1]} x {shape[0]} pixels, but the good images are {usual[1]} x {usual[0]}; give a "
-            "mask of that shape, white where images are to be inspected"
+            f"--roi {mask}: has {shape[1]} x {shape[0]} pixels, but the good images have {usual[1]} x {usual[0]}; give "
+            "a mask with the same aspect ratio, and mark the area to inspect in white"
         )
     return read_region(mask, judged_in)
 
@@ -294,12 +305,14 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     if categories != [args.data] and (args.defects or args.corrections):
         flag = "--defects" if args.defects else "--corrections"
         raise InputError(
-            f"{flag}: belongs to one category, but --data {args.data} has several; train that category alone"
+            f"{flag}: applies to one category only, but --data {args.data} contains several; give one of them as --data"
         )
     several = categories != [args.data] or args.seeds > 1
     planned = plan_runs(args, options, categories, out, several)
     if args.weights and args.resume and all(resumable(run.out) for run in planned):
-        refuse_without_effect(args, ["weights"], "with --resume: the checkpoint has the backbone's weights")
+        refuse_without_effect(
+            args, ["weights"], "with --resume: the checkpoint already contains the backbone's weights"
+        )
     if processes.count > 1:
         dist.barrier()  # all processes have planned before one of them changes files
     if several:
@@ -375,7 +388,9 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
         return []
     textures = data.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
     if not textures:
-        raise InputError(f"--textures {args.textures}: no such folder, or no images in it")
+        raise InputError(
+            f"--textures {args.textures}: no such folder, or no images in it; give a folder of texture images"
+        )
     return textures
 
 
@@ -400,4 +415,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; continue with --resume")
+    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command")

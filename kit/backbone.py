@@ -150,8 +150,10 @@ class Convolutional(Backbone):
             if "num_batches" in key:  # batch norm's counter, which some files lack
                 continue
             if getattr(state.get(key), "shape", None) != value.shape:
-                problem = f"'{key}' is missing or differs"
-                raise InputError(f"{file or 'download'}: weights do not fit --backbone {self.name} ({problem})")
+                raise InputError(
+                    f"{file or 'the download'}: these weights do not fit --backbone {self.name} ('{key}' is missing or "
+                    "has another shape); give that backbone's weights"
+                )
             value.copy_(state[key])
         self.net.load_state_dict(folded(net).state_dict())
 
@@ -161,8 +163,9 @@ class Convolutional(Backbone):
             return dict(torch.load(file, map_location="cpu", weights_only=True)) if file else self.published()
         except Exception as error:  # downloads and the unpickler fail in many ways
             raise InputError(
-                f"{file or 'download'}: no ImageNet weights for --backbone {self.name} ({error!r:.200}); give a "
-                f"state dict with --weights FILE, or use --backbone {LITE0}, whose weights come with pip"
+                f"cannot load ImageNet weights for --backbone {self.name} from {file or 'the network'} "
+                f"({error!r:.200}); give a state dict with --weights FILE, or use --backbone {LITE0}: its weights come "
+                "with pip"
             ) from error
 
 

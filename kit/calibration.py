@@ -66,7 +66,9 @@ class AsNew:
         count = self.good.processes.count
         for rank in range(count):
             if len(set(self.fold[rank::count].tolist())) < 2:
-                raise InputError(f"{count} processes for {len(self.fold)} images to train on: start fewer")
+                raise InputError(
+                    f"torchrun started {count} processes, too many for {len(self.fold)} training images; start fewer"
+                )
 
     def left_out(self, number: int) -> Tensor:
         """The numbers of the images whose prototypes do not count when this image is judged."""
@@ -218,13 +220,15 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
             f"about {different} different images. Add good images from other days for a more reliable threshold."
         )
     if different < LEAST_IMAGES:
-        raise InputError(f"--recalibrate: {different} different new images; give at least {LEAST_IMAGES}, better 50")
+        raise InputError(
+            f"--recalibrate: only {different} different new images; give at least {LEAST_IMAGES}, better 50"
+        )
     energies = [model.judge(images) for images in data.batches(files, model.shape)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
     if drift(scores, model.normal[0].cpu().numpy()) == "lower":
         print(
-            "warning: three quarters of these images score lower than three quarters of the good images that set the "
-            "threshold before. If they are copies of training images, the new threshold is too low"
+            "warning: these images score clearly lower than the good images that set the earlier threshold. If they "
+            "are copies of training images, the new threshold is too low"
         )
     model.calibrate(energies)
     model.different = torch.tensor(different, device=model.device)

@@ -105,9 +105,14 @@ def training_parser() -> Parser:
     roi_help = "mask image; only its white area is inspected (default: the whole image)"
     add("--roi", type=Path, metavar="MASK", help=roi_help)
     add("--seed", type=int, default=0, help="random seed (default: 0)")
-    seeds_help = "number of seeds to train, from --seed upwards; several also write a table of results (default: 1)"
+    seeds_help = "number of trainings, with seeds --seed, --seed + 1, ...; also writes a table if above 1 (default: 1)"
     add("--seeds", type=int, default=1, help=seeds_help)
-    add("--resume", action="store_true", default=None, help="continue a stopped run after its last complete epoch")
+    add(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="continue an unfinished training after its last complete epoch",
+    )
     add(
         "--keep-epochs",
         action="store_true",
@@ -212,7 +217,10 @@ def method_options(args: argparse.Namespace) -> dict:
 def check_learns_from_defects(options: dict) -> None:
     """Raises InputError if no loss would learn from real defects."""
     if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
-        raise InputError("--classification-weight 0 --contrast-weight 0: no loss would learn from real defects")
+        raise InputError(
+            "--classification-weight 0 --contrast-weight 0: no loss would learn from real defects; "
+            "leave one of them out"
+        )
 
 
 # ---------------------------------------------------------------- evaluate.py

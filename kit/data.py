@@ -67,7 +67,7 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
     for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
         if list_images(folder):
             return folder
-    raise InputError(f"{flag} {data}: no images there or in train/good; add good ones ({' '.join(SUFFIXES)})")
+    raise InputError(f"{flag} {data}: no images in it or in its train/good; add good images ({' '.join(SUFFIXES)})")
 
 
 def category_folders(data: Path) -> list[Path]:
@@ -89,8 +89,11 @@ def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
-    for count, complaint in enumerate(complaints, start=1):
-        print(f"skipped {count} of {images} images: {complaint}")
+    """A line for each image that was skipped, and one with their number."""
+    for complaint in complaints:
+        print(f"skipped: {complaint}")
+    if complaints:
+        print(f"skipped {len(complaints)} of {images} images in total")
 
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
@@ -108,7 +111,10 @@ def by_stem(files: list[Path]) -> dict[str, Path]:
     for path in files:
         twin = found.setdefault(path.stem.removesuffix("_mask"), path)
         if twin != path:
-            raise InputError(f"{path}: same stem as {twin.name}, but masks are matched by stem; rename one of them")
+            raise InputError(
+                f"{path}: has the same name as {twin.name} apart from the ending, but masks and images are matched by "
+                "name; rename one of them"
+            )
     return found
 
 
@@ -124,7 +130,9 @@ def labelled_images(data: Path) -> list[LabelledImage]:
             by_stem(files)  # no two images may claim one mask
         found += [LabelledImage(path, anomalous, masks.get(path.stem)) for path in files]
     if not found:
-        raise InputError(f"--data {data}: no images in test/good or test/<defect>; try --images FILE_OR_FOLDER")
+        raise InputError(
+            f"--data {data}: no images in test/good or test/<defect>; to judge unlabelled images, give --images"
+        )
     return found
 
 

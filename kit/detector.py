@@ -217,8 +217,8 @@ class Detector(nn.Module):
         names = {True: "bfloat16", False: "float32"}
         return (
             f"the threshold comes from scores in {names[bool(self.halved)]}, but this machine judges in "
-            f"{names[judges_halved]}: scores can be off by some hundredths. Calibrate on this machine: --recalibrate "
-            "FOLDER with new good images, or train again"
+            f"{names[judges_halved]}: scores can be off by a few hundredths. On this machine, set a new threshold with "
+            "--recalibrate FOLDER (a folder of new good images), or train again"
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

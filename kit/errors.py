@@ -95,4 +95,7 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
             fail(one_line(error))
         if not is_of_another_process(error):
             raise
-        fail(f"another process of this run has ended; see its output, on its machine ({one_line(error)})")
+        fail(
+            "another process of this run has ended; read the error that it printed, perhaps on another machine "
+            f"({one_line(error)})"
+        )

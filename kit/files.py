@@ -50,7 +50,9 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
         if durable:
             sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise InputError(f"{path}: cannot be written ({error!r:.200})") from error
+        raise InputError(
+            f"{path}: cannot be written ({error!r:.200}); check permissions and free disk space"
+        ) from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -328,8 +330,8 @@ def resumable(run: Path) -> Path | None:
 
 def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: int = 0) -> None:
     """Raises InputError if training on category `data` must not write into `out`: if it lies in one of the folders that
-    are read (`inputs`); if it holds a stopped run and `resume` is false, or a run on other data; or if it holds a file
-    with the name of one of a run's files (including `epochs` kept epochs) that this program did not write."""
+    are read (`inputs`); if it contains an unfinished training and `resume` is false, or a run on other data; or if this
+    program would have to replace a file there that it did not write (with `epochs` kept epochs)."""
     for folder in inputs:
         refuse_inside(out, folder)
     names = [*TRAINED, *(epoch_file(number) for number in range(1, epochs + 1))]
@@ -338,13 +340,15 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: i
         unfinished_files(out).refuse_foreign(name)
     unfinished_files(out).refuse_foreign(STATE)
     if (out / STATE).exists():
-        raise InputError(f"--out {out}: holds a stopped run of an earlier version; give another --out")
+        raise InputError(f"--out {out}: contains an unfinished training of an earlier version; give another --out")
     for checkpoint in (out / MODEL, out / UNFINISHED / STATE):
         if checkpoint.exists():
             refuse_other_data(out, checkpoint, data)
     is_stopped = (out / UNFINISHED / STATE).exists() and not (out / UNFINISHED / MODEL).exists()
     if is_stopped and not resume:
-        raise InputError(f"--out {out}: holds a stopped run; continue with --resume, or give another --out")
+        raise InputError(
+            f"--out {out}: contains an unfinished training; add --resume to continue it, or give another --out"
+        )
 
 
 def refuse_other_data(out: Path, checkpoint: Path, data: Path) -> None:
@@ -352,9 +356,9 @@ def refuse_other_data(out: Path, checkpoint: Path, data: Path) -> None:
     try:
         other = Path(read_checkpoint(checkpoint)["settings"]["data"])
     except InputError as error:
-        raise InputError(f"--out {out}: {error}; or give another --out") from error
+        raise InputError(f"--out {out}: {error}. Remove that file, or give another --out") from error
     if other != data.resolve():
-        raise InputError(f"--out {out}: holds a run on {other}; give another --out")
+        raise InputError(f"--out {out}: contains a run that was trained on {other}; give another --out")
 
 
 def announce(out: Path) -> None:
@@ -430,4 +434,4 @@ def is_inside(path: Path, folder: Path) -> bool:
 def refuse_inside(out: Path, folder: Path) -> None:
     """Raises InputError if --out is a folder that is read, or lies in it: a later call would read this call's files."""
     if is_inside(out, folder):
-        raise InputError(f"--out {out}: lies in {folder}, whose images are read; give a folder outside it")
+        raise InputError(f"--out {out}: is inside {folder}, and images are read from there; give a folder outside it")

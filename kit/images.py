@@ -51,7 +51,7 @@ def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
     """`values` with a last axis of channels. Raises InputError if one is not within 0..white."""
     if not (values.min() >= 0 and values.max() <= white):  # written this way, NaN is refused as well
         found = f"{values.min():g}..{values.max():g}"
-        raise InputError(f"{kind} in the range {found}, not 0..{white}; convert the image first")
+        raise InputError(f"{kind} in the range {found}, not 0..{white}; convert them to this range first")
     return np.atleast_3d(values)
 
 
@@ -91,7 +91,7 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int
         values, white = array_and_white(image)
     height, width, channels = values.shape
     if min(height, width) < LEAST:
-        raise InputError(f"image of {width}x{height} pixels: too small, the minimum is {LEAST}x{LEAST}")
+        raise InputError(f"image of {width}x{height} pixels: too small; give at least {LEAST}x{LEAST}")
     if shape:
         values = resized(values, *shape)
     values = values.astype(np.float32, copy=False) / white

@@ -118,13 +118,13 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
         return None
     rows = rows_of(table)
     if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows):
-        return f"its {TABLE} was written by an earlier version or changed by hand"
+        return f"its {TABLE} was written by an earlier version, or changed by hand"
     other = images_of(out)
     if other != str(root_of(images).resolve()):
-        return f"holds findings on other images ({other})"
+        return f"contains results for other images ({other})"
     others = {row[-2] for row in rows} - {detector}
     if others and not watch:
-        return f"holds findings of another detector ({', '.join(sorted(others))}; this one is {detector})"
+        return f"contains results of another detector ({', '.join(sorted(others))}; this one is {detector})"
     return None
 
 
@@ -269,7 +269,10 @@ def judge_new(work: Inspection, images: Path) -> None:
         stamps = {path: stamp_of(path) or (0, 0) for path in files}
         todo = [path for path in files if not judgements.has(name_below(root, path), stamps[path])]
         if len(todo) < len(files):
-            print(f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before; they are kept")
+            print(
+                f"{len(files) - len(todo)} of {len(files)} images were judged by this detector before; they keep "
+                "their results"
+            )
         judged = judge_files(work.model, todo, work.limits, complaints)
         measures = []
         for image, verdict in counted(judged, "judging images", len(todo)):
@@ -282,10 +285,13 @@ def judge_new(work: Inspection, images: Path) -> None:
     now = {name_below(root, path) for path in files}
     print_drift(work.model, np.array([entry.score for entry in entries if entry.name in now]))
     if judgements.complaints:
-        without = f"{len(judgements.complaints)} images were judged, but have no picture"
+        without = f"{len(judgements.complaints)} images were judged, but their pictures could not be written"
         raise InputError(f"{without}: {'; '.join([*judgements.complaints, *complaints])}")
     if complaints and not work.skip_bad:
-        raise InputError(f"{len(complaints)} of {len(files)} images could not be judged: {'; '.join(complaints)}")
+        raise InputError(
+            f"{len(complaints)} of {len(files)} images could not be judged; replace or remove them, or give "
+            f"--skip-bad: {'; '.join(complaints)}"
+        )
     data.print_skipped(complaints, len(files))
 
 
@@ -402,9 +408,9 @@ def print_drift(model: Detector, scores: np.ndarray) -> None:
     where = drift(scores, model.normal[0].cpu().numpy())
     if where:
         print(
-            f"drift: three quarters of these {len(scores)} images score {where} than three quarters of the good images "
-            "that set the threshold. Unless most are defective, the light, the camera or the parts have changed: train "
-            "again, or set a new threshold with --recalibrate FOLDER (a folder of new good images)"
+            f"drift: these {len(scores)} images score clearly {where} than the good images that set the threshold. "
+            "Unless most of them are defective, the light, the camera or the parts have changed: train again, or set a "
+            "new threshold with --recalibrate FOLDER (a folder of new good images)"
         )
 
 

@@ -87,7 +87,7 @@ def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
     tests = data.labelled_images(category)
     good = set(data.usable([test.path for test in tests], skip_bad))
     if not good:
-        raise InputError(f"--data {category}: none of the test images can be read")
+        raise InputError(f"--data {category}: none of the test images can be read; replace them")
     return [test for test in tests if test.path in good]
 
 
@@ -141,7 +141,8 @@ def report(work: Inspection, category: Path) -> None:
         print(f"{name:14} {as_text(value)}")
     figures["operating_points"] = operating_points(model, judged)
     for point in figures["operating_points"]:
-        print("operating point", {name: as_text(value) for name, value in point.items()})
+        shares = ", ".join(f"{name} {as_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
+        print(f"with --false-alarm {point['false_alarm']}: threshold {as_text(point['threshold'])}, {shares}")
     facts = {name: as_text(figures[name]) for name in REPORTED}
     with held(out):
         own = OwnFiles(out, "measured")
@@ -151,16 +152,16 @@ def report(work: Inspection, category: Path) -> None:
 
 
 def refuse_other_figures(work: Inspection, category: Path) -> None:
-    """Raises InputError if the folder holds the metrics of other test images, or, unless it belongs to the run, of
+    """Raises InputError if the folder contains metrics of other test images, or, unless it belongs to the run, of
     another detector."""
     OwnFiles(work.out, "measured").refuse_foreign("metrics.json")
     path = work.out / "metrics.json"
     there = json.loads(path.read_text()) if path.exists() else {}
     if there.get("data", str(category.resolve())) != str(category.resolve()):
-        raise InputError(f"--out {work.out}: holds the metrics of {there['data']}; give another --out (with --data)")
+        raise InputError(f"--out {work.out}: contains metrics of {there['data']}; give --data with another --out")
     is_of_run = is_inside(work.out, folder_of(work.checkpoint))
     if not is_of_run and there.get("detector", work.detector) != work.detector:
-        raise InputError(f"--out {work.out}: holds the metrics of another detector; give another --out")
+        raise InputError(f"--out {work.out}: contains metrics of another detector; give another --out")
 
 
 def size_of(settings: Settings) -> int | str:

@@ -79,8 +79,8 @@ def pick_device(name: str | None, local_rank: int) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        hint = "; start one process for each GPU, or give --device cpu" if local_rank else ""
-        raise InputError(f"--device {name}: not available here ({error!r:.200}){hint}") from error
+        hint = "start one process for each GPU, or give --device cpu" if local_rank else "give another, such as cpu"
+        raise InputError(f"--device {name}: not available here ({error!r:.200}); {hint}") from error
     return name
 
 
@@ -140,7 +140,7 @@ def counted(items: Iterable[Item], what: str, total: int, each: int = 1) -> Iter
 
 def line(what: str, done: int, total: int, seconds: float) -> str:
     rate = done / seconds
-    return f"{what}: {done} of {total}, {rate:.3g} a second, {(total - done) / rate:.0f} s left"
+    return f"{what}: {done} of {total}, {rate:.3g} per second, {(total - done) / rate:.0f} s left"
 
 
 def clear() -> None:

@@ -31,10 +31,15 @@ def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
     are no images, or no masks in a given folder."""
     files = data.list_images(folder)
     if not files:
-        raise InputError(f"--defects {folder}: no such folder, or no images in it")
+        raise InputError(
+            f"--defects {folder}: no such folder, or no images in it; give a folder of images with defects"
+        )
     found = data.by_stem(data.list_images(masks or usual_masks(folder)))
     if masks and not any(path.stem in found for path in files):
-        raise InputError(f"--defect-masks {masks}: no such folder, or no masks in it with the stems of the images")
+        raise InputError(
+            f"--defect-masks {masks}: no such folder, or no mask in it has the name of an image in --defects; give "
+            "each mask the name of its image"
+        )
     if found:
         data.by_stem(files)  # no two images may claim one mask
     return [Defect(path, found.get(path.stem)) for path in files]
@@ -73,7 +78,7 @@ def real_rows(model: Detector, defects: list[Defect], count: int, first_training
     the area that stands out after a first training."""
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in defects):
-        print("a first training, to locate the defects without masks", flush=True)
+        print("a first training, to find where the defects without masks are", flush=True)
         first_training()
     rows = defect_rows(model, defects, count)
     model.flow, model.classifier = untrained
@@ -84,7 +89,8 @@ def real_rows(model: Detector, defects: list[Defect], count: int, first_training
 def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
     """Codes (A, K + 1) of real defects and of some copies of each (fewer copies if there are many defects), in float16.
 
-    They belong to no good image, so all prototypes count. Raises InputError if no defect has anything marked."""
+    They belong to no good image, so all prototypes count. Raises InputError if no mask marks
+    anything."""
     each = max(1, min(COPIES, count // len(defects)))
     rng = np.random.default_rng(model.settings.seed)
     rows, outside = [], []
@@ -99,9 +105,12 @@ def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
             touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
             rows.append(w.permute(0, 2, 3, 1)[touched].half())
     if outside:
-        print(f"skipped {len(outside)} defects with nothing marked in the region of interest: {', '.join(outside)}")
+        print(
+            f"skipped {len(outside)} defects, since their masks mark nothing in the region of interest: "
+            f"{', '.join(outside)}"
+        )
     if not rows:
-        raise InputError("--defects: none of the images has anything marked in the region of interest")
+        raise InputError("--defects: no mask marks anything in the region of interest; check the masks and --roi")
     return torch.cat(rows)
 
 
@@ -143,7 +152,9 @@ class Corrections:
         there = {path.resolve() for path in files}
         for path in self.not_good:
             if path.resolve() not in there:
-                raise InputError(f"--corrections: {path} is in not_good, but not among the good images of --data")
+                raise InputError(
+                    f"--corrections: {path} is in not_good, but not among the good images of --data; remove it there"
+                )
         out = {path.resolve() for path in [*self.not_good, *defects]}
         kept = [path for path in files if path.resolve() not in out]
         return kept + [path for path in self.false_alarms if path.resolve() not in there]
@@ -155,13 +166,15 @@ def read_corrections(file: Path) -> Corrections:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"--corrections {file}: cannot be read as JSON ({error})") from error
+        raise InputError(
+            f"--corrections {file}: cannot be read as JSON ({error}); save it again from report.html"
+        ) from error
     if not isinstance(found, dict) or not set(found) <= set(LISTS) or not all(map(is_list_of_text, found.values())):
         expected = f"a JSON object with lists of paths: {', '.join(LISTS)}"
         raise InputError(f"--corrections {file}: not a corrections file; expected {expected}")
     paths = [path for name in LISTS for path in dict.fromkeys(found.get(name, []))]
     if not paths:
-        raise InputError(f"--corrections {file}: contains no images; tick some in report.html")
+        raise InputError(f"--corrections {file}: contains no images; tick images in report.html, and save it again")
     for path in paths:
         if paths.count(path) > 1:
             raise InputError(f"--corrections {file}: {path} is in two of its lists; remove it from one")

@@ -51,7 +51,7 @@ def good_rows(model: Detector, painter: Painter) -> Rows:
     maps = map(model.features, painter.normal())
     rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
     if per_image < is_inside.sum():
-        print(f"keeping {per_image} positions of each image, chosen at random: the limit is {ROWS} rows in total")
+        print(f"keeping {per_image} feature vectors of each image, chosen at random (limit: {ROWS} in total)")
     every = math.ceil(COPIED * int(is_inside.sum()) * len(mine) / len(rows))
     copied, copied_images = copied_rows(model, painter, is_inside, every)
     images = torch.cat((origins(rows, mine), copied_images))
@@ -107,8 +107,8 @@ def check_rows(count: int, model: Detector) -> None:
     least = ROWS_PER_CHANNEL * model.backbone.channels
     if count < least:
         raise InputError(
-            f"--data: the images to train on have {count} positions in total, but {model.settings.backbone} needs "
-            f"{least}; give more good images, or a larger --size"
+            f"--data: the training images give only {count} feature vectors in total, but {model.settings.backbone} "
+            f"needs {least}; give more good images, or a larger --size"
         )
 
 

@@ -49,10 +49,12 @@ def check_size(size: Size) -> None:
     elif size != NATIVE:
         for side in size:
             if side % UNIT or not UNIT <= side <= LONGEST:
-                wanted = f"a multiple of {UNIT} from {UNIT} to {LONGEST}"
-                raise InputError(f"--size {as_text(size)}: {side} is not {wanted}")
+                raise InputError(
+                    f"--size {as_text(size)}: {side} is not possible; give sides that are multiples of {UNIT}, from "
+                    f"{UNIT} to {LONGEST}"
+                )
         if math.prod(size) < SIDES[0] ** 2:
-            raise InputError(f"--size {as_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give more")
+            raise InputError(f"--size {as_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give longer sides")
 
 
 def as_text(size: Size) -> str:
@@ -99,7 +101,10 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     stretch = math.sqrt(height / width)
     shape = (rounded(side * stretch), rounded(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
-        raise InputError(f"--size {as_text(size)}: would resize these images to {as_text(shape)}; give HEIGHTxWIDTH")
+        raise InputError(
+            f"--size {as_text(size)}: would resize these images to {as_text(shape)}, which has too few pixels or too "
+            "long a side; give HEIGHTxWIDTH"
+        )
     return shape[0] if shape[0] == shape[1] else shape
 
 
@@ -135,8 +140,8 @@ def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
     """One line on the images, by name, whose shape differs from the one in which they are judged."""
     name, (height, width) = next(iter(others.items()))
     return (
-        f"{len(others)} of {images} images have another shape than {judged_in[1]} x {judged_in[0]}, for example {name} "
-        f"({width} x {height}): they will be stretched to this shape"
+        f"{len(others)} of {images} images have another aspect ratio than {judged_in[1]} x {judged_in[0]}, for example "
+        f"{name} ({width} x {height}): they will be stretched to this shape"
     )
 
 

@@ -15,7 +15,7 @@ def single_file(named: Path | None, default: Path, flag: str, inputs: Iterable[P
     the first of default-2, default-3, ... that does not exist.
 
     A file that the user names is overwritten. Raises InputError if it is one of the `inputs` that are read, a
-    checkpoint, a folder, or a file that this program lists as part of a run or of findings."""
+    checkpoint, a folder, or a file that this program lists as part of a run or of earlier results."""
     if named is None:
         numbered = (default.with_stem(f"{default.stem}-{number}") for number in itertools.count(2))
         return next(path for path in itertools.chain([default], numbered) if not path.exists())
@@ -27,7 +27,7 @@ def single_file(named: Path | None, default: Path, flag: str, inputs: Iterable[P
     elif is_checkpoint(named):
         reason = "is a checkpoint"
     elif is_listed(named):
-        reason = "belongs to a run or to findings"
+        reason = "belongs to a run or to earlier results"
     if reason:
         raise InputError(f"{flag} {named}: {reason}; give another file")
     return named

@@ -109,7 +109,10 @@ class Autoencoder(Detector):
     def __init__(self, settings: AutoencoderSettings):
         shape = as_shape(settings.size)
         if math.prod(shape) > PIXELS:  # it processes the whole image at once
-            raise InputError(f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
+            raise InputError(
+                f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels; "
+                "give a smaller --size"
+            )
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, experts=1)

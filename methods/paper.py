@@ -69,7 +69,9 @@ class Paper(Detector):
 
     def __init__(self, settings: PaperSettings):
         if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
-            raise InputError(f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
+            raise InputError(
+                f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels; give a smaller --size"
+            )
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
         super().__init__(settings, backbone, experts=len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)

@@ -95,7 +95,7 @@ def test_altered_copies_of_the_training_are_warned_of(category, tmp_path, capsys
         Image.open(path).save(tmp_path / "copies" / f"{path.stem}.bmp")
     capsys.readouterr()
     call(evaluate.main, tmp_path / "run", "--recalibrate", tmp_path / "copies")
-    assert "warning: three quarters of these images score lower" in capsys.readouterr().out
+    assert "warning: these images score clearly lower" in capsys.readouterr().out
 
 
 def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
@@ -112,7 +112,7 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
     said = capsys.readouterr().out
     different = int(load(run / "recalibrated.pt").different)
     assert "look like a series" in said and 5 <= different <= 24 and f"from {different} good images" in said
-    with pytest.raises(InputError, match="--recalibrate: 3 different new images; give at least 5"):
+    with pytest.raises(InputError, match="--recalibrate: only 3 different new images; give at least 5"):
         calibration.recalibrate(Scored(), [Path("not_read.png")] * 30, alike=10.0)
 
 
@@ -122,7 +122,7 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
 @pytest.mark.parametrize("method, least", [("clflow", 5), ("nearest", 5), ("autoencoder", 20), ("paper", 20)])
 def test_training_asks_for_enough_images(tmp_path, capsys, method, least):
     few = draw_buttons(tmp_path / "few", least - 1, day=4)
-    words = ["--data", f"{least - 1} good images", f"training needs at least {least}"]
+    words = ["--data", f"only {least - 1} good images", f"give at least {least}"]
     refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", "--method", method, *LITE, words=words)
     assert least == OPTIONS[method].least_images
     calibrating = held_out_count(least) if method in ("autoencoder", "paper") else least
@@ -156,7 +156,7 @@ def test_a_third_is_never_judged_by_what_it_taught():
         if is_enough:
             as_new.check_processes()
         else:
-            with pytest.raises(InputError, match="4 processes for 4 images to train on: start fewer"):
+            with pytest.raises(InputError, match="4 processes, too many for 4 training images; start fewer"):
                 as_new.check_processes()
 
 

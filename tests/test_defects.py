@@ -143,8 +143,8 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
     Image.new("RGB", (256, 256)).save(tmp_path / "bad" / "000.png")
     call(evaluate.main, tmp_path / "run", "--data", mine)
     assert "3 test images" in capsys.readouterr().out
-    refuse(train.main, capsys, *command, *masks, "--resume", words=["other defects or corrections"])
-    refuse(train.main, capsys, *command, "--resume", words=["another defects"])
+    refuse(train.main, capsys, *command, *masks, "--resume", words=["other --defects or --corrections"])
+    refuse(train.main, capsys, *command, "--resume", words=["was started with defects ="])
 
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
@@ -240,10 +240,10 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
     (tmp_path / "black").mkdir()
     attempt("--defects", tmp_path / "empty", words=["--defects", "no images"])
     crack = ["--defects", category / "test" / "crack"]
-    attempt(*crack, "--defect-masks", tmp_path / "empty", words=["--defect-masks", "no masks"])
+    attempt(*crack, "--defect-masks", tmp_path / "empty", words=["--defect-masks", "no mask"])
     for path in data.list_images(category / "test" / "crack"):
         Image.new("L", (256, 256)).save(tmp_path / "black" / path.name)
-    attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "marked"])
+    attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "no mask marks anything"])
     attempt("--defect-masks", tmp_path / "empty", words=["--defect-masks has no effect without --defects"])
     none = ["--classification-weight", 0, "--contrast-weight", 0]
     attempt(*crack, *none, words=["--classification-weight 0", "real defects"])

@@ -210,9 +210,9 @@ def test_findings_of_another_detector_or_on_other_images_are_not_written_over(ru
     copied = Path(shutil.copy(run / "model.pt", tmp_path / "copy.pt"))
     call(evaluate.main, copied, "--images", chips, "--out", out)  # the same detector
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "judged.json"}
-    words = ["holds findings of another detector", "another --out"]
+    words = ["contains results of another detector", "another --out"]
     refuse(evaluate.main, capsys, other_detector(run), "--images", chips, "--out", out, words=words)
-    words = ["holds findings on other images", "chip", "another --out"]
+    words = ["contains results for other images", "chip", "another --out"]
     refuse(evaluate.main, capsys, run, "--images", category / "test" / "good", "--out", out, words=words)
     assert before.items() <= {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}.items()
     old = tmp_path / "old"
@@ -252,7 +252,7 @@ def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_pa
         shutil.copytree(category / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
     before = (run / "tests" / "set" / "metrics.json").read_bytes()
-    words = ["holds the metrics of", "a/set", "another --out"]
+    words = ["contains metrics of", "a/set", "another --out"]
     refuse(evaluate.main, capsys, run, "--data", tmp_path / "b" / "set", words=words)
     assert (run / "tests" / "set" / "metrics.json").read_bytes() == before
     out = tmp_path / "figures"
@@ -280,7 +280,12 @@ def test_a_picture_that_cannot_be_written_costs_no_other_image(run, category, tm
     out = tmp_path / "out"
     (out / "001.png.png").mkdir(parents=True)
     command = [run, "--images", category / "test" / "chip", "--out", out]
-    refuse(evaluate.main, capsys, *command, words=["1 images were judged, but have no picture", "001.png.png"])
+    refuse(
+        evaluate.main,
+        capsys,
+        *command,
+        words=["1 images were judged, but their pictures could not be written", "001.png.png"],
+    )
     assert list(rows_of(out)) == ["000.png", "001.png", "002.png", "003.png"]
     assert (out / "003.png.png").exists() and (out / "report.html").exists()
 
@@ -322,7 +327,7 @@ def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, t
     dark = [old.inspect(path) for path in data.list_images(tmp_path / "train/good")]
     assert sum(verdict.anomalous for verdict in dark) > 12
     call(evaluate.main, run, "--images", tmp_path / "train/good", "--out", tmp_path / "out")
-    assert "score higher" in capsys.readouterr().out
+    assert "score clearly higher" in capsys.readouterr().out
     call(evaluate.main, run, "--recalibrate", tmp_path / "train/good", "--false-alarm", 0.05)
     assert "from 24 good images" in capsys.readouterr().out
     new = load(run / "recalibrated.pt")

@@ -120,14 +120,14 @@ def test_what_a_new_run_may_not_write_over(tmp_path):
     files.check_out(out, mine, [mine], resume=False)  # nothing there
     checkpoint(out / "model.pt", mine)
     files.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
-    with pytest.raises(InputError, match=f"a run on .*{mine.parent.name}"):
+    with pytest.raises(InputError, match=f"a run that was trained on .*{mine.parent.name}"):
         files.check_out(out, other, [other], resume=False)
     checkpoint(out / "unfinished" / "state.pt", mine)
     files.check_out(out, mine, [mine], resume=True)
-    with pytest.raises(InputError, match="stopped run.*--resume"):
+    with pytest.raises(InputError, match="unfinished training.*--resume"):
         files.check_out(out, mine, [mine], resume=False)
     for inside in (mine, mine / "runs"):
-        with pytest.raises(InputError, match="whose images are read"):
+        with pytest.raises(InputError, match="images are read from there"):
             files.check_out(inside, mine, [mine], resume=False)
     torch.save({"format": 3}, out / "unfinished" / "state.pt")
     with pytest.raises(InputError, match="format 3.*--out"):

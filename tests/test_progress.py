@@ -19,7 +19,7 @@ def test_on_a_terminal_a_line_counts_and_goes_at_the_end(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress.counted("abc", "reading images", 20, each=8)) == ["a", "b", "c"]
     written = sys.stderr.getvalue().split(progress.CLEAR)
-    assert written[1] == "reading images: 8 of 20, 8 a second, 2 s left"
+    assert written[1] == "reading images: 8 of 20, 8 per second, 2 s left"
     assert written[3].startswith("reading images: 20 of 20") and written[-1] == ""
     assert capsys.readouterr().out == ""
 

@@ -34,7 +34,7 @@ def test_what_stands_behind_size(text, size):
 
 
 @pytest.mark.parametrize(
-    "size, word", [(10, "out of range"), ((100, 128), "multiple of 32"), ((32, 32), "fewer pixels")]
+    "size, word", [(10, "out of range"), ((100, 128), "multiples of 32"), ((32, 32), "fewer pixels")]
 )
 def test_sizes_out_of_range_are_refused(size, word):
     with pytest.raises(InputError, match=word):
@@ -181,7 +181,7 @@ def test_another_shape_is_judged_and_told(strips_run, tmp_path, capsys):
     Image.new("L", (200, 200), 130).save(tmp_path / "new" / "square.png")
     call(evaluate.main, strips_run, "--images", tmp_path / "new", "--out", tmp_path / "found")
     said = capsys.readouterr().out
-    assert "1 of 1 images have another shape than 320 x 64, for example square.png (200 x 200)" in said
+    assert "1 of 1 images have another aspect ratio than 320 x 64, for example square.png (200 x 200)" in said
     assert (tmp_path / "found" / "scores.csv").read_text().count("\n") == 2
 
 

@@ -219,11 +219,11 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     call(evaluate.main, tmp_path / "parts")
     assert "not finished" in capsys.readouterr().out
 
-    refuse(train.main, capsys, *arguments("parts"), words=["stopped run", "--resume"])
-    refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["another lr"])
+    refuse(train.main, capsys, *arguments("parts"), words=["unfinished training", "--resume"])
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["was started with lr ="])
     spare = data.list_images(mine / "train" / "good")[3]
     spare.rename(spare.with_name("renamed.png"))  # as many images as before, but others
-    refuse(train.main, capsys, *arguments("parts", "--resume"), words=["train/good/003.png is missing", "--out"])
+    refuse(train.main, capsys, *arguments("parts", "--resume"), words=["missing: train/good/003.png;", "--out"])
     spare.with_name("renamed.png").rename(spare)
 
     call(train.main, *arguments("parts", "--resume"))
@@ -232,8 +232,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert [row["epoch"] for row in log_of(tmp_path / "parts")] == ["1", "2", "3", "4"]
     assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "model.pt"]
     call(train.main, *arguments("parts", "--resume"))
-    assert "finished already" in capsys.readouterr().out
-    refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["another epochs (4)"])
+    assert "already finished" in capsys.readouterr().out
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["was started with epochs = 4;"])
 
 
 def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_path):
@@ -324,7 +324,7 @@ def test_no_two_runs_share_a_folder(category, tmp_path, capsys):
     (tmp_path / "out" / "a").mkdir(parents=True)
     (tmp_path / "out" / "b").symlink_to(tmp_path / "out" / "a")
     command = ["--data", tmp_path / "cats", "--out", tmp_path / "out", *QUICK]
-    refuse(train.main, capsys, *command, words=["is the folder of both", "cats/a", "cats/b"])
+    refuse(train.main, capsys, *command, words=["the runs of both", "cats/a", "cats/b"])
 
 
 def test_figures_of_a_run_where_another_call_is_writing_are_not_touched(category, tmp_path, capsys):
@@ -401,7 +401,7 @@ def test_bad_training_input(category, tmp_path, capsys):
     attempt("--data", tmp_path / "nowhere", words=["--data", "no such folder"])
     attempt("--data", tmp_path / "empty", words=["--data", "empty", "train/good"])
     attempt("--data", tmp_path / "bare", words=["bare", "no images", "train/good"])
-    attempt("--data", tmp_path / "one", words=["1 good images", "training needs at least 5"])
+    attempt("--data", tmp_path / "one", words=["only 1 good images", "give at least 5"])
     attempt("--data", tmp_path / "broken", *LITE, "--size", 64, words=["zz.png"])
     attempt("--data", category, "--backbone", "vgg", words=["--backbone", "vgg", "resnet18"])
     attempt("--data", category, "--weights", tmp_path / "weights.pth", words=["weights.pth", "--weights"])
@@ -441,12 +441,12 @@ def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path
     """A run that goes on has the backbone's weights in its checkpoint; one that begins reads them."""
     command = ["--data", load(run / "model.pt").settings.data, *LITE, "--weights", tmp_path / "gone.pth", "--resume"]
     refuse(train.main, capsys, *command, "--out", run, words=["--weights has no effect with --resume"])
-    refuse(train.main, capsys, *command, "--out", tmp_path / "new", words=["gone.pth", "no ImageNet weights"])
+    refuse(train.main, capsys, *command, "--out", tmp_path / "new", words=["gone.pth", "cannot load ImageNet weights"])
     (tmp_path / "two" / category.name / "seed0").mkdir(parents=True)
     first = OwnFiles(tmp_path / "two" / category.name / "seed0", "trained")
     shutil.copy(run / "model.pt", first.claim("model.pt"))
     some = [*command, "--out", tmp_path / "two", "--seeds", 2]  # the second one has no checkpoint
-    refuse(train.main, capsys, *some, "--epochs", 3, "--size", 192, "--batch", 1024, words=["gone.pth", "no ImageNet"])
+    refuse(train.main, capsys, *some, "--epochs", 3, "--size", 192, "--batch", 1024, words=["gone.pth", "cannot load"])
 
 
 def test_two_folders_of_the_same_name_do_not_share_a_run(category, tmp_path, monkeypatch, capsys):
