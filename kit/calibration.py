@@ -31,7 +31,7 @@ COPIES = 30  # camera copies of held-out images, on which the threshold is teste
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
 TENTHS = 10
-ASKED = 40  # images at most, whose neighbours `alike_in_order` looks at
+ASKED = 40  # images at most that `alike_in_order` examines
 
 
 class AsNew:
@@ -161,10 +161,12 @@ def calibrate_as_new(
 def alike_in_order(
     prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
 ) -> float:
-    """How much more alike good images are when they follow each other by name. The nearest prototypes of an image,
-    without its own, come from its own tenth of the `files` this many times as often as by chance; about 1 if the order
-    of names means nothing. It is measured on some of the images, from their rows y (N, C), where `images` (N,) is each
-    row's image number. `prototypes` is a `bank.Prototypes`."""
+    """How much more alike good images are if they are neighbours in the order of names.
+
+    The nearest prototypes of an image, without its own, come from some tenth of the `files`. The result says how many
+    times as often as by chance this is the image's own tenth; it is about 1 if the order of names means nothing. It is
+    measured on some of the images, from their rows y (N, C), where `images` (N,) is each row's image number.
+    `prototypes` is a `bank.Prototypes`."""
     tenth = blocks(files, TENTHS)
     origin = prototypes.origin.cpu()
     found, expected = 0.0, 0.0

@@ -18,9 +18,9 @@ BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
 NOISE = 0.03  # standard deviation, at most
 QUALITY = (40, 95)  # of the JPEG file
 MIDDLE = 1024  # pixels a side that are measured
-MEASURED = 50  # good images at most, whose measures say what is usual
+MEASURED = 50  # good images at most, to find the usual measures
 
-# For each measure: what its rise and its fall are called, and the least change that is worth a word.
+# For each measure: the word for a rise, the word for a fall, and the smallest change that is reported.
 MEASURES = {
     "light": ("brighter", "darker", 0.05),  # mean of all pixels
     "noise": ("noisier", "less noisy", 0.2),  # logarithm of the standard deviation

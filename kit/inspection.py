@@ -47,7 +47,7 @@ REGIONS_COLUMNS = ["file", "region", "x0", "y0", "x1", "y1", "area", "peak", *CO
 TABLE = "scores.csv"
 REGIONS = "regions.csv"
 PAGE = "report.html"
-ABOUT = "judged.json"  # says which images the findings are about
+ABOUT = "judged.json"  # says which images the results are about
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
 
@@ -84,11 +84,11 @@ def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()[:12]
 
 
-# ---------------------------------------------------------------- where findings go
+# ---------------------------------------------------------------- where results go
 
 
 def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
-    """The default folder for findings on these `images`: predictions/<run>/<their name>. If that holds findings of
+    """The default folder for results on these `images`: predictions/<run>/<their name>. If that contains results of
     another detector, or on other images, the detector's fingerprint is added, and a number if necessary. The folder of
     an earlier call of this kind is used again."""
     name = Path(os.path.abspath(images)).name or "images"
@@ -103,14 +103,14 @@ def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
 
 
 def check_findings(out: Path, images: Path, detector: str, watch: bool) -> None:
-    """Raises InputError if findings of this detector on these `images` must not be added to what is in `out`."""
+    """Raises InputError if results of this detector on these `images` must not be added to those in `out`."""
     if found := obstacle(out, images, detector, watch):
         raise InputError(f"--out {out}: {found}; give another --out")
 
 
 def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
-    """Why findings of this detector on these `images` must not be added to those in `out`; None if they may. With
-    `watch`, findings of another detector are no obstacle."""
+    """The reason why results of this detector on these `images` must not be added to those in `out`; None if they may.
+    With `watch`, results of another detector are no obstacle."""
     table = out / TABLE
     OwnFiles(out, "judged").refuse_foreign(TABLE)
     header = header_of(table)
@@ -141,7 +141,7 @@ def is_whole(row: list[str]) -> bool:
 
 
 def images_of(out: Path) -> str | None:
-    """The folder of the images that the findings in `out` are about."""
+    """The folder of the images that the results in `out` are about."""
     try:
         return json.loads((out / ABOUT).read_text(encoding="utf-8"))["images"]
     except (OSError, ValueError, TypeError, KeyError):
@@ -183,7 +183,7 @@ class Judgements:
         self.regions = GrowingTable(self.own.claim(REGIONS), REGIONS_COLUMNS, regions)
 
     def keep_page(self, rows: list[list[str]]) -> None:
-        """Keep the page of an earlier detector, whose scores have another scale, under another name."""
+        """Keep the page of an earlier detector under another name: its scores have another scale."""
         earlier = rows[-1][-2] if rows else self.work.detector
         if earlier != self.work.detector and (self.own.folder / PAGE).exists():
             move(self.own.folder / PAGE, self.own.claim(f"report-{earlier}.html"))

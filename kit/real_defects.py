@@ -116,8 +116,8 @@ def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
 
 def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
     """Where a defect is in its image (H, W, 3), within the region of interest: (H, W) bool. Its mask says so; without a
-    mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On screws, a sixth of these pixels
-    lay outside the defect; of all pixels above the level of good images, half did."""
+    mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On *screw*, a sixth of these pixels
+    lay outside the defect. Of all pixels above the level of good images, half lay outside."""
     roi = model.roi.cpu().numpy()
     if defect.mask:
         return read_mask(defect.mask, model.shape) & roi

@@ -67,7 +67,7 @@ def save_jpeg(path: Path, shown: Image.Image) -> None:
 
 
 def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
-    """Write report.html for images whose views are saved there; `facts` stand at its top."""
+    """Write report.html, with `facts` at its top. The views of the images have been saved in the same folder before."""
     images = []
     for entry in entries:
         views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]

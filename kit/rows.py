@@ -137,7 +137,7 @@ def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
     anomalous, origin = [], []
     for after, mask, numbers in painter.painted(images):
         x = model.features(after)
-        touched = touches(mask.to(model.device), x.shape[2:])  # what is painted lies in the region of interest
+        touched = touches(mask.to(model.device), x.shape[2:])  # painted defects lie in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
         files = torch.from_numpy(painter.file_number(numbers))
         origin.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))

@@ -221,8 +221,8 @@ def covering(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def next_farthest(sketch: Tensor, distance: Tensor) -> Tensor:
-    """The next rows (k,), k >= 1, of the greedy choice from rows (N, S), as many as can be found among the FARTHEST
-    ones. `distance` (N,) is the distance of each row to the chosen rows. A choice can only reduce distances. So the
+    """The next rows (k,), k >= 1, of the greedy choice from rows (N, S). Only the FARTHEST rows are examined, so k
+    varies. `distance` (N,) is the distance of each row to the chosen rows. A choice can only reduce distances. So the
     farthest of these few rows is the farthest of all, as long as its distance is not below those of all other rows."""
     values, few = distance.topk(min(FARTHEST, len(distance)))
     others = values[-1]

@@ -52,7 +52,7 @@ class Descent:
         return progress["epoch"]
 
     def epoch(self, number: int, steps: list[dict[str, float]], processes: Processes) -> Epoch:
-        """The record of an epoch with these steps: the means over the steps and over all processes, each of which has
+        """The record of an epoch with these steps: the means over the steps and over all processes. Each process has
         seen its part of every batch."""
         progress = self.state() | {"epoch": number}
         if not steps:

@@ -21,9 +21,9 @@ ODD = 4  # standard deviations above the median, of log scores
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Thresholds for the score and for the map's maximum, each of which a share `false_alarm` of normal images is
-    expected to exceed. They come from `images` different normal images; with 90 % confidence, at most a share `at_most`
-    of normal images exceeds the score threshold."""
+    """Thresholds for the score and for the map's maximum. A share `false_alarm` of normal images is expected to exceed
+    each of them. They come from `images` different normal images. With 90 % confidence, at most a share `at_most` of
+    normal images exceeds the score threshold."""
 
     score: float
     heat: float
@@ -149,9 +149,10 @@ def odd_ones(values: np.ndarray) -> np.ndarray:
 
 
 def drift(scores: np.ndarray, normal: np.ndarray) -> str:
-    """Whether the scores of many images have shifted: "higher" or "lower" if three quarters of them lie above or below
-    three quarters of the normal scores, else "". Up to two thirds of defects in a folder do not trigger this. Fewer
-    than ten images give ""."""
+    """Whether the scores of many images have shifted: "higher" or "lower", else "".
+
+    They have if the middle halves of both (from the 25 % to the 75 % quantile) do not overlap. A folder with up to two
+    thirds of defects does not trigger this. Fewer than ten images give ""."""
     if len(scores) < 10:
         return ""
     low, high = np.quantile(scores, (0.25, 0.75))

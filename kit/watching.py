@@ -107,7 +107,7 @@ class Listing:
         self.turn: Iterator[Path] = iter(())
 
     def look(self) -> list[Path]:
-        """The files that are new since the last look, and those whose turn it is."""
+        """The files that are new since the last look, and the known files that are due for a check."""
         new: list[Path] = []
         self.visit(self.folder, new)
         new.sort()

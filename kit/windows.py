@@ -34,8 +34,8 @@ def part_shape(shape: Shape, side: int) -> Shape:
 
 
 def overlapping_parts(shape: Shape, side: int) -> list[tuple[slice, slice]]:
-    """Overlapping parts, all of the same `part_shape`, that cover an image of this shape. From one part to the next it
-    is at most half a part."""
+    """Overlapping parts, all of the same `part_shape`, that cover an image of this shape. The
+    starts of neighbouring parts are at most half a part apart."""
     height, width = part_shape(shape, side)
     down, across = starts(shape[0], height), starts(shape[1], width)
     return [(slice(y, y + height), slice(x, x + width)) for y in down for x in across]

@@ -29,7 +29,7 @@ METHODS = {
 
 
 def load(path: Path | str, device: str = "cpu") -> Detector:
-    """The detector of checkpoint `path`, ready to judge. Raises InputError if the file is missing or is no
+    """The detector of checkpoint `path`, ready to judge. Raises InputError if the file is missing or is not a
     checkpoint."""
     checkpoint = read_checkpoint(path)
     try:
