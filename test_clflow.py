@@ -1,4 +1,4 @@
-"""The method's tests, against independent oracles: its second explanation. python -m pytest -q"""
+"""Tests of the method against independent oracles. They also explain it a second time. Run: python -m pytest -q"""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from kit.settings import CLFlowSettings
 
 
 def randomised(flow: Flow2D) -> Flow2D:
-    """Every parameter random: a flow that starts as the identity would pass vacuously."""
+    """Make every parameter random: a flow that starts as the identity would pass vacuously."""
     with torch.no_grad():
         for p in flow.parameters():
             p.normal_(0, 0.3)
@@ -61,7 +61,7 @@ def test_flow_log_determinant_is_that_of_the_autograd_jacobian(channels, kernels
 
 
 def test_flow_log_determinant_per_position_with_1x1_kernels():
-    """Without neighbours each position has a Jacobian of its own, so that even the single terms have an oracle."""
+    """Without neighbours each position has its own Jacobian, so each term of the log-determinant has an oracle."""
     torch.manual_seed(2)
     flow = randomised(Flow2D(4, steps=3, kernel_sizes=(1,))).double()
     x = torch.randn(1, 4, 2, 2, dtype=torch.float64)
@@ -98,11 +98,11 @@ def test_perlin_is_zero_on_its_lattice_and_smooth_between():
     noise = np.concatenate([synth.perlin(96, 160, (4, 8), rng).ravel() for _ in range(20)])
     assert abs(noise.mean()) < 0.05 and 0.2 < noise.std() < 0.5 and np.abs(noise).max() <= 1.0 + 1e-9
     for cells, steepest in ((2, 0.05), (8, 0.1)):
-        for _ in range(50):  # wherever the lattice begins
+        for _ in range(50):  # with random offsets of the lattice
             smooth = synth.perlin(256, 256, (cells, cells), rng)
             assert max(np.abs(np.diff(smooth, axis=k)).max() for k in (0, 1)) < steepest  # no seam where cells meet
 
-    class Fixed:  # no rotation and no offset: the lattice then lies on every 8th pixel
+    class Fixed:  # no rotation and no offset, so the lattice lies on every 8th pixel
         def uniform(self, low, high, size=None):
             return np.random.default_rng(3).uniform(low, high, size) if size else 0.0
 
@@ -135,7 +135,7 @@ def test_synthesize_agrees_with_its_mask_and_box():
 
 
 def test_two_defects_are_one_painted_after_the_other(monkeypatch):
-    """But the object is sought once, on the image that has no defect yet."""
+    """The foreground is computed only once, on the image without defects."""
     rng = np.random.default_rng(1)
     texture = rng.random((96, 96, 3), dtype=np.float32)
     for seed in range(10):
@@ -223,7 +223,7 @@ def test_classification_loss_by_hand_and_its_gradient():
     loss = clflow.classification_loss(normal, anomalous, smoothing=0.1)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
-    assert anomalous.grad.item() < 0  # descent raises the odds of what is anomalous
+    assert anomalous.grad.item() < 0  # gradient descent raises the odds of anomalies
     far = torch.tensor([5.0], requires_grad=True)
     clflow.classification_loss(normal, far, smoothing=0.1).backward()
     assert far.grad.item() > 0  # beyond the smoothed label it is not pushed any further
@@ -249,7 +249,7 @@ def test_tamed_energy_is_continuous_and_grows_like_the_logarithm():
 
 
 class Given(torch.nn.Module):
-    """A model whose latents and log-odds are given functions of the rows, in place of a flow and a classifier."""
+    """A model with simple functions of the rows as latents and log-odds, instead of a flow and a classifier."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -276,13 +276,13 @@ def test_losses_against_a_loop_over_rows(monkeypatch):
     def odds(row):
         return float(row[1] - 2 * row[2])
 
-    nll = np.mean([energy(row) for row in normal[:3]])  # the flow sees as many as there are defects
+    nll = np.mean([energy(row) for row in normal[:3]])  # the flow sees as many normal rows as there are defect rows
     wrong = [cross_entropy(odds(row), 0.1) for row in normal]
     noised = [row + clflow.NOISE * move for row, move in zip(normal, noise, strict=False)]
     missed = [cross_entropy(odds(row), 0.9) for row in (*anomalous, *noised)]
     classification = np.mean(wrong) + np.mean(missed)
     info = []
-    rivals = 2 * sum(math.exp(odds(row) / 0.5) for row in normal)  # of a batch of 80, another process has 40
+    rivals = 2 * sum(math.exp(odds(row) / 0.5) for row in normal)  # of 80 rows, another process has 40
     for row in (*anomalous, *noised):
         similar = math.exp(odds(row) / 0.5)
         info.append(-math.log(similar / (similar + rivals)))
@@ -299,7 +299,7 @@ def test_a_proxy_task_of_weight_zero_is_left_out(off):
 
 
 def test_the_contrast_raises_the_log_odds_of_defects_and_lowers_the_others():
-    """One step down the loss, on the rows themselves: the direction in which each kind goes."""
+    """One step of gradient descent, on the rows themselves, shows in which direction each kind moves."""
     torch.manual_seed(0)
     normal, anomalous = torch.randn(64, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
     model = Given(classification_weight=0)
@@ -327,7 +327,7 @@ def test_whitening_whitens_the_strongest_directions():
 
 
 def test_whitening_needs_float64_on_the_cpu_only():
-    """Some devices (mps) do not have it: whatever becomes float64 has to be sent to the CPU by the same call."""
+    """Some devices (mps) have no float64. So a call that converts to float64 must also move the tensor to the CPU."""
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -346,7 +346,7 @@ CHANNELS = 40 + 112
 
 @pytest.fixture
 def model() -> clflow.CLFlow:
-    """Fitted to given features of five images; nothing is trained, but no parameter of the flow is zero."""
+    """A model that is fitted to given features of five images. Nothing is trained; the flow's parameters are random."""
     torch.manual_seed(0)
     model = clflow.CLFlow(SETTINGS).eval()
     model.full_precision = True
@@ -376,7 +376,7 @@ def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
 
 
 def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, model):
-    """Each position by itself, without its neighbours and its batch, gives the same energies."""
+    """Each position alone, without its neighbours and its batch, gives the same energies."""
     x = features(3)
     monkeypatch.setattr(model, "features", lambda images: x)
     code = model.encode(torch.empty(3, 3, 64, 64))
@@ -412,7 +412,8 @@ def test_the_map_has_the_experts_that_there_are(local, classifies, shares):
 
 
 def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
-    """As from a bank that never knew the image, by a loop; where it is the only image there is, it is refused."""
+    """The oracle is a loop over a bank without the image's prototypes. If no other image is in the bank, this is
+    refused."""
     bank, spacing = model.prototypes.bank + model.prototypes.centre, model.prototypes.spacing
     origin = model.prototypes.origin.clone()
     rows, images = as_rows(features(5)), origins(as_rows(features(5)), range(5))
@@ -431,8 +432,8 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
-    """As the image itself gives it when its own prototypes do not count; where nothing is looked at, zero."""
-    model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
+    """It equals the map of the image itself without its own prototypes. It is zero outside the region of interest."""
+    model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of the eight columns count
     x = features(5)
     rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
     copies = features(5).permute(0, 2, 3, 1)[:, 0, 2:].flatten(0, 1).half()  # six rows of each
@@ -443,7 +444,7 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
         expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
         code = feed.code(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
-    some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # of 48
+    some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # 40 of 48 positions
     part = Feed(model, Rows(some, origins(some, range(5)), inside), Rows(rows[:4], torch.arange(4)))
     assert len(some) == 5 * 40 and part.code(0) is None
 
@@ -462,7 +463,7 @@ def test_a_single_pixel_touches_its_position():
 
 
 class Painted:
-    """Two images in place of files and loaders; the second one has a defect, and so has, later, the first."""
+    """Two images instead of files and loaders. A defect is painted on the second one, then one on the first."""
 
     files = ["a", "b"]
     processes = Processes()
@@ -484,16 +485,16 @@ class Painted:
 
 
 def test_feed_gives_rows_of_good_images_their_copies_and_defects(monkeypatch, model):
-    x = torch.cat((features(2), features(2) + 9))  # of images that are 0, 1 all over, and of those with defects, 2, 3
+    x = torch.cat((features(2), features(2) + 9))  # images 0 and 1 are good, 2 and 3 have defects
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
-    monkeypatch.setattr(kit_rows, "ROWS", 101)  # fifty of an image, and not one more in all
+    monkeypatch.setattr(kit_rows, "ROWS", 101)  # so fifty rows per image
     normal = good_rows(model, Painted())
-    assert normal.images.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # about a quarter
-    assert torch.isin(normal.y[100:], as_rows(x[1:2]).half()).all()  # what the copies look like here
+    assert normal.images.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # copies give about a quarter as many
+    assert torch.isin(normal.y[100:], as_rows(x[1:2]).half()).all()  # copies have the features of image 1 here
     feed = Feed(model, normal, painted_rows(model, Painted(), 300))
     assert len(feed.normal) == 122 and feed.normal.dtype == torch.float16
 
-    # The rows of the defects in the order of their images, each without the prototypes of its own.
+    # The rows of defects are ordered by image. Each is computed without the prototypes of its own image.
     three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
     expected = codes(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
     assert torch.allclose(feed.anomalous.float(), expected, rtol=1e-2, atol=1e-2)
@@ -508,6 +509,6 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
     feed = Feed(model, good_rows(model, Painted()), painted_rows(model, Painted(), 300))
     first = feed.only(torch.tensor([True, False]))
     normal, anomalous = first.draw(500)
-    mine = torch.cat((feed.normal[:64], feed.normal[128:144])).float()  # its rows, and those of its copy
+    mine = torch.cat((feed.normal[:64], feed.normal[128:144])).float()  # rows of the first image, and of its copy
     assert torch.isin(normal, mine).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()
-    assert not torch.isin(feed.draw(500)[0], mine).all()  # the whole feed is as it was
+    assert not torch.isin(feed.draw(500)[0], mine).all()  # the whole feed is unchanged

@@ -1,9 +1,10 @@
 import os
 
-# The same on every machine. With CUDA_VISIBLE_DEVICES=0 they run on a GPU, whose rounding some of them do not expect.
+# Tests run on the CPU, so that they are the same on every machine. With CUDA_VISIBLE_DEVICES=0 they run on a GPU, but
+# some do not allow for its rounding.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# Arrays this small gain nothing from more threads. Beside a busy process these wait for each other: on two cores the
-# suite then took more than twice as long.
+# Arrays this small gain nothing from several threads. On a busy machine threads wait for each other: on two cores the
+# tests then took more than twice as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import kit  # noqa: F401 (first, before PyTorch is imported)
 
@@ -22,7 +23,7 @@ from methods import autoencoder
 
 @pytest.fixture(scope="session", autouse=True)
 def few_synthetic_defects():
-    """And half of the steps, to save time; real processes paint all, and take all."""
+    """Fewer painted defects and half of the steps, to save time. Real processes use the full numbers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clflow, "PAINTED", 64)
         patch.setattr(clflow, "STEPS_PER_EPOCH", 50)
@@ -31,14 +32,14 @@ def few_synthetic_defects():
 
 @pytest.fixture(scope="session")
 def category(tmp_path_factory) -> Path:
-    """A drawn category in MVTec AD layout; no test may change it."""
+    """A drawn category in MVTec AD layout. Tests must not change it."""
     data = tmp_path_factory.mktemp("small")
     draw_demo(data, SMALL)
     return data
 
 
 def train_blind(category: Path, out: Path, *options: object) -> Path:
-    """`out`, a run that was trained with the category's test folder out of sight."""
+    """The run folder `out`. Training could not see the category's test folder."""
     blind = out.with_name(f"{out.name}-category") / category.name
     shutil.copytree(category / "train", blind / "train")
     call(train.main, "--data", blind, "--out", out, *options)
@@ -49,7 +50,7 @@ def train_blind(category: Path, out: Path, *options: object) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(category, tmp_path_factory) -> Path:
-    """A CL-Flow run; tests only read it (copy it to change it)."""
+    """A CL-Flow run. Tests must not change it; they change a copy."""
     return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192, "--batch", 1024)
 
 

@@ -22,12 +22,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 
 
 def call(main, *arguments: object) -> None:
-    """A script's `main` in this process, as from the command line."""
+    """Call a script's `main` in this process, as from the command line."""
     main([str(argument) for argument in arguments])
 
 
 def refuse(main, capsys, *arguments: object, words: list) -> None:
-    """`main` with these arguments writes one line, with these words in it, and exits with code 2."""
+    """Check that `main` with these arguments writes one line that contains these words, and exits with code 2."""
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: call(main, *arguments))
     stderr = capsys.readouterr().err
@@ -36,19 +36,19 @@ def refuse(main, capsys, *arguments: object, words: list) -> None:
 
 
 def script(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """A real process."""
+    """Run a command as a process of its own."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 def visible(folder: Path) -> list[str]:
-    """What is in a folder, but for the list of what is ours."""
+    """The contents of all files in a folder, except the list of the program's own files."""
     return sorted(path.name for path in folder.iterdir() if path.name != LIST)
 
 
 def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float) -> None:
-    """The exported program gives the maps and scores of the run's own model in float32, when that searches through the
-    whole bank, too; nearly the same scores when it does not."""
+    """Check that the exported program gives the maps and scores of the run's own model in float32, if this model also
+    searches the whole bank; otherwise nearly the same scores."""
     call(evaluate.main, run, "--export", to)
     model = load(run / "model.pt")
     model.full_precision = True

@@ -1,4 +1,4 @@
-"""The projecting autoencoder: its losses and corruptions by hand, what it learns, the same scripts."""
+"""The projecting autoencoder: losses and corruptions by hand, what it learns, and the scripts."""
 
 import csv
 import json
@@ -23,9 +23,9 @@ EVERYWHERE = torch.ones(64, 64, dtype=torch.bool)
 
 
 class Stub(torch.nn.Module):
-    """A projection that moves every pixel of its input by 0.3, and wants its norms to take the batch's statistics."""
+    """A projection that adds 0.3 to every pixel. It checks that the batch norms use the batch's statistics."""
 
-    roi = None  # `bend` alone looks at it
+    roi = None  # only `bend` uses it
 
     def project(self, images: torch.Tensor) -> torch.Tensor:
         assert self.training
@@ -36,7 +36,7 @@ def test_loss_of_the_two_regions_by_hand(monkeypatch):
     mask, clean = torch.zeros(2, 1, 4, 4), torch.tensor([0.3, 0.6, 0.9]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     mask[0, :, :2], mask[1, :, 0, 0] = 1, 1
     painted, bent, disc = mask * torch.tensor([0.1, 0.7]).view(2, 1, 1, 1), torch.zeros(2, 1, 4, 4), mask.clone()
-    bent[0, :, 3], disc[0, :, 3] = 0.2, 1  # of the first image, another row is bent
+    bent[0, :, 3], disc[0, :, 3] = 0.2, 1  # another row of the first image is bent
     monkeypatch.setattr(autoencoder, "bend", lambda images, mask, roi: (images - bent, torch.maximum(mask, disc)))
     stub = Stub().eval()
     found = autoencoder.Losses(stub)(torch.cat((clean, clean[:2] - painted)), mask)
@@ -47,7 +47,8 @@ def test_loss_of_the_two_regions_by_hand(monkeypatch):
 
 
 def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():
-    """Two channels hold each pixel's own place, and tell where it came from; SciPy moves the third one likewise."""
+    """Two channels hold the coordinates of each pixel, so they show where it came from. SciPy moves the third one the
+    same way."""
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     images, painted = torch.stack((1e-3 * y, 1e-3 * x, torch.zeros(64, 64))).repeat(40, 1, 1, 1), torch.zeros(64, 64)
@@ -76,7 +77,7 @@ def test_skips_take_the_encoder_or_the_decoder_as_their_gates_say():
         disturbed = network.up[0].register_forward_hook(lambda module, inputs, output: output + 1)
         found.append((network(images) - before).abs().max().item())
         disturbed.remove()
-    assert found[0] == 0 and found[1] > 1e-3  # C = 1: the encoder alone counts; C = 0: the decoder does
+    assert found[0] == 0 and found[1] > 1e-3  # C = 1: only the encoder counts; C = 0: only the decoder
 
 
 def test_skips_are_convex_combinations_of_encoder_and_decoder():
@@ -109,7 +110,8 @@ def test_projection_repairs_and_is_idempotent(projecting_run, category):
 
 
 def test_dilated_layers_take_part_in_the_repair(projecting_run, category):
-    """They once died in training, unnoticed, since a skip led past them: f was the same without them."""
+    """In an earlier version they died in training unnoticed, because a skip connection bypassed them: f was the same
+    without them."""
     model, outputs = load(projecting_run / "model.pt"), []
     images = [read_image(p, (128, 128)) for p in data.list_images(category / "test" / "good")]
     corrupted = [synthesize(image, np.random.default_rng(i))[0] for i, image in enumerate(images)]
@@ -142,11 +144,12 @@ def test_energy_is_the_distance_to_the_nearest_movement_of_a_normal_image(projec
     distance, index = torch.cdist(rows, bank, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
     expected = (distance / model.prototypes.spacing[index]).view(len(images), 24, 24)
     is_equal = (model.energies(images)[0] - expected).abs() < 1e-3 * expected.max()
-    assert is_equal.float().mean() > 0.99 and expected.std() > 0.1  # of the bank some cells are looked into
+    assert is_equal.float().mean() > 0.99 and expected.std() > 0.1  # only some cells of the bank are searched
 
 
 def test_the_bank_is_of_the_present_projection(projecting_run, category):
-    """Fitted anew to other images, or after another training step, it is another one; the seed alone decides else."""
+    """The bank changes with the images that it is fitted to, and with each training step. Otherwise it depends on the
+    seed alone."""
     model = load(projecting_run / "model.pt")
     files = data.list_images(category / "train" / "good")
     images = data.read_batch(files, (128, 128))
@@ -181,7 +184,7 @@ def test_only_runs_of_the_autoencoder_have_a_projection(finished_run, capsys):
 
 
 def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, monkeypatch, capsys):
-    """The held-out images alone calibrate the autoencoder: one that is unlike the others is named, and drawn."""
+    """Only the held-out images calibrate the autoencoder. One that is unlike the others is named and drawn."""
     monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 30)
     monkeypatch.setattr(calibration, "odd_ones", lambda scores: np.array([1]))
     options = ["--method", "autoencoder", *LITE, "--size", 64, "--epochs", 1, "--bank", 100]

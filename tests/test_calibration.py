@@ -1,4 +1,4 @@
-"""The good images' scores: what is odd among them, and that it does not decide."""
+"""The scores of good images: outliers among them are named, and do not decide the threshold."""
 
 import contextlib
 import shutil
@@ -44,11 +44,11 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
     assert clean.inspect(chip).anomalous and spoilt.inspect(chip).anomalous
 
 
-# ---------------------------------------------------------------- a threshold of new images
+# ---------------------------------------------------------------- a threshold from new images
 
 
 def draw_buttons(to: Path, count: int, day: int) -> Path:
-    """A folder of good images that no category has."""
+    """A folder of good images that belong to no category."""
     for number in range(count):
         draw.save_picture(
             to / f"{number}.png", Image.fromarray(draw_button(np.random.default_rng([100 + day, number]), "good")[0])
@@ -76,12 +76,12 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
     words = ["--recalibrate", "0 new images", "give at least 5"]
     refuse(evaluate.main, capsys, run, "--recalibrate", good, words=words)
     mixed = draw_buttons(tmp_path / "mixed", 12, day=2)
-    for number in range(24):  # under other names: known by their bytes
+    for number in range(24):  # under other names; they are recognised by their bytes
         shutil.copy(good / f"{number:03}.png", mixed / f"copy_{number}.png")
     call(evaluate.main, run, "--recalibrate", mixed)
     said = capsys.readouterr().out
     assert "left out 24 of 36 images: the detector was trained with them" in said and "from 12 good images" in said
-    # Of other good images it flags as many as it says, and no more.
+    # It flags no more of other good images than it promises.
     model = load(run / "recalibrated.pt")
     others = draw_buttons(tmp_path / "others", 16, day=3)
     flagged = sum(model.inspect(path).anomalous for path in sorted(others.iterdir()))
@@ -142,14 +142,14 @@ def test_a_detector_of_the_fewest_images_keeps_its_promise(tmp_path, capsys, met
 
 
 def test_a_whitening_of_few_rows_is_refused(tmp_path, capsys):
-    """Rows that it was fitted on would look more normal than new ones: of 20 new images 18 were flagged."""
+    """Rows that the whitening was fitted on would look more normal than new ones: 18 of 20 new images were flagged."""
     few = draw_buttons(tmp_path / "few", 8, day=5)
     words = ["--data", "384 positions", "larger --size"]
     refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", *QUICK, words=words)
 
 
 def test_a_third_is_never_judged_by_what_it_taught():
-    """With so many processes that one has images of a single third, training is refused before it starts."""
+    """If one of the processes only has images of a single third, training is refused before it starts."""
     files = [Path(f"{number}.png") for number in range(4)]
     for processes, is_enough in ((1, True), (2, True), (4, False)):
         as_new = calibration.AsNew(GoodImages([], files, [], Processes(0, processes)), 0, alike=1.0)
@@ -185,12 +185,12 @@ def test_an_image_is_judged_without_itself_and_in_a_series_without_its_fifth():
     alone, series = calibration.AsNew(good, 0, alike=1.2), calibration.AsNew(good, 0, alike=3.0)
     assert alone.left_out(12).tolist() == [12] and not alone.is_series and alone.different == 30
     assert series.left_out(12).tolist() == list(range(12, 18)) and series.is_series and series.different == 10
-    few = calibration.AsNew(files_called(*"abcdefgh"), 0, alike=9.0)  # of too few images nothing can be said
+    few = calibration.AsNew(files_called(*"abcdefgh"), 0, alike=9.0)  # too few images to recognise a series
     assert not few.is_series
 
 
 class Scored(Detector):
-    """The score of an image is what it shows, 1 more where nothing is left out: its training is its neighbours'."""
+    """The energies of an image are its grey value plus the number of images that are left out."""
 
     def __init__(self):
         super().__init__(NearestSettings(images=30, held_out=2, size=64), None, experts=1)
@@ -203,7 +203,7 @@ class Scored(Detector):
 def test_scores_belong_to_their_images_whatever_the_processes(tmp_path, monkeypatch, processes):
     for number in range(30):
         Image.new("RGB", (64, 64), (5 * number,) * 3).save(tmp_path / f"{number}.png")
-    good = GoodImages([], data.list_images(tmp_path))  # 0, 1, 10, 11, ...: not in their natural order
+    good = GoodImages([], data.list_images(tmp_path))  # 0, 1, 10, 11, ...: not the natural order
     parts = []
     monkeypatch.setattr(Processes, "concatenated", lambda self, rows: parts.append(rows) or torch.cat(parts))
     found = {}
@@ -211,7 +211,7 @@ def test_scores_belong_to_their_images_whatever_the_processes(tmp_path, monkeypa
         parts.clear()
         for rank in range(processes):
             shared = GoodImages([], good.trained_on, [], Processes(rank, processes))
-            if rank < processes - 1:  # the last one has what all have found
+            if rank < processes - 1:  # the last process gets the results of all
                 with contextlib.suppress(ValueError):
                     calibration.AsNew(shared, 0, 3.0).scores(Scored(), fold)
             else:
@@ -256,8 +256,8 @@ def test_independent_images_are_no_series(category, tmp_path, capsys):
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category, monkeypatch, capsys, learns):
-    """All of them if the threshold is very low, one if it is below the highest score. A method that learns camera
-    copies raises its threshold for them, by a fifth at most."""
+    """All copies if the threshold is very low, none if it is very high, one if it is just below the highest score. A
+    method that learns camera copies raises its threshold for them, by a fifth at most."""
     monkeypatch.setattr(calibration, "COPIES", 6)
     model = load(run / "model.pt")
     model.LEARNS_CAMERA_COPIES = learns

@@ -61,7 +61,7 @@ def test_compression_is_read_from_the_file(tmp_path):
     fine, poor, png = (measured(pixels, tmp_path / name)[None] for name in ("fine.jpg", "poor.jpg", "a.png"))
     assert differences(poor, usual(fine)) == ["more strongly compressed"]
     assert differences(png, usual(fine)) == ["less compressed"]
-    assert differences(measured(pixels)[None], usual(fine)) == []  # an array: nobody knows
+    assert differences(measured(pixels)[None], usual(fine)) == []  # an array: its compression is unknown
 
 
 def test_told_names_all_differences():
@@ -100,7 +100,7 @@ def test_measures_have_names():
 
 
 def test_evaluate_says_how_new_images_differ_and_recalibrating_learns_them(run, category, tmp_path, capsys):
-    """Of images as they are nothing is said; of noisier ones a line is; after a recalibration on such ones none."""
+    """Unchanged images give no line, noisier ones do. After a recalibration on noisier images there is no line."""
     rng = np.random.default_rng(0)
     folders = {name: tmp_path / name for name in ("noisy", "new-good")}
     for folder in folders.values():

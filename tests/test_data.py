@@ -37,7 +37,7 @@ def test_masks_are_matched_by_stem(tmp_path):
     touch(tmp_path, "test/ko/1.png")
     with pytest.raises(InputError, match=r"1.png.*same name.*1.bmp"):
         labelled_images(tmp_path)
-    shutil.rmtree(tmp_path / "ground_truth")  # without masks two such images do not get into each other's way
+    shutil.rmtree(tmp_path / "ground_truth")  # without masks two such images do not conflict
     assert len(labelled_images(tmp_path)) == 5
 
 
@@ -70,7 +70,7 @@ def test_hidden_files_and_folders_have_no_images(tmp_path):
     assert list_images(good) == list_images(good, subfolders=True) == [good / "x.png"]
     assert [test.path for test in labelled_images(tmp_path / "data")] == [tmp_path / "data/test/good/x.png"]
     assert category_folders(tmp_path) == [tmp_path / "data"]
-    found = list_images(tmp_path / ".mine", subfolders=True)  # the folder that was asked for may be hidden
+    found = list_images(tmp_path / ".mine", subfolders=True)  # the folder that the user names may be hidden
     assert found == [tmp_path / ".mine/a/x.png"]
     shutil.rmtree(tmp_path / "data/test/good")
     assert not has_tests(tmp_path / "data")
@@ -102,7 +102,7 @@ def test_items_come_in_order_and_the_next_is_made_while_one_is_used():
 
     found = []
     for number in ahead(items()):
-        assert started[number + 1].wait(timeout=5)  # without a request for it
+        assert started[number + 1].wait(timeout=5)  # before it is requested
         found.append(number)
     assert found == [0, 1, 2]
 

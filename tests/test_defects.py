@@ -1,4 +1,4 @@
-"""Real defects beside the good images: which rows they give, how often these are drawn, what is measured after; and
+"""Real defects in addition to good images: their rows, how often these are drawn, which test images are left; and
 corrections.json."""
 
 import json
@@ -28,7 +28,7 @@ def model(finished_run) -> clflow.CLFlow:
 
 
 def pixel_box(position: int, pixels: int, positions: int) -> slice:
-    """The pixels along an axis that one of so many positions stands for."""
+    """The pixels along an axis that belong to this position, if there are `positions` of them."""
     side = pixels // positions
     return slice(position * side, (position + 1) * side)
 
@@ -37,7 +37,7 @@ def pixel_box(position: int, pixels: int, positions: int) -> slice:
 
 
 def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, category, monkeypatch):
-    """Position by position, from the pixels of the mask."""
+    """Computed position by position, from the pixels of the mask."""
     monkeypatch.setattr(real_defects, "COPIES", 1)
     (test,) = [t for t in data.labelled_images(category) if t.kind == "crack"][:1]
     roi = torch.zeros(192, 192, dtype=torch.bool)
@@ -59,7 +59,7 @@ def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, c
 
 
 def test_copies_move_image_and_mask_together(category):
-    """The image shows its own mask: so must every copy."""
+    """The image is a picture of its mask, so every copy must be a picture of its mask, too."""
     mask = np.zeros((64, 96), dtype=bool)
     mask[10:14, 20:50] = mask[30:50, 60:63] = True
     image = np.repeat(np.where(mask, 0.8, 0.3)[..., None], 3, axis=-1).astype(np.float32)
@@ -84,7 +84,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         heat = maps[0].numpy()
         assert found.sum() == 37 and heat[found].min() > heat[~found].max()  # a thousandth of 192 x 192
         assert np.median(distances) < 12  # pixels: a position and a half
-    model.look_within(torch.arange(192).repeat(192, 1) < 10)  # nothing is there
+    model.look_within(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
     found = real_defects.whereabouts(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
 
@@ -125,7 +125,7 @@ def test_masks_are_found_in_both_layouts(category, tmp_path):
 
 
 def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_path, capsys):
-    """Given from elsewhere, a copy of a test image is known by its bytes. Of 16 defects and good ones 13 are left."""
+    """A copy of a test image from another folder is recognised by its bytes. 13 of the 16 test images are left."""
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.copytree(mine / "test" / "chip", tmp_path / "bad")
     (tmp_path / "bad" / "003.png").unlink()
@@ -139,7 +139,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
     assert f"left out 3 test images, since the detector was trained with them: {names}\n" in said
     pictures = {path.name for path in (tmp_path / "run" / "pictures" / "chip").iterdir()}
     assert pictures == {"003.png.png"} and len(list((tmp_path / "run" / "pictures").glob("*/*"))) == 17
-    # By its path, whatever became of it since.
+    # An image is also recognised by its path, even if the file has changed since.
     Image.new("RGB", (256, 256)).save(tmp_path / "bad" / "000.png")
     call(evaluate.main, tmp_path / "run", "--data", mine)
     assert "3 test images" in capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
 
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
-    """Without masks: the classifier's highest log-odds of such images that were not given, above those of good ones."""
+    """Without masks. The highest log-odds of other images with such defects lie above those of good images."""
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 30)
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.rmtree(mine / "ground_truth")
@@ -167,7 +167,7 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
 
 
 def test_interrupted_training_with_defects_resumes_to_the_same_weights(category, tmp_path, monkeypatch):
-    """The first training, which finds where the defects are, is done again."""
+    """--resume repeats the first training, which finds where the defects are."""
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 4)
     shutil.copytree(category / "test" / "crack", tmp_path / "bad")
     command = ["--data", category, "--defects", tmp_path / "bad", *QUICK, "--epochs", 2]
@@ -203,7 +203,7 @@ def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatc
     monkeypatch.setattr("kit.rows.good_rows", watching_good)
     monkeypatch.setattr(real_defects, "defect_rows", watching_defects)
     good = data.list_images(category / "train" / "good")
-    missed = [category / "test/stain/001.png", good[4]]  # one that lay among the good ones
+    missed = [category / "test/stain/001.png", good[4]]  # the second one was among the good images
     alarm = category / "test" / "good" / "002.png"
     told = {"missed": missed, "false_alarms": [alarm], "not_good": [good[7]]}
     file = tmp_path / "corrections.json"

@@ -1,4 +1,4 @@
-"""Map, score, calibration, checkpoint, and `inspect`, what a user calls from Python."""
+"""Map, score, calibration, checkpoint, and `inspect`, which users call from Python."""
 
 import warnings
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def test_map_of_one_position_is_a_bell_of_its_energy():
     found = anomaly_map(e, (64, 64))
     assert found.shape == (1, 64, 64)
     peak = divmod(int(found.argmax()), 64)
-    assert peak[0] in (27, 28) and peak[1] in (43, 44)  # the position's middle, at 8 pixels each
+    assert peak[0] in (27, 28) and peak[1] in (43, 44)  # the middle of the position; each has 8 pixels
     assert found.sum().item() == pytest.approx(2 * 8 * 8, rel=0.01)
     assert torch.allclose(anomaly_map(torch.full((1, 8, 8), 3.0), (64, 64)), torch.full((1, 64, 64), 3.0), atol=1e-5)
 
@@ -62,13 +62,13 @@ def test_a_long_map_is_made_in_parts_that_are_the_whole(monkeypatch):
 
 
 def test_a_large_image_scores_as_its_worst_part(monkeypatch):
-    """Parts of 20 x 20, of which 1 % are four pixels."""
+    """Parts of 20 x 20 pixels; 1 % of a part are four pixels."""
     monkeypatch.setattr(kit.detector, "SIDE", 20)
     spot, scattered = torch.zeros(100, 80), torch.zeros(100, 80)
     spot[51:53, 37:39] = 1
-    scattered[[3, 40, 70, 95], [5, 70, 10, 75]] = 1  # as many high pixels, of four parts
+    scattered[[3, 40, 70, 95], [5, 70, 10, 75]] = 1  # the same number of high pixels, in four parts
     assert image_score(torch.stack((spot, scattered))).tolist() == [1, 0.25]
-    small = torch.zeros(20, 40)  # not more than two parts: one whole, whose 1 % is no more than that of a part
+    small = torch.zeros(20, 40)  # at most two parts in size: judged as a whole, with the pixel count of one part
     small[[3, 16], [5, 35]] = 1
     assert image_score(small[None]).item() == 0.5
     assert image_score(spot[None], pixels=200).item() == 1 and image_score(scattered[None], pixels=200).item() == 0.5
@@ -81,7 +81,7 @@ class BrightnessSettings(Settings):
 
 
 class Brightness(Detector):
-    """Two experts whose energies can be computed by hand: at each position its grey, and ten times the square of it."""
+    """Two experts with energies that are easy to compute: the grey value of a position, and ten times its square."""
 
     def __init__(self, held_out: int):
         super().__init__(BrightnessSettings(images=held_out, held_out=held_out), backbone=None, experts=2)
@@ -94,12 +94,12 @@ class Brightness(Detector):
 def test_calibration_by_hand():
     greys = np.array([0.1, 0.2, 0.3, 0.4, 0.9])
     model = Brightness(held_out=5)
-    images = torch.full((5, 1, 3, 64, 64), 0.05)  # but for a bright third
+    images = torch.full((5, 1, 3, 64, 64), 0.05)  # except a bright third
     images[..., 40:] = torch.tensor(greys, dtype=torch.float32).view(5, 1, 1, 1, 1)
     model.calibrate(map(model.energies, images))
     levels = [0.05, 10 * 0.05**2]  # the medians
     assert model.levels.tolist() == pytest.approx(levels)
-    units = [0.3 - levels[0], 10 * 0.3**2 - levels[1]]  # from there to the worst percent, of the image in the middle
+    units = [0.3 - levels[0], 10 * 0.3**2 - levels[1]]  # from the level to the worst percent of the median image
     assert model.units.tolist() == pytest.approx(units, rel=1e-4)
     scores = ((greys - levels[0]) / units[0] + (10 * greys**2 - levels[1]) / units[1]) / 2
     assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-4)
@@ -107,7 +107,7 @@ def test_calibration_by_hand():
     model.normal = torch.tensor([[1.0] * 20, [2.0] * 20])
     model.different = torch.tensor(20)
     assert 1 < model.thresholds().score < 1.5 and model.thresholds(0.5).heat == 2
-    grey = 0.5  # its score by hand: above that
+    grey = 0.5  # by hand, its score is above the threshold:
     assert ((grey - levels[0]) / units[0] + (10 * grey**2 - levels[1]) / units[1]) / 2 > 1.5
     assert model.inspect(np.full((64, 64), grey)).anomalous
     assert not model.inspect(np.full((64, 64), 0.2)).anomalous
@@ -181,7 +181,7 @@ def test_every_way_to_hand_over_an_image_gives_the_same_verdict(monkeypatch, mod
     for image in (str(chip), Image.open(chip), bytes_, torch.from_numpy(bytes_).permute(2, 0, 1)):
         assert model.inspect(image).score == expected.score
     floats = read_image(chip)
-    for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):  # rounded once more, before the resizing
+    for image in (floats, torch.from_numpy(floats).permute(2, 0, 1)):  # rounded once more before the resizing
         assert model.inspect(image).score == pytest.approx(expected.score, rel=0.02)
     monkeypatch.setattr(model, "full_precision", True)  # bfloat16 may move a box by some pixels
     expected = model.inspect(chip)

@@ -63,7 +63,7 @@ def test_options():
     "name, flag, wrong", [("train.py", "--weights", ["--bank", 3]), ("evaluate.py", "--explain", ["runs", "--watch"])]
 )
 def test_a_command_line_is_read_without_pytorch(tmp_path, name, flag, wrong):
-    """Its import takes seconds: neither --help nor what is wrong with a command line waits for it."""
+    """Importing PyTorch takes seconds: --help and errors in the command line do not wait for it."""
     (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = script(name, "--help", env=environment)

@@ -56,7 +56,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
 
 
 def test_pictures_of_images_whose_names_collide_are_distinct(run, category, tmp_path):
-    """a_b/c.png and a/b_c.png, and one name with two suffixes."""
+    """a_b/c.png and a/b_c.png; and two files that differ only in the suffix."""
     chip = data.list_images(category / "test" / "chip")[0]
     for name in ("a_b/c.png", "a/b_c.png", "a/c.png", "a/c.bmp", "good/c.png"):
         (tmp_path / "data" / "test" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def test_an_interrupted_call_goes_on(run, category, tmp_path, monkeypatch, capsy
     add, added = files.GrowingTable.add, []
 
     def interrupted(self, row):
-        if len(row) > len(SCORES_COLUMNS):  # of regions.csv
+        if len(row) > len(SCORES_COLUMNS):  # a row of regions.csv
             return add(self, row)
         if len(added) == 2:
             self.file.write("002.png,0.")
@@ -190,13 +190,13 @@ def test_findings_on_images_that_are_gone_stay_and_no_row_is_there_twice(run, ca
     after = lines_of(out / "scores.csv")
     assert set(before) < set(after) and len(after) == len(before) + 1 and (out / "000.png.png").exists()
     assert len(set(lines_of(out / "regions.csv"))) == len(lines_of(out / "regions.csv"))
-    call(evaluate.main, *command, "--false-alarm", 0.3)  # another threshold: judged again, in place of the rows before
+    call(evaluate.main, *command, "--false-alarm", 0.3)  # another threshold: images are judged again, rows replaced
     assert len(lines_of(out / "scores.csv")) == len(after)
-    assert len({row["threshold"] for row in rows_of(out).values()}) == 2  # that of the image that is gone stays
+    assert len({row["threshold"] for row in rows_of(out).values()}) == 2  # a deleted image keeps the old one
 
 
 def other_detector(run: Path) -> Path:
-    """The same run with another calibration, and so another detector."""
+    """The same run with another calibration, which makes it another detector."""
     other = Path(shutil.copytree(run, run.with_name("other")))
     saved = read_checkpoint(other / "model.pt")
     saved["state"]["normal"] += 0.5
@@ -223,7 +223,7 @@ def test_findings_of_another_detector_or_on_other_images_are_not_written_over(ru
 
 
 def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, category, tmp_path, monkeypatch, capsys):
-    """Without --out, from one working folder: five calls, and no finding is lost."""
+    """Five calls without --out in one working folder. No result is lost."""
     monkeypatch.chdir(tmp_path)
     for day in ("a", "b"):
         shutil.copytree(category / "test" / "chip", tmp_path / day / "new")
@@ -239,7 +239,7 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     shutil.copy(other / "model.pt", run / "model.pt")  # as after a retraining
     call(evaluate.main, run, "--images", "a/new")
     assert len(list(Path("predictions/run").glob("new*/scores.csv"))) == 3
-    # A camera goes on in its own folder, though the name of that has the fingerprint of an earlier detector.
+    # --watch continues in its own folder, although that is named after the fingerprint of an earlier detector.
     found = inspection.findings_folder(
         "run", Path("b/new"), detector_fingerprint(read_checkpoint(other / "model.pt")["state"]), True
     )
@@ -247,7 +247,7 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
 
 
 def test_figures_on_other_test_images_are_not_written_over(run, category, tmp_path, capsys):
-    """Two folders of one name, and an --out of another detector."""
+    """Two folders with the same name, and an --out that belongs to another detector."""
     for place in "ab":
         shutil.copytree(category / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
@@ -317,7 +317,8 @@ def test_a_single_file_takes_the_place_of_no_checkpoint_and_no_foreign_file(
 
 
 def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, tmp_path, capsys):
-    """A new lamp: everything is darker. The threshold moves, the detector stays, and model.pt counts as before."""
+    """A new lamp makes everything darker. The threshold moves, the detector stays the same, and model.pt is
+    unchanged."""
     for part in ("train/good", "test/good", "test/chip"):
         for path in data.list_images(category / part):
             to = tmp_path / part / path.name
@@ -339,7 +340,7 @@ def test_recalibrated_on_darker_images_it_takes_them_for_normal(run, category, t
     assert "drift" not in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- export, and a checkpoint alone
+# ---------------------------------------------------------------- export, and checkpoints without their data
 
 
 def test_exported_program_gives_the_same_scores_for_any_batch(run, category, tmp_path, monkeypatch):
@@ -357,7 +358,7 @@ def test_exported_program_gives_the_same_scores_for_any_batch(run, category, tmp
 
 
 def test_exported_program_freezes_neither_half_precision_nor_a_gpu(run, tmp_path, monkeypatch):
-    """As if this machine had bfloat16: the graph must be float32 on the CPU all the same."""
+    """On a machine with fast bfloat16, too, the exported graph must be float32 on the CPU."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert torch.get_autocast_dtype("cpu") == load(run / "model.pt").dtype == torch.bfloat16
     call(evaluate.main, run, "--export", tmp_path / "model.pt2")
@@ -426,7 +427,8 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
 
 
 def test_what_no_evaluation_wrote_is_not_removed(run, category, tmp_path, capsys):
-    """Neither a folder that is called like ours, nor files in it; what would have to be written over is refused."""
+    """A folder that has the name of ours is kept, with its files. A call that would overwrite such a file is
+    refused."""
     mine = tmp_path / "pictures" / "holiday.png"
     mine.parent.mkdir()
     mine.touch()
@@ -445,7 +447,7 @@ def test_what_no_evaluation_wrote_is_not_removed(run, category, tmp_path, capsys
 
 
 def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, category, tmp_path):
-    """evaluate.py FOLDER/model.pt writes beside the checkpoint, whoever owns what else is there."""
+    """evaluate.py FOLDER/model.pt writes into the folder of the checkpoint, and leaves all other files there alone."""
     folder = tmp_path / "mine"
     for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

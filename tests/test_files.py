@@ -42,7 +42,7 @@ def test_nothing_is_lost_or_left_behind_when_a_write_fails(tmp_path, failure):
 
 
 def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Against a power cut: first the contents, then the rename, then the folder that holds the name."""
+    """To survive a power cut, the contents are synced first, then the file is renamed, then the folder is synced."""
     done = []
     replace, fsync = os.replace, os.fsync
 
@@ -84,7 +84,7 @@ def test_a_table_killed_within_its_header_has_none(tmp_path):
     assert header_of(tmp_path / "none.csv") is None and rows_of(tmp_path / "none.csv") == []
 
 
-@pytest.mark.parametrize("letter", ["a", "\u00e4", "\u4e2d"])  # of one, two and three bytes
+@pytest.mark.parametrize("letter", ["a", "\u00e4", "\u4e2d"])  # one, two and three bytes in UTF-8
 def test_a_long_name_leaves_room_for_what_is_added_to_it(tmp_path, letter):
     size = len(letter.encode())
     names = [letter * (count // size) for count in (100, 250, 255)]
@@ -98,7 +98,7 @@ def test_a_long_name_leaves_room_for_what_is_added_to_it(tmp_path, letter):
 
 def test_no_cell_is_a_formula():
     assert plain_cell("=1+1.png") == "'=1+1.png" and plain_cell("@x") == "'@x" and plain_cell("-1.png") == "'-1.png"
-    assert plain_cell("'a.png") == "''a.png"  # so that its own can be told from ours
+    assert plain_cell("'a.png") == "''a.png"  # so that this apostrophe differs from ours
     assert plain_cell("a=1.png") == "a=1.png" and "\n" not in plain_cell("a\nb")
 
 
@@ -119,7 +119,7 @@ def test_what_a_new_run_may_not_write_over(tmp_path):
     mine, other, out = tmp_path / "a" / "good", tmp_path / "b" / "good", tmp_path / "runs" / "good"
     files.check_out(out, mine, [mine], resume=False)  # nothing there
     checkpoint(out / "model.pt", mine)
-    files.check_out(out, mine, [mine], resume=False)  # finished, of the same folder
+    files.check_out(out, mine, [mine], resume=False)  # a finished run on the same data
     with pytest.raises(InputError, match=f"a run that was trained on .*{mine.parent.name}"):
         files.check_out(out, other, [other], resume=False)
     checkpoint(out / "unfinished" / "state.pt", mine)
@@ -158,7 +158,8 @@ FOREIGN = ("notes.txt", "pictures/chip/mine.png", "tests/plan.txt")
 
 
 def run_with_a_complete_successor(run) -> None:
-    """A run folder: old files say "old", those of the training to be put in their place "new"."""
+    """A run folder with a finished training that is not installed yet. Its files contain "new", the earlier ones
+    "old"."""
     for name in FOREIGN:
         write_text(run / name, "foreign")
     for name in OLD:
@@ -184,7 +185,8 @@ def test_a_new_detector_takes_the_place_of_the_old_one_and_foreign_files_stay(tm
 
 
 def test_a_kill_while_a_detector_takes_its_place_leaves_no_mixture(tmp_path, monkeypatch):
-    """Each time one step later, until it gets through: one detector is there, and nothing of the other beside it."""
+    """The kill comes one step later each time, until the call gets through. There is always one detector, and no file
+    of the other one."""
 
     class Kill(BaseException):
         pass
@@ -237,7 +239,7 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
         OwnFiles(tmp_path, "trained").claim("model.pt")
     OwnFiles(tmp_path, "trained").claim("log.csv").touch()
     (tmp_path / files.LIST).open("a").write('["trained", "mod')  # cut off by a kill
-    OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, whatever wrote it
+    OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, even if another kind of call wrote it
     OwnFiles(tmp_path, "trained").remove_all()
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
 
@@ -256,7 +258,7 @@ def test_a_default_name_never_takes_the_place_of_a_file(tmp_path):
 def test_a_named_file_replaces_a_foreign_one_but_nothing_that_is_read_or_listed(tmp_path):
     checkpoint(tmp_path / "run" / "model.pt", tmp_path)
     copy = tmp_path / "copy.pt"
-    torch.save({"format": 3, "settings": {}, "state": {}}, copy)  # of another version, and in no list
+    torch.save({"format": 3, "settings": {}, "state": {}}, copy)  # from another version, and not listed
     write_text(OwnFiles(tmp_path / "run", "trained").claim("log.csv"), "epoch")
     image, foreign = tmp_path / "image.png", tmp_path / "foreign.png"
     for path in (image, foreign):
@@ -285,7 +287,7 @@ def test_the_demo_replaces_no_foreign_file(tmp_path):
     draw_demo(tmp_path, counts)
     drawn = said_by_pictures(tmp_path)
     first = tmp_path / "train" / "good" / "000.png"
-    first.write_text("cut off")  # ours, so it is drawn anew
+    first.write_text("cut off")  # ours, so it is drawn again
     draw_demo(tmp_path, counts)
     assert said_by_pictures(tmp_path) == drawn
     (tmp_path / files.LIST).unlink()  # as earlier versions left it

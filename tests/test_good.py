@@ -89,8 +89,8 @@ def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
 
 
 def test_batches_need_no_shared_memory(category, monkeypatch):
-    """A container has 64 MB of it, less than a few batches. What a worker sends must not be a tensor: that would go
-    there."""
+    """Workers send arrays, not tensors: tensors go through shared memory, and a container has only 64 MB of it, less
+    than a few batches."""
 
     def refuse(tensor):
         raise AssertionError("a tensor is about to be sent through shared memory")
@@ -101,7 +101,7 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     for dataset, images, masks in ((pairs, 12, 4), (painted, 8, 8)):
         loader = kit.good.loader(dataset, batch=8, shuffle=True)
         assert loader.num_workers > 0
-        loader.timeout = 30  # a worker that cannot send says nothing
+        loader.timeout = 30  # a worker that cannot send hangs
         batch = next(iter(loader))
         assert batch[0].shape == (images, 64, 64, 3) and batch[1].shape == (masks, 64, 64, 1)
 
@@ -121,7 +121,7 @@ def test_as_many_are_painted_as_asked_for_file_by_file(category, count):
     assert len(numbers) == len(set(numbers)) == count
     files = numbers % 24
     assert np.bincount(files, minlength=24).max() - np.bincount(files, minlength=24).min() == 1
-    assert (np.diff(files) != 0).sum() == len(set(files)) - 1  # all of a file follow each other
+    assert (np.diff(files) != 0).sum() == len(set(files)) - 1  # numbers of the same file follow each other
     for after, masks, numbers in seen:
         for image, mask, number in zip(after, masks, numbers, strict=True):
             changed = (to_tensor(painter.untouched(number)[None])[0] != image).any(dim=0)
@@ -162,7 +162,8 @@ def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_
 
 
 def test_each_image_has_one_camera_copy_whatever_the_processes(category):
-    """The same one each time, and like the image; of two processes each has those of its own images."""
+    """The copy is the same each time, and similar to the image. With two processes, each makes the copies of its own
+    images."""
     painter = make_painter(category)
     copies = torch.cat(list(painter.copies()))
     images = torch.cat(list(painter.normal()))

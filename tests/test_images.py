@@ -1,4 +1,4 @@
-"""What a file's pixels become. Oracles: the arrays that were written."""
+"""From a file to pixels. The oracles are the arrays that were written."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_unreadable_and_tiny_files_are_named(tmp_path):
 def test_other_formats_reach_no_decoder_whatever_they_are_called(tmp_path):
     (tmp_path / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
     with Image.open(tmp_path / "postscript.png") as image:
-        assert image.format == "EPS"  # what Pillow would do with it, if it was not told the formats
+        assert image.format == "EPS"  # Pillow would open it as this, if the formats were not restricted
     refused(tmp_path / "postscript.png", "cannot identify")
     Image.new("RGB", (40, 40)).save(tmp_path / "animated.gif")
     (tmp_path / "animated.gif").rename(tmp_path / "animated.png")

@@ -13,7 +13,7 @@ ALL = SCRIPTS + METHODS + TOP_LEVEL
 
 
 def imported(file: Path) -> set[str]:
-    """The first names of all modules that a file imports, wherever in it."""
+    """The top-level names of all modules that a file imports, at any place."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

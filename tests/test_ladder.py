@@ -46,13 +46,13 @@ def test_the_ladder_goes_on_where_it_was_stopped(tiny, category, tmp_path, monke
     rows = lines(tmp_path, category.name)
     assert [row["step"] for row in rows] == ladder.STEPS and climbed == ladder.STEPS[4:]
     assert all(0 <= row["image_auroc"] <= 1 and 0.5 < row["pixel_auroc"] <= 1 and row["seconds"] > 0 for row in rows)
-    assert len({row["pixel_auroc"] for row in rows[:-1]}) == len(rows) - 1  # no step is that before it; here the
-    assert rows[-1]["pixel_auroc"] == rows[-2]["pixel_auroc"]  # last one has images of the same size
+    assert len({row["pixel_auroc"] for row in rows[:-1]}) == len(rows) - 1  # each step differs from the one before it;
+    assert rows[-1]["pixel_auroc"] == rows[-2]["pixel_auroc"]  # but here the last one has images of the same size
     assert f"| {ladder.STEPS[0]} | {rows[0]['image_auroc']:.4f} |" in capsys.readouterr().out
 
 
 def test_the_table_by_hand(tmp_path, capsys):
-    """Of two categories with two seeds; a third has not all steps yet."""
+    """The table of two categories with two seeds. A third category does not have all steps yet."""
     figures = {"a": [(0.9, 0.8), (0.7, 0.9)], "b": [(0.6, 0.8), (1.0, 0.9)], "c": [(0.1, 0.1)]}
     for name, by_step in figures.items():
         rows = []
@@ -63,7 +63,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     call(ladder.main, "none", "--out", tmp_path, "--table")
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| step | mean of 2 ")
-    assert table[2] == f"| {ladder.STEPS[0]} | 0.7750 | 0.700 (b) | 10 |"  # of a .85, of b .70
+    assert table[2] == f"| {ladder.STEPS[0]} | 0.7750 | 0.700 (b) | 10 |"  # a: .85, b: .70
     assert table[3] == f"| {ladder.STEPS[1]} | 0.8750 | 0.800 (a) | 10 |" and len(table) == 4
 
 

@@ -7,7 +7,7 @@ from kit import metrics
 
 
 def brute_force_aupro(maps, masks, limit=0.3):
-    """Every distinct score as a threshold, every region's overlap one by one."""
+    """A loop over every distinct score as a threshold, and over every region."""
     regions = [
         (i, labels == k)
         for i, mask in enumerate(masks)
@@ -45,7 +45,8 @@ def test_pixel_metrics_of_ties_alone_are_those_of_chance():
 
 
 def test_aupro_by_hand():
-    """Two regions of 1 and 3 pixels, 10 normal ones. In falling order: the small region, 1 normal, the large one, rest.
+    """Two regions of 1 and 3 pixels, and 10 normal pixels. Scores fall in this order: the small region, one normal
+    pixel, the large region, the rest.
 
     Overlap is 0.5 up to FPR 0.1 and 1.0 from there on: (0.1 * 0.5 + 0.2 * 1) / 0.3.
     """
@@ -56,7 +57,8 @@ def test_aupro_by_hand():
 
 
 def test_aupro_counts_diagonal_neighbours_as_one_region():
-    """Two regions, one of them two diagonal pixels; one of these comes before all else: half of one of two regions."""
+    """There are two regions; one has two diagonal pixels. One of these has the highest score: half of one region of two
+    is found at a false-positive rate of 0."""
     mask, maps = np.zeros((1, 4, 4), dtype=bool), np.ones((1, 4, 4), dtype=np.float32)
     mask[0, [0, 1, 3], [0, 1, 3]] = True
     maps[0, [0, 1, 3], [0, 1, 3]] = 9, 0, 0
@@ -64,7 +66,8 @@ def test_aupro_counts_diagonal_neighbours_as_one_region():
 
 
 def test_aupro_stops_where_a_false_positive_rate_falls_on_the_limit():
-    """Three of ten normal pixels come first, then a region: all the overlap is gained at 0.3, where the area ends."""
+    """Three of ten normal pixels have the highest scores, then comes a region. So all overlap is gained at a
+    false-positive rate of 0.3, where the area ends."""
     maps = np.array([3, 9, 8, 7, 0, 0, 0, 0, 0, 0, 0, 5], dtype=np.float32).reshape(1, 1, 12)
     mask = np.isin(np.arange(12), (0, 11)).reshape(1, 1, 12)
     assert metrics.pixel_metrics(maps, mask)["aupro"] == pytest.approx(0.0)
@@ -86,6 +89,6 @@ def test_image_metrics_by_hand():
 
 def test_shares_at_a_threshold_by_hand():
     labels, scores = np.array([True, True, True, False, False]), np.array([0.9, 0.5, 0.2, 0.6, 0.1])
-    found = metrics.shares_at(0.5, labels, scores)  # what is at the threshold is not above it
+    found = metrics.shares_at(0.5, labels, scores)  # a score equal to the threshold is not above it
     assert found == pytest.approx({"recall": 1 / 3, "precision": 1 / 2, "false_alarms": 1 / 2})
     assert metrics.shares_at(1, labels[:3], scores[:3]) == {"recall": 0, "precision": None, "false_alarms": None}

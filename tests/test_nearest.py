@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 
 
 def prototypes(bank) -> Prototypes:
-    """With a given bank (P, C), its centre taken off."""
+    """Prototypes with a given bank (P, C)."""
     bank = torch.as_tensor(bank, dtype=torch.float32)
     found = Prototypes(bank.shape[1])
     found.centre.copy_(bank.mean(dim=0))
@@ -50,7 +50,8 @@ def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, fast, exports):
 
 @pytest.mark.parametrize("exports", [False, True])
 def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
-    """On the same bank, whatever is left out: nothing, some images, or each row's own. To leave out all is refused."""
+    """On the same bank; without nothing, without some images, or without each row's own image. Leaving out all
+    prototypes is refused."""
     monkeypatch.setattr(search, "CELL", 64)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
     bank, rows = clustered(2000, 600)
@@ -78,7 +79,7 @@ def test_half_the_bits_find_one_that_is_as_near():
 
 
 def clustered(*counts: int) -> list[torch.Tensor]:
-    """So many rows (count, 16), several times, around the same sixty places."""
+    """For each count, rows (count, 16) around the same sixty places."""
     generator = torch.Generator().manual_seed(0)
     places = 20 * torch.randn(60, 16, generator=generator)
     found = []
@@ -94,13 +95,13 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     mine = prototypes(bank)
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
     assert len(mine.centres) == 32 and len(expected.unique()) > 1000
-    mine.spacing.fill_(1e6)  # nothing is far
+    mine.spacing.fill_(1e6)  # no row is far
     assert (mine.nearest(rows, 1, torch.float32) == expected).float().mean() > 0.99
     monkeypatch.setattr(search, "LOOKED_INTO", 1)
     found = mine.nearest(rows, 1, torch.float32)
     assert 0.5 < (found == expected).float().mean() < 0.999
     distances = mine.away(rows, found).norm(dim=1)
-    mine.spacing.fill_(distances.median())  # half of them are: those look into more cells
+    mine.spacing.fill_(distances.median())  # half of the rows are far, and search more cells
     is_far = distances > distances.median()
     again = mine.nearest(rows, 1, torch.float32)
     assert torch.equal(again[is_far], expected[is_far]) and torch.equal(again[~is_far], found[~is_far])
@@ -126,7 +127,7 @@ def test_a_prototype_keeps_its_spacing_and_origin_in_its_cell():
 
 
 def test_a_cell_that_does_not_count_is_not_looked_into():
-    """All that is near the row is left out: it finds the nearest of what is left."""
+    """All prototypes near the row are left out. It finds the nearest of the others."""
     near = torch.randn(600, 4, generator=torch.Generator().manual_seed(0))
     far = torch.tensor([[50.0, 0, 0, 0], [60, 0, 0, 0]])
     mine = prototypes(torch.cat((near, far)))
@@ -137,8 +138,8 @@ def test_a_cell_that_does_not_count_is_not_looked_into():
 
 @pytest.mark.parametrize("exports", [False, True])
 def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
-    """In cells, and in a search through all: rows of images in any order, each of which leaves out two; some cells are
-    of one image alone."""
+    """In cells, and in a search through all prototypes. The rows have any order of images, and each row leaves out two
+    images. Some cells belong to a single image."""
     monkeypatch.setattr(search, "CELL", 64)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: exports)
     bank, rows = clustered(2000, 600)
@@ -172,7 +173,7 @@ def test_equal_prototypes_make_fewer_cells():
 
 @pytest.mark.parametrize("farthest", [2, 5, 1024])
 def test_the_bank_covers_the_rows_as_a_greedy_loop_does(monkeypatch, farthest):
-    """Random directions keep the order of distances mostly; here they are replaced by the rows' own dimensions."""
+    """Random directions keep the order of distances only approximately. Here the rows' own dimensions replace them."""
     monkeypatch.setattr(search, "FARTHEST", farthest)
     monkeypatch.setattr(search, "SKETCH", 4)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: 2 * torch.eye(4))  # 2 is the root of SKETCH
@@ -198,7 +199,7 @@ def test_a_bank_reaches_rare_rows_that_a_random_choice_would_miss():
 
 @pytest.mark.parametrize("local", [True, False])
 def test_energies_by_hand(monkeypatch, local):
-    """Rows of a dense and of a sparse kind: the same distance is more in the dense one, if `local`."""
+    """Rows of a dense and of a sparse kind. With `local`, the same distance counts more among the dense rows."""
     settings = NearestSettings(backbone=LITE[1], size=16, images=3, held_out=1, bank=3, local=local)
     model = Nearest(settings)
     model.prototypes = prototypes([[0.0, 0, 0], [10, 0, 0], [30, 0, 0]])
@@ -217,9 +218,9 @@ def test_features_join_two_strides_position_by_position(monkeypatch):
     monkeypatch.setattr(backbone, "layers", lambda images: [fine, coarse])
     x = backbone.features(torch.empty(1, 3, 32, 32))
     assert x.shape == (1, 3, 4, 4)
-    neighbours = [fine[0, 1, i, j] for i, j in itertools.product((0, 1), (0, 1))]  # of the corner: four, not nine
+    neighbours = [fine[0, 1, i, j] for i, j in itertools.product((0, 1), (0, 1))]  # four at the corner, not nine
     assert x[0, 1, 0, 0].item() == pytest.approx(float(np.mean(neighbours)), abs=1e-5)
-    assert x[0, 2].mean().item() == pytest.approx(coarse.mean().item(), abs=1e-5)  # 2x2, all averaged to their mean
+    assert x[0, 2].mean().item() == pytest.approx(coarse.mean().item(), abs=1e-5)  # 2x2: the mean everywhere
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,7 @@ def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_med
 
 
 def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
-    """Its own prototypes, and no others, do not count; with them it would score far too low."""
+    """Only its own prototypes do not count. With them it would score far too low."""
     model = load(bank_run / "model.pt")
     held_out, trained_on = split(data.list_images(category / "train/good"), seed=0)
     assert model.normal.shape == (2, 24)
@@ -251,10 +252,10 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     rows = x[0].flatten(1).T.float()
     to_others = torch.cdist(rows, bank).min(dim=1)
     expected = to_others.values / model.prototypes.spacing[~own][to_others.indices]
-    model.full_precision = True  # else nearly equal ones may be mistaken for each other
+    model.full_precision = True  # in bfloat16, nearly equal distances may be confused
     assert torch.allclose(model.energies_of(x, without=torch.tensor([number])).flatten(), expected, rtol=0.01)
     assert model.energies_of(x).mean() < 0.9 * expected.mean()
-    # Any row is nearest to itself: the numbers belong to the right images.
+    # Each kept prototype is nearest to itself, so the numbers belong to the right images.
     kept = model.prototypes.bank[own] + model.prototypes.centre
     assert torch.cdist(kept, rows).min(dim=1).values.max() < 0.1 * kept.norm(dim=1).mean()
 
@@ -277,7 +278,7 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
     assert visible(tmp_path / "unfinished") == ["state.pt"]
-    monkeypatch.setattr(Prototypes, "fit", stop)  # it is not chosen again
+    monkeypatch.setattr(Prototypes, "fit", stop)  # the bank must not be chosen again
     call(train.main, *command, "--resume")
     assert visible(tmp_path) == ["model.pt"]
     whole, parts = (load(run / "model.pt").state_dict() for run in (bank_run, tmp_path))

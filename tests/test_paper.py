@@ -1,4 +1,4 @@
-"""CL-Flow in the paper's own form: its losses by hand, what they reach, the same scripts."""
+"""CL-Flow in the paper's own form: losses by hand, the gradients they give, and the scripts."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ SETTINGS = PaperSettings(images=4, held_out=1, size=64, backbone="efficientnet_l
 
 
 def make_model(**changes) -> paper.Paper:
-    """Small and untrained, with every parameter of the flows random: one that starts as the identity passes
+    """A small, untrained model with random parameters in all flows. A flow that starts as the identity would pass
     vacuously."""
     torch.manual_seed(0)
     model = paper.Paper(replace(SETTINGS, **changes)).eval()
@@ -42,7 +42,7 @@ def make_model(**changes) -> paper.Paper:
 
 
 def test_what_is_trained_are_the_three_flows_of_fastflow():
-    """Its parameter counts with ResNet18: 3x3 kernels; 3x3 and 1x1 in turn."""
+    """FastFlow's parameter counts with ResNet18: with 3x3 kernels, and with 3x3 and 1x1 kernels in turn."""
     model = paper.Paper(PaperSettings(images=4, held_out=1))
     trained = [p for p in paper.Losses(model).parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == 4_657_408
@@ -85,7 +85,7 @@ def test_features_are_standardised_channel_by_channel_over_all_positions(categor
 
 
 def test_energies_are_the_exact_likelihood_of_each_scale_at_the_finest_positions():
-    """With flows that are permutations still: half the mean square of the standardised features."""
+    """The flows are still permutations, so the energy is half the mean square of the standardised features."""
     torch.manual_seed(0)
     model = paper.Paper(SETTINGS).eval()
     for norm in model.norms:
@@ -159,7 +159,7 @@ def test_log_odds_by_hand_and_what_gets_a_gradient():
 
 
 def test_classification_leaves_what_is_typically_normal_to_the_likelihood():
-    """Its gradient at the mean normal energy is a hundredth of that at a missed anomaly."""
+    """The gradient at the mean normal energy is a hundredth of the gradient at a missed anomaly."""
     normal, anomalous = torch.randn(1000), torch.zeros(1, requires_grad=True)
     typical = normal.mean()[None].requires_grad_()
     clflow.classification_loss(paper.log_odds(typical, normal), paper.log_odds(anomalous, normal), 0.1).backward()
@@ -204,19 +204,20 @@ class Given(torch.nn.Module):
 
 @pytest.mark.parametrize("contrast", ["cosine", "energy"])
 def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
-    """Three images x+, and x- of the first two; of each x- one position that its defect touches is drawn, and another
-    one from its box."""
+    """There are three images x+, and an x- for each of the first two. For each x-, one position that its defect touches
+    is drawn, and another one from its box."""
     torch.manual_seed(0)
     latents = [(torch.randn(5, 6, n, n), torch.randn(5, n, n)) for n in (4, 2)]
     mask = torch.zeros(2, 1, 16, 16)
     mask[0, 0, 1, 14] = mask[0, 0, 15, 3] = mask[1, 0, 9, 9] = 1
     boxes = torch.tensor([[1, 3, 16, 15], [9, 9, 10, 10]])
-    first = [[(0, 3), (2, 2)], [(0, 1), (1, 1)]]  # position that is touched first, by scale and image
-    inside = [[(0, 1), (2, 2)], [(0, 1), (1, 1)]]  # the second one inside the box; the first is not touched
+    first = [[(0, 3), (2, 2)], [(0, 1), (1, 1)]]  # the first position that is touched, by scale and image
+    inside = [[(0, 1), (2, 2)], [(0, 1), (1, 1)]]  # the second position inside the box; the first is not touched
     monkeypatch.setattr(paper, "POSITIONS", 1)
 
     def draw(where):
-        """The first of those marked that was not drawn yet for this loss: of the boxes their second, if there is."""
+        """The first marked place; for boxes the second one, if there is one, so that it differs from the touched
+        one."""
         marked = [torch.nonzero(row.flatten())[:, 0] for row in where]
         drawn.append([len(m) for m in marked])
         index = len(drawn) % 2 == 0 and contrast == "cosine"  # touched, box, touched, box
@@ -224,7 +225,7 @@ def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
 
     drawn = []
     monkeypatch.setattr(paper, "drawn_places", draw)
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.arange(size[0]) + 5)  # of x+ anywhere
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.arange(size[0]) + 5)  # places anywhere in x+
     found = paper.Losses(Given(latents, contrast=contrast))(None, mask, boxes)
 
     nll, classification, info = [], [], []
@@ -279,14 +280,14 @@ def test_a_loss_without_weight_is_left_out():
         assert list(paper.Losses(make_model(**{f"{off}_weight": 0}))(images, mask, boxes)) == ["loss", "nll", left]
     likelihood = paper.Losses(make_model(classification_weight=0, contrast_weight=0))(images, mask, boxes)
     assert list(likelihood) == ["loss", "nll"] and likelihood["loss"] == likelihood["nll"]
-    assert likelihood["nll"].item() == pytest.approx(both["nll"].item(), rel=1e-4)  # of x+ alone in both
+    assert likelihood["nll"].item() == pytest.approx(both["nll"].item(), rel=1e-4)  # from x+ alone in both
 
 
 # ---------------------------------------------------------------- the same scripts
 
 
 def test_paper_goes_through_the_same_scripts(paper_run, category, tmp_path):
-    """Trained with test/ out of sight."""
+    """Trained while test/ was out of reach."""
     with open(paper_run / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["epoch", "loss", "nll", "classification", "contrast", "seconds"]

@@ -1,4 +1,4 @@
-"""Real processes under torchrun, on the CPU: of one GPU, several processes can do nothing together."""
+"""Real processes under torchrun, on the CPU: several processes cannot share one GPU."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from kit.detector import read_checkpoint
 from kit.processes import ALONE, join_processes
 from methods import load
 
-PAINTED, STEPS_PER_EPOCH = clflow.PAINTED, clflow.STEPS_PER_EPOCH  # as real processes have them
+PAINTED, STEPS_PER_EPOCH = clflow.PAINTED, clflow.STEPS_PER_EPOCH  # the values that real processes use
 CPU = ["--device", "cpu"]
 
 
@@ -30,7 +30,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
 
 
 def two_nodes(*arguments, folders=(ROOT, ROOT)) -> list[subprocess.CompletedProcess]:
-    """train.py, started on each of two "machines", with these working directories; they meet on the loopback."""
+    """Start train.py on each of two "machines", with these working directories. They meet on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,7 +44,7 @@ def two_nodes(*arguments, folders=(ROOT, ROOT)) -> list[subprocess.CompletedProc
 
 
 def errors_in(result: subprocess.CompletedProcess) -> list[str]:
-    """Our own lines, among those of torchrun, which ends with a report of its own. None may be a traceback's."""
+    """Our own error lines, without torchrun's report. Checks that there is no traceback of train.py."""
     assert result.returncode != 0 and 'train.py", line' not in result.stderr, result.stderr
     return [line for line in result.stderr.splitlines() if line.startswith("error:")]
 
@@ -55,7 +55,7 @@ def test_what_stops_all_processes_is_said_once(tmp_path):
 
 
 def test_an_error_on_one_machine_ends_all(category, tmp_path):
-    """One has the images where the flag says, the other has not; it fails while the first waits for it."""
+    """The second machine does not have the images. It fails while the first one waits for it."""
     options = ["--data", category.name, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 1]
     options += ["--out", tmp_path / "out"]
     (tmp_path / "elsewhere").mkdir()
@@ -77,7 +77,7 @@ def weights_of(run) -> torch.Tensor:
 
 
 def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
-    """They train one model together, and judge its test images; of several runs, each trains one."""
+    """They train one model together, and judge its test images. If there are several runs, each process trains one."""
     options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 2, "--batch", 2048]
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(clflow, "PAINTED", PAINTED)
@@ -106,7 +106,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     assert alone | time == pytest.approx(together | time, abs=1e-6)
     assert all(a == pytest.approx(b, abs=1e-6) for a, b in points)
     scores = [load(run / "model.pt").normal[0].sort().values for run in (one, two)]
-    assert len(scores[0]) == len(scores[1]) == 24  # all good images, in another order
+    assert len(scores[0]) == len(scores[1]) == 24  # all good images, but in another order
 
     result = script(*TORCHRUN, "train.py", *options, "--seeds", 2, "--out", tmp_path / "seeds")
     assert result.returncode == 0 and result.stdout.count("epoch 1/1") == 1, result.stderr

@@ -1,4 +1,4 @@
-"""The line that moves on a terminal."""
+"""The progress line on a terminal."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_a_line_counts_and_goes_at_the_end(monkeypatch, capsys):
     clock = iter(range(100))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # a second for each look at it
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))  # each call is a second later
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(progress.counted("abc", "reading images", 20, each=8)) == ["a", "b", "c"]
     written = sys.stderr.getvalue().split(progress.CLEAR)

@@ -7,7 +7,8 @@ from PIL import Image
 
 
 def test_readme_draws_two_moons(tmp_path):
-    """The toy, pasted into Python as it stands in the README: without a script's leave to ignore its blank lines."""
+    """The toy example, pasted into the Python prompt as the README shows it. There, unlike in a script, blank lines end
+    a block."""
     (toy,) = re.findall(r"^```python\n(import torch\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     pasted = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{toy}print(loss.item())\n"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""report.html: what is in it, and, where selenium and Chromium are installed, what it does in a browser."""
+"""report.html: its contents and, if selenium and Chromium are installed, how it works in a browser."""
 
 import json
 import re
@@ -153,12 +153,12 @@ def test_slider_order_filter_and_viewer(run, browser):
 
 
 def test_ticks_become_corrections(run, category, tmp_path, browser):
-    """A flagged and a normal image of a folder of new ones, one of them ticked in the viewer; a third, ticked by
-    mistake."""
+    """A flagged and a normal image of a folder of new images are ticked, one of them in the viewer; a third is ticked
+    by mistake."""
     call(evaluate.main, run, "--images", category / "test", "--out", tmp_path / "out")
     found = data_of(tmp_path / "out" / "report.html")
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    screen = {"height": 900, "deviceScaleFactor": 1, "mobile": False}  # a window has a least width
+    screen = {"height": 900, "deviceScaleFactor": 1, "mobile": False}  # a window cannot be narrower than its minimum
     for width in (1280, 390):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen | {"width": width})
         browser.get((tmp_path / "out" / "report.html").as_uri())
@@ -166,7 +166,7 @@ def test_ticks_become_corrections(run, category, tmp_path, browser):
         save = browser.find_element("css selector", "#save")
         assert not save.is_enabled()
         boxes = [card.find_element("css selector", ".tick input") for card in cards]
-        assert all(min(box.size.values()) >= 18 for box in boxes[:2])  # those below the fold are not laid out yet
+        assert all(min(box.size.values()) >= 18 for box in boxes[:2])  # boxes further down are not laid out yet
         boxes[0].click()
         boxes[1].click()
         assert not browser.find_element("css selector", "#viewer").is_displayed()
@@ -176,7 +176,7 @@ def test_ticks_become_corrections(run, category, tmp_path, browser):
         browser.find_element("css selector", "#close").click()
         told = [card.get_attribute("textContent") for card in cards]
         assert "wrong: missed" in told[-1] and "wrong: false alarm" in told[0] and "this is wrong" in told[1]
-        # What was ticked stays what it was, wherever the threshold goes.
+        # A ticked image keeps its list when the threshold moves.
         browser.execute_script("moveTo(100)")
         assert save.text == "Save corrections.json: 1 missed, 1 false alarm"
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")

@@ -1,4 +1,4 @@
-"""The shape in which images are judged: chosen from what the good images have, told, and kept to."""
+"""The shape in which images are judged: it is chosen from the good images, printed, and kept."""
 
 import argparse
 import copy
@@ -63,7 +63,7 @@ def images_of(folder, *all_of_them):
     ],
 )
 def test_as_many_pixels_in_the_shape_of_the_images(tmp_path, size, image, expected):
-    files = images_of(tmp_path / "images", image, image, (40, 90))  # the median: one odd image changes nothing
+    files = images_of(tmp_path / "images", image, image, (40, 90))  # the median, so one odd image changes nothing
     assert shapes.input_size(size, files) == expected
 
 
@@ -102,8 +102,8 @@ def draw_strips(folder, count, rng, dark_at=None):
 
 @pytest.fixture(scope="module")
 def strips(tmp_path_factory):
-    """A category of strips, whose defects are at column 250, or, of the kind "left", at column 40; beside it the images
-    of that kind once more without them."""
+    """A category of strips. Defects are at column 250; those of the kind "left" are at column 40. The folder
+    left_without has the images of that kind without their defects."""
     category = tmp_path_factory.mktemp("strips")
     rng = np.random.default_rng(0)
     draw_strips(category / "train" / "good", 24, rng)
@@ -117,7 +117,7 @@ def strips(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def strips_run(strips, tmp_path_factory):
-    """Trained on strips, of which the right half is the region of interest."""
+    """A run that was trained on strips; their right half is the region of interest."""
     run = tmp_path_factory.mktemp("strips_run") / "run"
     mask = np.zeros(STRIP, np.uint8)
     mask[:, 160:] = 255
@@ -136,18 +136,18 @@ def test_only_the_region_of_interest_counts(strips, strips_run, tmp_path):
     good = [model.inspect(strips / "test" / "good" / f"{i}.png") for i in range(8)]
     worst_good = max(verdict.score for verdict in good)
     assert min(verdict.score for verdict in right) > 1.5 * worst_good
-    assert [verdict.score for verdict in left] == pytest.approx(without, rel=0.05)  # the defect is not looked at
+    assert [verdict.score for verdict in left] == pytest.approx(without, rel=0.05)  # the defect does not count
     for verdict in right:
         (x0, y0, x1, y1) = verdict.regions[0].box
         assert x0 < 258 and x1 > 250 and y0 < 36 and y1 > 28
-    assert all((verdict.heat[:, :152] == 0).all() for verdict in left)  # outside, but for what is at the border
+    assert all((verdict.heat[:, :152] == 0).all() for verdict in left)  # outside, except near the border
     call(evaluate.main, strips_run, "--images", strips / "test" / "left", "--out", tmp_path / "found")
     shown = np.asarray(Image.open(tmp_path / "found" / "0.png.png").convert("L"), dtype=float)
     assert shown[40:80, 100:140].mean() < 0.5 * shown[40:80, 200:240].mean()  # dimmed
 
 
 def test_nothing_outside_the_region_is_learnt_or_painted(strips, strips_run, tmp_path):
-    """All prototypes come from the right half; and there are a tenth of its rows."""
+    """All prototypes come from the right half. Their number is a tenth of its rows."""
     options = ["--roi", strips_run.with_name("roi.png"), "--size", 143, *LITE, "--method", "nearest"]
     call(train.main, "--data", strips, *options, "--out", tmp_path / "run")
     model = load(tmp_path / "run" / "model.pt")
@@ -192,8 +192,8 @@ def test_strips_are_exported_explained_and_measured(strips, strips_run, tmp_path
     said = capsys.readouterr().out
     assert "images (batch, 3, 64, 320)" in said and "320 x 64, judged at 320 x 64" in said
     sheet = Image.open(tmp_path / "why.png")
-    assert sheet.width == 960 and sheet.height > 9 * 42 + 9 * 180  # nine panels below each other, each 1 : 5
+    assert sheet.width == 960 and sheet.height > 9 * 42 + 9 * 180  # nine stacked panels, each 1 : 5
     call(evaluate.main, strips_run, "--out", tmp_path / "elsewhere", "--data", strips)
     assert '"size": "64x320"' in (tmp_path / "elsewhere" / "metrics.json").read_text()
     call(synth.main, strips, "--size", 143, "--out", tmp_path / "sheet.png")
-    assert "20-pixel defect" not in capsys.readouterr().out  # judged as they are
+    assert "20-pixel defect" not in capsys.readouterr().out  # they are not resized

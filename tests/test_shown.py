@@ -1,4 +1,4 @@
-"""What is drawn for those who look: the sheet of synthetic defects, the explanation, the toy."""
+"""Pictures for people: the sheet of synthetic defects, the explanation, the toy."""
 
 import numpy as np
 import torch

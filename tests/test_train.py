@@ -1,4 +1,4 @@
-"""train.py as a user runs it; in this process, but for what depends on a real one."""
+"""train.py as a user runs it: in this process, except where a test needs a process of its own."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     batches = data.batches
 
     def encoding(files, size):
-        seen["held_out"].update(files)  # called again for those that are not kept in memory
+        seen["held_out"].update(files)  # called again for images that are not kept in memory
         return batches(files, size)
 
     def fitting(model, pairs):
@@ -68,7 +68,7 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
     assert sorted(model.normal[0, :6].tolist()) == pytest.approx(sorted(scores), abs=0.02)
-    assert model.normal.shape == (2, 24)  # all good images, those that were trained on as if they were new
+    assert model.normal.shape == (2, 24)  # all good images; training images are judged as if new
 
 
 # ---------------------------------------------------------------- seeds, choices, layouts
@@ -94,7 +94,7 @@ def test_epochs_differ_in_their_random_numbers(category, tmp_path, monkeypatch):
     monkeypatch.setattr(clflow.Losses, "forward", recording)
     call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--epochs", 2)
     steps = 2 * clflow.STEPS_PER_EPOCH
-    assert len(draws) == (1 + calibration.FOLDS) * steps  # each fold learns as the whole does
+    assert len(draws) == (1 + calibration.FOLDS) * steps  # each fold trains for the same number of steps
     assert len(set(draws[:steps])) == steps
 
 
@@ -112,7 +112,7 @@ def test_every_open_choice_can_be_flipped(category, tmp_path):
 
 @pytest.mark.parametrize("layout", ["btad", "plain", "deep", "grey"])
 def test_folders_of_other_kinds(category, tmp_path, layout, capsys):
-    """BTAD with .bmp; nothing but good images; 16-bit; grey and not square, in a path with a space."""
+    """BTAD with .bmp; a folder with good images only; 16-bit; grey and not square, in a path with a space."""
     folder = tmp_path / "my data"
     good = folder if layout == "plain" else folder / "train" / ("ok" if layout == "btad" else "good")
     parts = {category / "train/good": good}
@@ -163,7 +163,7 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
     call(train.main, *command, "--resume")
     assert before == {p: p.stat().st_mtime_ns for p in out.glob("*/*/*")}
 
-    # Figures of another threshold, or of other images, do not slip into the table.
+    # Metrics at another threshold, or on other images, must not get into the table.
     call(evaluate.main, out / "nut" / "seed0", "--false-alarm", 0.5)
     call(evaluate.main, out / "nut" / "seed1", "--data", tmp_path / "all" / "bolt")
     call(evaluate.main, out / "bolt" / "seed1" / "epoch_01.pt")
@@ -190,7 +190,8 @@ def test_folder_of_categories_and_seeds(category, tmp_path):
     ],
 )
 def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, monkeypatch, capsys, method):
-    """Ctrl-C in the third of four epochs leaves a usable checkpoint, and --resume ends as an uninterrupted run does."""
+    """Ctrl-C in the third of four epochs leaves a usable checkpoint. --resume gives the result of an uninterrupted
+    run."""
     monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 36)
     monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 36)
     mine = shutil.copytree(category, tmp_path / "mine")
@@ -200,7 +201,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     call(train.main, *arguments("whole"))
     step, steps = torch.optim.Adam.step, []
-    # In the third epoch: one of the other methods has 5 steps, 18 images, twice, in batches of 8.
+    # In the third epoch. For the other methods an epoch has 5 steps: 18 images, twice, in batches of 8.
     interrupted_at = 12 if "--method" in method else 2 * clflow.STEPS_PER_EPOCH + 3
 
     def interrupted(self, *args):
@@ -222,7 +223,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     refuse(train.main, capsys, *arguments("parts"), words=["unfinished training", "--resume"])
     refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["was started with lr ="])
     spare = data.list_images(mine / "train" / "good")[3]
-    spare.rename(spare.with_name("renamed.png"))  # as many images as before, but others
+    spare.rename(spare.with_name("renamed.png"))  # the same number of images, but not the same ones
     refuse(train.main, capsys, *arguments("parts", "--resume"), words=["missing: train/good/003.png;", "--out"])
     spare.with_name("renamed.png").rename(spare)
 
@@ -249,7 +250,7 @@ def test_training_in_place_of_an_older_run_leaves_nothing_of_it(category, tmp_pa
 
 
 def contents(folder) -> dict[str, bytes]:
-    """All files below a folder, but those of an unfinished training and the lists of what is ours."""
+    """All files below a folder, except those of an unfinished training and the lists of our files."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     below = {path.relative_to(folder).as_posix(): path for path in files}
     return {
@@ -261,7 +262,8 @@ def contents(folder) -> dict[str, bytes]:
 def test_a_retraining_that_is_stopped_leaves_the_detector_before(
     category, tmp_path, monkeypatch, capsys, stopped_after
 ):
-    """Before its first step, and after an epoch: what was there judges; --resume goes on with the new one."""
+    """It stops before its first step, or after an epoch. The earlier detector still judges, and --resume continues the
+    new one."""
     out = tmp_path / "run"
     command = ["--data", category, "--out", out, *QUICK]
     call(train.main, *command, "--keep-epochs")
@@ -328,7 +330,7 @@ def test_no_two_runs_share_a_folder(category, tmp_path, capsys):
 
 
 def test_figures_of_a_run_where_another_call_is_writing_are_not_touched(category, tmp_path, capsys):
-    """Of several runs, each is held before anything in it is changed."""
+    """Each of several runs is locked before anything in its folder is changed."""
     out = tmp_path / "out"
     command = ["--data", category, "--out", out, *QUICK, "--seeds", 2]
     call(train.main, *command)
@@ -360,7 +362,7 @@ train.main(sys.argv[1:])
 
 
 def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
-    """Two kills, each while a checkpoint is half written; the training between them goes on by --resume."""
+    """Two kills, each while a checkpoint is half written. --resume continues the training in between."""
     command = [sys.executable, "-c", SLOW_WRITES, "--data", category, "--out", tmp_path / "run", *QUICK]
     command = [str(part) for part in [*command, "--epochs", 40, "--resume"]]
     folder = tmp_path / "run" / UNFINISHED
@@ -368,14 +370,14 @@ def test_a_kill_within_a_write_leaves_the_checkpoint_before(category, tmp_path):
     for _ in range(2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline, seen = time.time() + 100, 0
-        while seen < 2 and time.time() < deadline and process.poll() is None:  # the second write of this process
+        while seen < 2 and time.time() < deadline and process.poll() is None:  # until the second write of this process
             if list(folder.glob(f"*.tmp{process.pid}")):
                 seen += 1
                 while seen < 2 and list(folder.glob(f"*.tmp{process.pid}")) and process.poll() is None:
                     time.sleep(0.01)
             time.sleep(0.01)
         assert process.poll() is None and seen == 2, process.stderr.read()
-        time.sleep(0.2)  # into the pause in the middle of the write
+        time.sleep(0.2)  # during the pause in the middle of the write
         process.kill()
         process.communicate()
         assert list(folder.glob(f"*.tmp{process.pid}")), "killed beside the write"
@@ -438,7 +440,7 @@ def test_a_method_by_its_former_name_is_told_the_new_one(category, tmp_path, cap
 
 
 def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path, capsys):
-    """A run that goes on has the backbone's weights in its checkpoint; one that begins reads them."""
+    """A resumed run has the backbone's weights in its checkpoint. A new run reads them."""
     command = ["--data", load(run / "model.pt").settings.data, *LITE, "--weights", tmp_path / "gone.pth", "--resume"]
     refuse(train.main, capsys, *command, "--out", run, words=["--weights has no effect with --resume"])
     refuse(train.main, capsys, *command, "--out", tmp_path / "new", words=["gone.pth", "cannot load ImageNet weights"])
@@ -490,8 +492,8 @@ def test_skip_bad_goes_on_and_counts(category, tmp_path, capsys):
 
 
 def test_what_no_run_wrote_is_not_removed(category, tmp_path, capsys):
-    """What is called like a run's files, and is none, is refused before anything is done; folders stay: here even the
-    images."""
+    """A foreign file with the name of one of a run's files is refused before anything is done. Foreign folders stay;
+    here one even has the images."""
     mine = tmp_path / "pictures"
     shutil.copytree(category / "train" / "good", mine)
     out = tmp_path / "out"
@@ -516,7 +518,7 @@ def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, c
 
 
 def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
-    """As many prototypes as candidates: each is its own nearest one, but for other images."""
+    """There are as many prototypes as candidates. Each is its own nearest prototype, except for other images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "CANDIDATES", 100)
         patch.setattr(clflow, "CANDIDATES", 100)
@@ -542,7 +544,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
     finally:
         signal.signal(signal.SIGINT, before)
     for line in process.stdout:
-        if line.startswith("epoch 2/"):  # the first is on the disk now
+        if line.startswith("epoch 2/"):  # the first epoch is on the disk now
             break
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
@@ -552,7 +554,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
 
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "join_processes", lambda: Processes(count=23))
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)  # the others are not there
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)  # the other processes do not exist
     words = ["23 processes", "18 images", "fewer"]
     refuse(train.main, capsys, "--data", category, "--out", tmp_path / "run", *QUICK, words=words)
 

@@ -14,7 +14,7 @@ def test_threshold_of_many_images_is_an_order_statistic():
 
 
 def test_threshold_of_few_images_is_exceeded_as_often_as_promised():
-    """Twelve to calibrate on and one to test, many times over; more closely or more widely scattered than usual."""
+    """Twelve scores to calibrate on and one to test, many times. Their scatter is usual, narrower or wider."""
     rng, rate = np.random.default_rng(0), 0.02
     for scatter, above in ((0.16, 0.02), (0.1, 0.005), (0.2, 0.035)):
         trials = np.exp(rng.normal(0.5, scatter, (4000, 13)))
@@ -23,7 +23,7 @@ def test_threshold_of_few_images_is_exceeded_as_often_as_promised():
 
 
 def test_threshold_by_hand():
-    """Five values, the last far away: it counts as if it lay 1.5 deviations from the median, 0.3."""
+    """Five values; the last one is far away. It counts as if it lay 1.5 deviations from the median, which is 0.3."""
     values = np.exp([0.1, 0.2, 0.3, 0.4, 0.9])
     usual = 0.16**2
     first_guess = np.sqrt((20 * usual + 5 * (0.1 / 0.67449) ** 2) / 25)  # the median distance from the median is 0.1
@@ -50,8 +50,9 @@ def test_too_few_scores_give_no_threshold():
 
 @pytest.mark.parametrize("images, share", [(10, 0.45), (20, 0.2), (40, 0.12), (60, 0.1), (250, 0.05)])
 def test_no_single_score_decides(images, share):
-    """Any one of them replaced by anything, also by what has no logarithm: in the share of the way from the median to
-    the threshold. With the rule before, one at 0 among 60 moved it from 1.35 to 34.6."""
+    """Any score is replaced by any value, also by one without a logarithm. `share` is how far this may move the
+    threshold, relative to its distance from the median. With an earlier rule, one 0 among 60 scores moved it from 1.35
+    to 34.6."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         values = np.exp(rng.normal(0, 0.16, images))
@@ -88,7 +89,8 @@ def test_odd_ones_come_highest_first_and_copies_of_one_image_are_none():
 
 
 def test_what_the_images_support_is_clopper_and_pearsons_bound():
-    """None of 30 above: the rate at which that has a chance of 10 %. And 2 of 60, by the binomial distribution."""
+    """None of 30 scores is above: the bound is the rate at which this has a probability of 10 %. Then 2 of 60, by the
+    binomial distribution."""
     values = np.exp(np.random.default_rng(0).normal(0, 0.1, 30))
     limits = thresholds(np.stack((values, values)), 0.02)
     assert (values < limits.score).all() and limits.images == 30

@@ -1,4 +1,4 @@
-"""evaluate.py --watch as a camera sees it: files that grow, get other names, vanish; kills."""
+"""evaluate.py --watch, with the files of a camera: they grow, are renamed, vanish; the program is killed."""
 
 import csv
 import os
@@ -59,8 +59,8 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     watcher.kill()
     watcher.communicate()
     (inbox / "a.png").unlink()
-    shutil.copy(goods[2], inbox / "d.png")  # came while nobody looked
-    shutil.copy(chips[2], inbox / "b.png")  # the same name, another image
+    shutil.copy(goods[2], inbox / "d.png")  # arrived while the program was not running
+    shutil.copy(chips[2], inbox / "b.png")  # another image under the same name
     watcher = start(run, "--images", inbox, "--out", out)
     wait_for(lambda: len(rows_of(out)) == 6)
     time.sleep(2.5)
@@ -103,7 +103,7 @@ def test_a_folder_that_vanishes_ends_nothing(tmp_path):
 
 
 def test_few_files_are_asked_each_time_and_none_is_forgotten(tmp_path, monkeypatch):
-    """What is new is found at once, also in new subfolders; what is written over in place, in its turn."""
+    """New files are found at once, also in new subfolders. Files that are overwritten in place are found in turn."""
     monkeypatch.setattr(watching, "IN_TURN", 10)
     for number in range(45):
         (tmp_path / f"{number:02}.png").touch()
@@ -125,7 +125,7 @@ def test_hidden_files_and_folders_are_not_watched(tmp_path):
 
 
 def test_the_last_fifty_are_the_last_judged(tmp_path):
-    """A camera that uses names again: a.png was judged twice, and last; c.png by an earlier detector."""
+    """A camera reuses names. a.png was judged twice, and last; c.png was judged by an earlier detector."""
     rows = ["c.png,9,0,,,,,5,1,old,1", "a.png,1,0,,,,,5,1,new,1", "b.png,2,0,,,,,5,2,new,1", "a.png,3,0,,,,,6,3,new,1"]
     header = ",".join(inspection.SCORES_COLUMNS)
     (tmp_path / "scores.csv").write_text("\n".join([header, *rows, ""]))
@@ -134,7 +134,7 @@ def test_the_last_fifty_are_the_last_judged(tmp_path):
 
 
 def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path):
-    """The same call without --out, with another detector in the same place."""
+    """The same call without --out, with another detector in the same run folder."""
     inbox = tmp_path / "inbox"
     shutil.copytree(category / "test" / "chip", inbox)
     out = tmp_path / "predictions" / "run" / "inbox"
@@ -162,7 +162,7 @@ def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_path, number):
-    """As nohup and & start it: with SIGINT ignored."""
+    """Started with SIGINT ignored, as nohup and & do."""
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
     shutil.copy(data.list_images(category / "test" / "chip")[0], inbox)

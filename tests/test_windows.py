@@ -41,7 +41,7 @@ def test_parts_overlap_by_half_and_are_all_of_an_image():
 
 
 def test_windows_are_put_together(monkeypatch):
-    """Of a function that looks 8 pixels around each position of a stride of 4."""
+    """For a function with a stride of 4 whose positions depend on 8 pixels around them."""
     monkeypatch.setattr(kit.windows, "PIXELS", 100)
     monkeypatch.setattr(kit.windows, "CORE", 64)
     images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_features_of_windows_are_those_of_the_whole(monkeypatch, name):
 
 
 def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monkeypatch):
-    """A patch is painted on, but no position of its features sees the padding of a rim that the image does not have."""
+    """Defects are painted on a patch. No feature of the patch may see padding where the image continues."""
     monkeypatch.setattr(kit.good, "PATCH", 128)
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
     torch.manual_seed(0)
@@ -99,7 +99,8 @@ def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monk
 
 
 def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, monkeypatch):
-    """As if 128 x 128 were large: the scores are those of the whole image, and what is painted on is a patch."""
+    """With limits that make 128 x 128 a large image: scores are those of the whole image, and defects are painted on a
+    patch."""
     options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--out", tmp_path / "run"]
     monkeypatch.setattr(kit.good, "PATCH", 96)
     painted_on = set()
