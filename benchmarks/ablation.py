@@ -3,9 +3,12 @@
 python benchmarks/ablation.py mvtec/bottle mvtec/screw --weights FILE --seeds 3 --out ablation
 python benchmarks/ablation.py mvtec/bottle mvtec/screw --out ablation --compare "the default" "8 epochs"
 
-OUT/<category>.pt are the features, OUT/<category>.jsonl the results, a line as each comes. Called again, it goes on.
---compare reads the results: mean gain of the second variant over the first, and the t and p of a paired test over the
-categories, each of which counts once, with its mean over the seeds. Seeds of one category are not independent."""
+OUT/<category>.pt has the features. OUT/<category>.jsonl has the results, one line each, as soon as they are known. The
+same call continues after a stop.
+
+--compare reads the results. It prints the mean gain of the second variant over the first, and t and p of a paired test
+over the categories. Each category counts once, with its mean over the seeds, since seeds of one category are not
+independent."""
 
 import argparse
 import itertools
@@ -50,9 +53,10 @@ VARIANTS = {
 
 @torch.no_grad()
 def extract(category: Path, settings: CLFlowSettings, weights: str | None, device: str) -> dict[str, Tensor | float]:
-    """All features of a category that an experiment needs, in float16: of all good images, whatever a seed holds out,
-    of a camera copy of each, of what is painted on them, and of the test images. `seconds` is what all but the last
-    took."""
+    """All features of a category that an experiment needs, in float16.
+
+    They are those of all good images (each seed holds out others), of a camera copy of each, of the defects that are
+    painted on them, and of the test images. `seconds` is the time for all of these except the test images."""
     model = clflow.CLFlow(settings).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
@@ -109,7 +113,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
 
 
 def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
-    """Rows of the good images that are trained on, and of what is painted on these."""
+    """Rows of the good images that are trained on, and of the defects that are painted on these."""
     good = as_rows(kept["good"][trained_on])
     copies = as_rows(kept["copies"][trained_on])[::COPIED]
     numbers = torch.full((len(kept["good"]),), -1)
@@ -125,8 +129,8 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows,
 
 
 def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, is_default: bool) -> dict:
-    """Train on kept features; the figures of the last epoch, and the seconds that bank and training took. Of the
-    default also what single experts and the nearest neighbour alone give."""
+    """Train on kept features. Returns the metrics after the last epoch, and the seconds for bank and training. For the
+    default it also returns the metrics of each single expert and of the nearest neighbour."""
     torch.manual_seed(settings.seed)
     model = clflow.CLFlow(settings).eval().to(device)
     held_out, trained_on = split(list(range(len(kept["good"]))), settings.seed)
@@ -151,7 +155,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
 def kept_features(
     category: Path, args: argparse.Namespace, size: int = CLFlowSettings.size
 ) -> dict[str, Tensor | float]:
-    """What `extract` found, now or in an earlier call; features on args.device."""
+    """The result of `extract`, made now or in an earlier call; its features are on args.device."""
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
@@ -165,7 +169,7 @@ def kept_features(
 
 
 def settings_of(kept: dict[str, Tensor | float], backbone: str, seed: int, changed: dict) -> CLFlowSettings:
-    """The default settings of an experiment on kept features, but for what is `changed`."""
+    """The default settings of an experiment on kept features, with some settings `changed`."""
     images = len(kept["good"])
     facts = {"images": images, "held_out": held_out_count(images)}
     size = tuple(kept["masks"].shape[1:])
@@ -173,7 +177,7 @@ def settings_of(kept: dict[str, Tensor | float], backbone: str, seed: int, chang
 
 
 def run_category(category: Path, args: argparse.Namespace) -> None:
-    """All that is missing of a category's results, seed by seed."""
+    """Compute the missing results of a category, seed by seed."""
     name = category.resolve().name
     results = args.out / f"{name}.jsonl"
     done = {(row["variant"], row["seed"]) for row in read_results(results)}
@@ -197,7 +201,7 @@ def read_results(file: Path) -> list[dict]:
 
 
 def compare(categories: list[Path], out: Path, before: str, after: str) -> None:
-    """A line a category, then the paired test over the categories."""
+    """Print one line per category, then the paired test over the categories."""
     means = []
     for category in categories:
         name = category.resolve().name

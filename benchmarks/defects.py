@@ -1,15 +1,17 @@
-"""What a few real defects teach, on categories in MVTec AD's layout: 0, 1, 3 and 10 of them, with masks and without.
+"""What are a few real defects worth? CL-Flow learns from 0, 1, 3 and 10 of them, with and without masks.
 
 python benchmarks/defects.py mvtec/screw more/tire --weights FILE --out defects
 python benchmarks/defects.py --out defects --table
 
-The defects are drawn from the test images, three times; what is measured is the rest, the same for all rows of a draw.
-On UNKNOWN categories besides: ten defects of all kinds but one, measured on that one. Bank and whitening are the same
-throughout, and so are the random numbers of all trainings of a draw. The recall is that at the rate .02, at the
-threshold that the held-out good images give (train.py asks the others, too, which takes three more trainings).
+Categories are folders in MVTec AD's layout. The defects are drawn from the test images, three times. The other test
+images are measured; they are the same for all rows of a draw. For UNKNOWN categories there is a second task: ten
+defects of all kinds except one, measured on that kind. All trainings of a category use the same bank and whitening, and
+all trainings of a draw the same random numbers. The threshold has the rate .02 and comes from the held-out good images
+alone (train.py also uses the other good images, which takes three more trainings).
 
-OUT/<category>.model.pt and .rows.pt are what all trainings of a category share, OUT/<category>.jsonl the results, a
-line as each comes. Called again, it goes on. --table prints what there is, of draws that are complete."""
+OUT/<category>.model.pt and .rows.pt have the parts that all trainings of a category share. OUT/<category>.jsonl has the
+results, one line each, as soon as they are known. The same call continues after a stop. --table prints the results of
+all complete draws."""
 
 import argparse
 import json
@@ -37,15 +39,15 @@ from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 
-UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories of which one kind after the other is left out
+UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories in which each kind of defect is left out in turn
 COUNTS = (1, 3, 10)
 DRAWS = 3
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trainings of a category share: the model with its bank and whitening, the rows of good images and of
-    painted defects, and the maps w (B, K, h, w) of held-out and of test images."""
+    """The parts that all trainings of a category share: the model with its bank and whitening, the rows of good images
+    and of painted defects, and the maps w (B, K, h, w) of held-out and of test images."""
 
     model: CLFlow
     feed: Feed
@@ -56,10 +58,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: what is drawn, by number of the test images, and what is measured."""
+    """A row of the table: the test images that are drawn, and those that are measured, by number."""
 
     draw: int
-    left_out: str | None  # the kind of which nothing is drawn
+    left_out: str | None  # the kind that is not drawn from
     given: list[int]
     masks: bool
     measured: list[int]
@@ -73,7 +75,7 @@ class Task:
 
 
 def shared(category: Path, args: argparse.Namespace) -> Shared:
-    """Computed now, or in an earlier call."""
+    """The shared parts, computed now or in an earlier call."""
     name = category.resolve().name
     model_file, rows_file = args.out / f"{name}.model.pt", args.out / f"{name}.rows.pt"
     tests = data.labelled_images(category)
@@ -88,7 +90,7 @@ def shared(category: Path, args: argparse.Namespace) -> Shared:
 
 @torch.no_grad()
 def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Namespace) -> tuple:
-    """As clflow.train does: model, rows that training draws from, and maps of held-out and test images."""
+    """The model, the feed, and the maps of held-out and test images, made in the same way as by clflow.train."""
     files = data.list_images(data.good_folder(category))
     size = input_size(CLFlowSettings.size, files)
     settings = CLFlowSettings(images=len(files), held_out=held_out_count(len(files)), size=size)
@@ -112,7 +114,8 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
 
 
 def tasks(tests: list[data.LabelledImage], unknown: bool) -> Iterator[Task]:
-    """All of a category, those without given defects first in each draw; of single kinds if `unknown`."""
+    """All tasks of a category; in each draw, those without defects come first. With `unknown`, each kind is left out in
+    turn."""
     good = [number for number, test in enumerate(tests) if not test.anomalous]
     defects = [number for number, test in enumerate(tests) if test.anomalous]
     with_masks = [False, True] if all(tests[number].mask for number in defects) else [False]
@@ -130,7 +133,7 @@ def tasks(tests: list[data.LabelledImage], unknown: bool) -> Iterator[Task]:
 
 
 class Trainings:
-    """The trainings of a category; that without real defects, of which each draw has one, is kept."""
+    """The trainings of a category. Each draw has one training without real defects, which is kept."""
 
     def __init__(self, common: Shared):
         self.common = common
@@ -159,8 +162,8 @@ class Trainings:
         self.calibrate()
 
     def run(self, task: Task) -> dict[str, float]:
-        """The figures of a row."""
-        self.without_defects(task.draw)  # this finds the defects that have no masks
+        """The metrics of a row."""
+        self.without_defects(task.draw)  # this detector locates defects without masks
         if task.given:
             tests = [self.common.tests[number] for number in task.given]
             defects = [Defect(test.path, test.mask if task.masks else None) for test in tests]
@@ -180,7 +183,7 @@ class Trainings:
 
 
 def run_category(category: Path, args: argparse.Namespace, unknown: bool) -> None:
-    """All that is missing of a category's results."""
+    """Compute the missing results of a category."""
     name = category.resolve().name
     file = args.out / f"{name}.jsonl"
     done = [{key: row[key] for key in ("draw", "left_out", "defects", "masks")} for row in read_results(file)]
@@ -204,7 +207,7 @@ def read_results(file: Path) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: means of image AUROC / recall over the draws that are complete."""
+    """A Markdown table: means of image AUROC / recall over the complete draws."""
     columns = [(0, False), *((count, masks) for masks in (False, True) for count in COUNTS)]
     names = ["none", *(f"{count}, {'masks' if masks else 'no masks'}" for count, masks in columns[1:])]
     lines = []
@@ -218,8 +221,8 @@ def table(rows: list[dict]) -> str:
 
 
 def complete_draws(rows: list[dict]) -> list[dict]:
-    """For each draw (and kind that was left out) of a category its rows, by number of defects and whether with masks;
-    of those draws that have as many as any has."""
+    """The rows of each complete draw (and left-out kind) of a category, by number of defects and presence of masks. A
+    draw is complete if no other draw has more rows."""
     draws: dict[tuple, dict] = {}
     for row in rows:
         draws.setdefault((row["draw"], row["left_out"]), {})[row["defects"], row["masks"]] = row

@@ -1,14 +1,12 @@
-"""What each difference between the paper's form of CL-Flow and ours is worth: a ladder, one difference a step.
+"""How much is each difference between the paper's form of CL-Flow and ours worth? A ladder, one difference per step.
+python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder             # 20 to 30 minutes a category python
+benchmarks/ladder.py FOLDER/* --out ladder --table                    # reads the results; nothing is trained  The first
+steps are trainings by train.py --method paper, in OUT/paper. The others train on kept features, as
+benchmarks/ablation.py does, in OUT/<size>. Each result is a line in OUT/<category>.jsonl, written as soon as it is
+known. The same call continues after a stop, also after the last complete epoch of the paper's form.
 
-python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder             # 20 to 30 minutes a category
-python benchmarks/ladder.py FOLDER/* --out ladder --table                    # reads the results; nothing is trained
-
-The first steps are trainings by train.py --method paper, in OUT/paper. The others train on kept features, as
-benchmarks/ablation.py does, in OUT/<size>. Each result is a line in OUT/<category>.jsonl as soon as it is there. Called
-again, it goes on: with the next result, or after the last whole epoch of the paper's form.
-
-Seconds are those of training alone: features of good images, painting, bank and epochs. Our form's product trains three
-more times, for the threshold; image AUROC does not depend on that."""
+Seconds are those of training alone: features of good images, painting, bank and epochs. In our form, train.py trains
+three more times to set the threshold; image AUROC does not depend on that."""
 
 import argparse
 import csv
@@ -63,7 +61,7 @@ class LossesWithoutNoise(clflow.Losses):
 
 
 def climb(category: Path, step: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """The figures of one step on one category."""
+    """The metrics of one step on one category."""
     if step in PAPER:
         return paper_step(category, step, seed, args)
     size, changed = OURS[step]
@@ -76,7 +74,7 @@ def climb(category: Path, step: str, seed: int, args: argparse.Namespace) -> dic
 
 
 def paper_step(category: Path, step: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Train by the script, or go on where it was stopped; measure as the other steps are measured."""
+    """Train with the script, or continue a stopped training; measure in the same way as the other steps."""
     out = args.out / "paper" / step.replace(" ", "_").replace("'", "") / category.resolve().name / f"seed{seed}"
     options = ["--method", "paper", "--data", category, "--out", out, "--seed", seed, "--resume"]
     options += ["--size", SMALL, "--backbone", args.backbone, "--device", args.device, *PAPER[step]]
@@ -93,7 +91,7 @@ def paper_step(category: Path, step: str, seed: int, args: argparse.Namespace) -
 
 
 def features(category: Path, size: int, args: argparse.Namespace) -> dict[str, Tensor | float]:
-    """The kept features of a category's images of this size; labels and masks of its tests are with them."""
+    """The kept features of a category's images at this size, with the labels and masks of its test images."""
     folder = args.out / str(size)
     folder.mkdir(parents=True, exist_ok=True)
     there = argparse.Namespace(**vars(args) | {"out": folder})
@@ -101,7 +99,7 @@ def features(category: Path, size: int, args: argparse.Namespace) -> dict[str, T
 
 
 def run_category(category: Path, args: argparse.Namespace) -> None:
-    """All that is missing of a category's results."""
+    """Compute the missing results of a category."""
     name = category.resolve().name
     results = args.out / f"{name}.jsonl"
     done = {(row["step"], row["seed"]) for row in read_results(results)}
@@ -116,8 +114,8 @@ def run_category(category: Path, args: argparse.Namespace) -> None:
 
 
 def table(out: Path) -> str:
-    """A row for each step: image AUROC in the mean over categories and seeds, that of the worst category, and the
-    training's seconds a category in the mean. A category counts once every step of its has a result."""
+    """A row for each step: mean image AUROC over categories and seeds, image AUROC of the worst category, and the mean
+    training time per category in seconds. Only categories with results of all steps count."""
     found = {file.stem: read_results(file) for file in sorted(out.glob("*.jsonl"))}
     steps = [step for step in STEPS if any(row["step"] == step for rows in found.values() for row in rows)]
     complete = [rows for rows in found.values() if {row["step"] for row in rows} >= set(steps)]

@@ -1,10 +1,10 @@
-"""Small defects in photographs of 12 megapixels, made from real images: are they found, in what time and memory?
+"""Does a detector find small defects in photographs of 12 megapixels, and how much time and memory does it take?
 
 python benchmarks/large.py mvtec/screw --weights resnet18.pth --out large      # some ten minutes on two cores
 
-A photograph is 9 x 7 tiles of 448 x 448. 20 of good images, drawn at random, are learnt from. 20 others are each of one
-good test image, in all places; but in half of them one tile is a defective image, of those with the smallest defects.
-"""
+The photographs are made from real images: each has 9 x 7 tiles of 448 x 448 pixels. The detector learns from 20
+photographs with good images as tiles, drawn at random. Each of the 20 test photographs repeats one good test image in
+all places. In half of them one tile is replaced by one of the defective images with the smallest defects."""
 
 import argparse
 import csv
@@ -27,7 +27,7 @@ DOWN, ACROSS = 7, 9
 LEARNT_FROM = 20
 TESTS = 10  # of each kind
 NEAR = 8  # pixels
-RATES = (0.02, 0.1)  # of good ones flagged, for which a threshold is taken
+RATES = (0.02, 0.1)  # accepted false-alarm rates, each with its own threshold
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 
@@ -37,7 +37,7 @@ def tile(path: Path) -> Image.Image:
 
 
 def photograph_of(tiles: list[Image.Image], rng: np.random.Generator) -> Image.Image:
-    """All places filled with tiles, drawn at random."""
+    """A photograph with tiles drawn at random in all places."""
     whole = Image.new("RGB", (ACROSS * TILE, DOWN * TILE))
     for place in range(DOWN * ACROSS):
         whole.paste(tiles[rng.integers(len(tiles))], corner(place))
@@ -50,7 +50,7 @@ def corner(place: int) -> tuple[int, int]:
 
 
 def smallest_defects(category: Path) -> list[tuple[Path, np.ndarray]]:
-    """Of the defective images those with the smallest defects, smallest first; with their masks as large as a tile."""
+    """The defective images with the smallest defects, smallest first, each with its mask at the size of a tile."""
     found = []
     for test in data.labelled_images(category):
         if test.mask:
@@ -61,7 +61,7 @@ def smallest_defects(category: Path) -> list[tuple[Path, np.ndarray]]:
 
 
 def draw_all(category: Path, to: Path) -> dict[str, Box]:
-    """Draw the photographs; the box of the defect of each defective one, by name."""
+    """Draw the photographs. Returns the box of the defect in each defective photograph, by name."""
     rng = np.random.default_rng(0)
     good = [tile(path) for path in data.list_images(data.good_folder(category))]
     other = [tile(test.path) for test in data.labelled_images(category) if not test.anomalous]
@@ -89,7 +89,8 @@ def overlap(one: Box, other: Box) -> bool:
 
 
 def highest(model: Detector, path: Path, box: Box) -> str:
-    """Where in a photograph the map is highest: on the defect in this box, elsewhere on its tile, or elsewhere."""
+    """The place where the map of a photograph is highest: on the defect in this box, elsewhere on its tile, or
+    elsewhere."""
     maps, _ = model(data.read_batch([path], model.shape))
     y, x = np.unravel_index(int(maps[0].argmax()), model.shape)
     spot = (int(x), int(y), int(x) + 1, int(y) + 1)

@@ -1,4 +1,4 @@
-"""Draw what the autoencoder does, RUN/projection.png: python benchmarks/projection.py RUN"""
+"""Draw what the autoencoder does into RUN/projection.png: python benchmarks/projection.py RUN"""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 pip install anomalib FrEIA && python benchmarks/rivals.py patchcore mvtec/bottle --weights resnet18.pth
 
-256x256, ResNet18, float32 as published, without the framework's loop around them: what is timed is the model."""
+The models run at 256x256 with ResNet18, in float32 as published. Only the model is timed, without the framework's loop
+around it."""
 
 import argparse
 import json
@@ -28,8 +29,8 @@ try:
 except ImportError:
     sys.exit("error: pip install anomalib FrEIA first")
 
-EPOCHS = 20  # of the flow; anomalib trains until the figures on its validation set no longer rise
-TRAINING_BATCH = 32  # of its training, as anomalib has it
+EPOCHS = 20  # of the flow. anomalib itself trains until its validation metrics no longer rise
+TRAINING_BATCH = 32  # of the flow's training, anomalib's default
 BANK = 2000  # vectors
 
 

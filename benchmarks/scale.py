@@ -2,7 +2,8 @@
 
 python benchmarks/scale.py mvtec/bottle/train/good --weights resnet18.pth --out scale     # half an hour
 
-The folder's images, repeated, stand for many; stored at 64x64, so that not reading them is what is measured."""
+The folder's images are repeated to get many. They are stored at 64x64, so that reading files takes little of the
+time."""
 
 import argparse
 import json
@@ -25,7 +26,7 @@ COUNTS = (100, 1000, 10_000, 100_000)  # of images of SMALL x SMALL
 SIZES = (512, 1024, 2048)  # of 100 images
 LABELS = {"seconds": "training, seconds", "memory": "peak memory, MB"}
 LEFT, TOP, WIDTH, HEIGHT = 90, 60, 400, 240  # of a plot, in pixels
-INSET = 30  # of its first point
+INSET = 30  # of the first point from the left edge
 
 
 def repeated(files: list[Path], count: int, folder: Path, side: int) -> Path:
@@ -58,8 +59,8 @@ def measured(folder: Path, size: int, weights: str, out: Path) -> dict[str, floa
 
 
 def chart(title: str, rows: list[dict], by: str, name: str, slope: int) -> Image.Image:
-    """What `name` is by `by`, both axes logarithmic, each point with its value; with a grey line of this slope, which
-    stands for "in proportion"."""
+    """A chart of `name` against `by` with logarithmic axes and the value at each point. A grey line with this slope
+    shows growth in proportion."""
     x = np.log10([row[by] for row in rows])
     y = np.log10([row[name] for row in rows])
     low, high = np.floor(y.min()), max(np.ceil(y.max()), np.floor(y.min()) + 2)
@@ -88,13 +89,13 @@ def chart(title: str, rows: list[dict], by: str, name: str, slope: int) -> Image
 
 
 def figure(rows: list[dict]) -> Image.Image:
-    """Seconds to the left and memory to the right; by images above and by size below."""
+    """Seconds on the left, memory on the right; by number of images above, by size below."""
     small = [row for row in rows if row["size"] == SMALL]
     large = [row for row in rows if row["size"] != SMALL]
     lines = []
     for part, by, among, slope in (
         (small, "images", f"by images of {SMALL}x{SMALL}", 1),
-        (large, "size", "by size, 100 images", 2),  # which has size^2 pixels
+        (large, "size", "by size, 100 images", 2),  # an image has size^2 pixels
     ):
         panels = [chart(f"{label}, {among}", part, by, name, slope) for name, label in LABELS.items()]
         lines.append(draw.beside_each_other([np.asarray(panel) for panel in panels]))

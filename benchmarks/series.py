@@ -1,7 +1,9 @@
-"""Does the threshold hold for a series? Of each category 50 good images are drawn and copied five times, each copy
-moved by up to 2 pixels (of 256) and 2 % brighter or darker, with names in order: as the frames of a camera. A detector
-learns from these 250; its false alarms are counted on all other good images. Before: each training image judged by the
-trained detector, without its own prototypes.
+"""Does the threshold hold for a series, such as the frames of a camera?
+
+50 good images of each category are drawn and copied five times. Each copy is moved by up to 2 pixels (of 256) and made
+up to 2 % brighter or darker; the names keep the copies together. A detector learns from these 250 images. Its false
+alarms are counted on all other good images. "Before" is the threshold without the rules for series: the trained
+detector judges each training image without its own prototypes.
 
 python benchmarks/series.py mvtec/bottle more/tire --weights FILE --out series"""
 
@@ -41,7 +43,7 @@ def another_frame(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
 
 
 def make_series(category: Path, to: Path) -> None:
-    """Draw, copy, and lay the others beside the good test images."""
+    """Draw images and copy them. The other good images are added to the good test images."""
     rng = np.random.default_rng(0)
     files = data.list_images(data.good_folder(category))
     drawn = sorted(rng.permutation(len(files))[:DRAWN])
@@ -57,7 +59,7 @@ def make_series(category: Path, to: Path) -> None:
 
 
 def scores_before(model: Detector, trained_on: list[Path]) -> np.ndarray:
-    """Each training image judged by the trained detector, without its own prototypes."""
+    """The scores of the training images from the trained detector, each without its own prototypes."""
     as_new = AsNew(GoodImages([], trained_on), model.settings.seed, alike=1.0)
     return np.array([float(score) for fold in range(FOLDS) for score, _ in as_new.scores(model, fold).values()])
 

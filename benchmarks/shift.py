@@ -8,7 +8,7 @@ python benchmarks/shift.py mvtec/screw more/tire --weights FILE --out shift
 python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods clflow nearest --few 10 20 40
 python benchmarks/shift.py mvtec/screw more/tire --out shift --table
 
-OUT/results.jsonl gets a line for each category, seed, method and shift. Called again, it goes on."""
+OUT/results.jsonl gets a line for each category, seed, method and shift. The same call continues after a stop."""
 
 import argparse
 import json
@@ -109,7 +109,7 @@ def judged(model: Detector, images: np.ndarray) -> tuple[np.ndarray, list[list[t
 
 
 def measured(run: Path, tests: list[LabelledImage], shift: str, device: str) -> dict:
-    """The figures of a trained run on shifted test images."""
+    """The metrics of a trained run on shifted test images."""
     model = load(run / "model.pt", device)
     images = np.stack([shifted(read_image(test.path, model.shape), shift, i) for i, test in enumerate(tests)])
     labels = np.array([test.anomalous for test in tests])
@@ -154,7 +154,7 @@ def trained(category: Path, method: str, seed: int, args: argparse.Namespace) ->
 
 
 def measure_category(category: Path, shifts: list[str], args: argparse.Namespace) -> None:
-    """All lines of a category that are missing in results.jsonl."""
+    """Add the lines of a category that are missing in results.jsonl."""
     tests = chosen_tests(category, args.tests)
     for seed in range(args.seeds):
         for method in args.methods:
@@ -174,7 +174,7 @@ def read_results(out: Path) -> list[dict]:
 
 
 def print_table(rows: list[dict], shifts: list[str]) -> None:
-    """Markdown, for each method a row a shift: means over categories of the means over seeds."""
+    """Print a Markdown table for each method, with a row for each shift: means over seeds, then over categories."""
     names = ("image_auroc", "false_alarms", "recall", "recalibrated_false_alarms", "recalibrated_recall")
     for method in dict.fromkeys(row["method"] for row in rows):
         print(f"\n| {method} | {' | '.join(names)} | worst AUROC | most false alarms |\n|{'---|' * (len(names) + 3)}")

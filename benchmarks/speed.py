@@ -1,11 +1,11 @@
-"""Minutes to a detector, milliseconds an image, memory: one table, of one machine, in one run.
+"""How long do training and judging take, and how much memory? One table, measured on one machine in one run.
 
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth             # ours
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth --rivals    # and anomalib's, 256x256
 
-Milliseconds an image are medians: of a batch of the category's test images, and of these one by one in the column `one,
-ms`; `beyond` is what comes after the backbone. What is far from all that is normal takes longer to judge; so they are
-real images, good and bad."""
+Milliseconds per image are medians over a batch of the category's test images; the column `one, ms` has the same images
+one by one. `beyond` is everything after the backbone. Images that are far from normal take longer to judge, so real
+good and defective images are used."""
 
 import argparse
 import itertools
@@ -29,7 +29,7 @@ from kit.processes import keep_freed_memory  # noqa: E402
 from kit.settings import Shape  # noqa: E402
 from methods import load  # noqa: E402
 
-SIZE = 256  # pixels a side, of what is compared to anomalib's
+SIZE = 256  # pixels a side, for the comparison with anomalib
 REPEATS = 15
 COLUMNS = [
     "training, s",
@@ -48,8 +48,8 @@ COLUMNS = [
 
 
 def median_ms(run: Callable[[Tensor], object], batches: Sequence[Tensor], device: str) -> float:
-    """Milliseconds an image of `run` on batches (B, 3, H, W), one after the other, over and over; the first two calls
-    left out. They start in the processor's memory, as decoded images do."""
+    """The median time of `run` in milliseconds per image, over batches (B, 3, H, W) in turn, without the first two
+    calls. The batches are in the processor's memory, like decoded images."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times = []
     for images in itertools.islice(itertools.cycle(batches), REPEATS + 2):
@@ -93,7 +93,7 @@ def run_measured(command: list[str], log: Path) -> tuple[float, float]:
 def milliseconds_of(
     whole: Callable, backbone: Callable, category: Path, shape: Shape, batch: int, device: str
 ) -> dict[str, float]:
-    """Milliseconds an image: the backbone, all, and all of a single image."""
+    """Milliseconds per image: the backbone, everything, and everything for a single image."""
     tests = data.labelled_images(category)
     images = data.read_batch([tests[i * len(tests) // batch].path for i in range(batch)], shape)
     return {
@@ -111,7 +111,7 @@ def ours(category: Path, options: list[str], folder: Path, batch: int, device: s
     with torch.no_grad():
         found = {"image_auroc": tests_auroc(lambda images: model(images)[1], category, model.shape)}
     found |= {"seconds": seconds, "memory": memory, "megabytes": (out / "model.pt").stat().st_size / 1e6}
-    backbone = getattr(model, "phi", model.features)  # the autoencoder shows it larger images
+    backbone = getattr(model, "phi", model.features)  # the autoencoder's backbone sees larger images
     found |= milliseconds_of(model, backbone, category, model.shape, batch, device)
     return found | {"decoding": decoding_ms(category, model.shape)}
 

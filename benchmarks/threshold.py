@@ -1,5 +1,6 @@
-"""Does the threshold keep its promise? For trained runs of categories with test/: draw some of the good images' scores,
-take the threshold from them, count what it flags among the test images; beside the rule of before, and an oracle.
+"""Does the threshold keep its promise?  For trained runs of categories with test/: some of the good images' scores are
+drawn, the threshold is set from them, and the test images that it flags are counted. An earlier rule and an oracle are
+measured in the same way.
 
 python benchmarks/threshold.py runs/bottle runs/screw"""
 
@@ -23,7 +24,8 @@ RATES = (0.02, 0.05, 0.1)
 
 
 def threshold_before(values: np.ndarray, rate: float) -> float:
-    """The k-th highest, k = rate (n + 1) rounded down; if that is 0, Student's bound, and at least the highest."""
+    """The earlier rule: the k-th highest score, k = rate (n + 1) rounded down. If k is 0, Student's bound, but at least
+    the highest score."""
     n = len(values)
     k = int(rate * (n + 1))
     if k > 0:
@@ -39,7 +41,8 @@ def oracle_recall(good: np.ndarray, bad: np.ndarray, false_alarms: float) -> flo
 
 
 def line(text: str, found: list[tuple[float, float, float]], rate: float) -> None:
-    """Of several choices: mean of false alarms, share above twice the rate, recall, and the oracle's recall."""
+    """Print means over several choices: false alarms, share of choices with more than twice the rate, recall, and the
+    oracle's recall."""
     alarms, recall, oracle = np.array(found).T
     print(
         f"{text}: false alarms {alarms.mean():.3f} (above twice the rate: {(alarms > 2 * rate).mean():.0%}), "

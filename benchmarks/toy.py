@@ -1,7 +1,7 @@
-"""The flow and the contrast on two dimensions, where one can see them: python benchmarks/toy.py
+"""The flow and the contrast in two dimensions, where they can be drawn: python benchmarks/toy.py
 
-The couplings of flows.py learn two moons, as maps of 1x1 position with two channels, with the likelihood alone and with
-the contrast of energies beside it. Some seconds; it draws density and samples, side by side."""
+The couplings of flows.py learn two moons, given as points with two channels. One flow learns with the likelihood alone,
+another one also with the contrast of energies. Density and samples are drawn side by side. It takes some seconds."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ from kit.draw import save_picture
 from methods.paper import contrast_energy
 
 PANEL = 320  # pixels
-REACH = 3.0  # of the plane that is drawn: -REACH..REACH
+REACH = 3.0  # the drawn plane is -REACH..REACH along both axes
 BATCH = 512
 
 
@@ -34,7 +34,7 @@ def moons(count: int) -> Tensor:
 
 
 def elsewhere(count: int) -> Tensor:
-    """Synthetic anomalies (count, 2): points anywhere but near the moons."""
+    """Synthetic anomalies (count, 2): points anywhere except near the moons."""
     points = REACH * (2 * torch.rand(4 * count, 2) - 1)
     return points[torch.cdist(points, moons(400)).min(dim=1).values > 0.4][:count]
 
@@ -80,20 +80,20 @@ def grid() -> Tensor:
 
 
 def density(flow: Flow2D) -> Image.Image:
-    """Grey: p(x) = e^(-2 E) / 2 pi, the darker the denser."""
+    """A grey picture of p(x) = e^(-2 E) / 2 pi; darker is denser."""
     p = (-2 * energies(flow, grid())).exp().view(PANEL, PANEL)
     shade = 255 - 255 * (p / p.quantile(0.995)).clamp(max=1).sqrt()
     return Image.fromarray(shade.numpy().astype(np.uint8)).convert("RGB")
 
 
 def energy_map(flow: Flow2D) -> Image.Image:
-    """Grey: E, white at -1 and below, black at 6 and above."""
+    """A grey picture of E: white at -1 and below, black at 6 and above."""
     shade = 255 - 255 * ((energies(flow, grid()).view(PANEL, PANEL) + 1) / 7).clamp(0, 1)
     return Image.fromarray(shade.numpy().astype(np.uint8)).convert("RGB")
 
 
 def samples(flow: Flow2D) -> Image.Image:
-    """x = f^-1(z), z drawn from the Gaussian."""
+    """Samples x = f^-1(z), with z drawn from the Gaussian."""
     return scatter(flow.inverse(torch.randn(1, 2, 1, 1000))[0, :, 0].T, "#2a6fb0")
 
 
