@@ -2,11 +2,11 @@
 # # From an image to its verdict: the method in eight parts
 #
 # This lecture is for readers who know PyTorch, but neither flows nor anomaly detection. Each cell imports the project's
-# own functions and looks at what they do. The notebook runs from top to bottom in two to four minutes on two idle CPU
+# own functions and shows what they do. The notebook runs from top to bottom in two to four minutes on two idle CPU
 # cores, on images that it draws itself. Symbols are those of [method.md](method.md), which has every equation beside
 # its function.
 #
-# The task: *given photographs of good parts alone, which new photograph shows a defect, and where?* There are no
+# The task: *given only photographs of good parts, which new photograph shows a defect, and where?* There are no
 # examples of defects to learn from, so the method learns what is normal. (*Normal* always means: without a defect. The
 # normal distribution is called Gaussian here.) The way from an image to its verdict:
 #
@@ -33,7 +33,7 @@
 # |---|---|---|---|
 # | what the flow sees | features as they are | features relative to the nearest prototype, whitened | 3, 4 |
 # | flow | one for each scale, 3×3 kernels | one for all scales joined, 1×1 kernels | 4 |
-# | classifier | made from the flow's energy | a network of its own beside the flow | 5 |
+# | classifier | made from the flow's energy | a separate network | 5 |
 # | negatives | painted defects | painted defects, and normal rows with noise | 5 |
 # | contrast | on the flow's latents or energies | on the classifier's log-odds | 6 |
 # | normal images | good images | good images, and camera copies of them | 1, 7 |
@@ -108,10 +108,10 @@ def show(panels, columns=4, colour_bars=True):
 #
 # **The demo.** `kit.demo` draws photographs of buttons on cloth. 80 are good, for training. 60 are for testing: 20 good
 # ones, and ten with each of four defects. Most of these defects are easy. So we draw 20 more with a *faint* stain. It
-# darkens by 10 %, where a stain of the demo darkens by 25 %.
+# darkens by 10 %; a stain of the demo darkens by 25 %.
 #
-# Some of the 80 good images are *held out*: nothing is trained on them. They show what good images look like that
-# training has not seen.
+# Some of the 80 good images are *held out*: nothing is trained on them. They show how good images look if training has
+# not seen them.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -161,8 +161,8 @@ show({"x⁺": x_plus, "foreground": synth.foreground(x_plus), "mask M": mask, "x
 show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 5)})
 
 # %% [markdown]
-# **Camera copies.** If painted defects were all that a detector learned, anything unlike a training image would be a
-# defect for it: a little noise, another focus, another file format. So `kit.camera` makes a copy of each good image, as
+# **Camera copies.** If a detector learned from painted defects alone, it would take anything unlike a training image
+# for a defect: a little noise, another focus, another file format. So `kit.camera` makes a copy of each good image, as
 # a slightly worse camera would see it: with blur, noise and JPEG compression, each of a random strength. These copies
 # count as normal. Half of the x⁻ become camera copies, too (`clflow.paint`). So noise and blur say nothing about
 # defects. Part 7 tests whether this works.
@@ -325,7 +325,7 @@ two_banks.spacing = floored
 
 # %% [markdown]
 # On one scale the defects lie to the left of normal rows of the busy kind. No threshold can find them. On the local
-# scale both normal kinds fall upon each other, and the defects stand out.
+# scale the two normal kinds overlap, and the defects stand out.
 #
 # **Why the floor.** Without it a few more defects are found here. But these drawn rows are noise to begin with. On
 # photographs some parts are smoother than anything drawn here, for example a blank background. Their prototypes lie
@@ -361,7 +361,7 @@ two_banks.spacing = floored
 #
 # E = ½ mean_c z² − log|det dz/dw| / K
 #
-# **A step whose determinant is cheap.** The determinant of a general K×K matrix takes about K³ operations. A *coupling*
+# **A step with a cheap determinant.** The determinant of a general K×K matrix takes about K³ operations. A *coupling*
 # keeps one half a of its input, and scales and shifts the other half b. A subnet computes both amounts from a:
 #
 # (u, t) = subnet(a), s = 2·tanh(0.1 u), b′ = b · exp(s) + t
@@ -369,11 +369,11 @@ two_banks.spacing = floored
 # $$\frac{\partial (a, b')}{\partial (a, b)} =
 # \begin{pmatrix} I & 0 \\ \partial b' / \partial a & \mathrm{diag}(e^{s}) \end{pmatrix}$$
 #
-# and so log|det| = Σ s. The matrix is triangular. The block ∂b′/∂a has all derivatives of the subnet, and it does not
-# count. To go back, keep a, compute the same s and t, and b = (b′ − t) · exp(−s). The subnet is never inverted, so it
-# may be any network. Then all channels are scaled and moved, which adds Σ scale (`scale` is a logarithm, too). At last
-# they are permuted, which adds log 1 = 0, so that the next step changes another half. The log-determinants of all steps
-# add up.
+# and so log|det| = Σ s. The matrix is triangular. The block ∂b′/∂a has all derivatives of the subnet, and the
+# determinant does not depend on it. To go back, keep a, compute the same s and t, and b = (b′ − t) · exp(−s). The
+# subnet is never inverted, so it may be any network. Then all channels are scaled and moved, which adds Σ scale
+# (`scale` is a logarithm, too). At last they are permuted, which adds log 1 = 0, so that the next step changes another
+# half. The log-determinants of all steps add up.
 #
 # A check: autograd gives the whole Jacobian of one coupling, and PyTorch its log-determinant.
 
@@ -411,7 +411,7 @@ plt.show()
 # proportion, and only extreme ones meet the bound. The subnet's last layer starts at zero, so a new flow is the
 # identity.
 #
-# **A flow on two dimensions.** Two moons and 12 couplings, trained by nothing but the mean of E (`benchmarks/toy.py`).
+# **A flow in two dimensions.** Two moons and 12 couplings, trained with the mean of E alone (`benchmarks/toy.py`).
 # Here the points themselves, x, take the place of w. The colours follow the points through the couplings, from moons
 # to a round cloud.
 
@@ -450,7 +450,7 @@ print(f"back through the inverse: off by {(back - points).abs().max().item():.0e
 print(f"mean energy of new points: {toy.energies(plain, toy.moons(4000)).mean():.3f}")
 
 # %% [markdown]
-# A mean energy below zero is no bug: a density may exceed 1. Because the density is exact, one can draw it. One can
+# A mean energy below zero is not a bug: a density may exceed 1. Because the density is exact, one can draw it. One can
 # also *sample* it: draw z from the Gaussian, and send it back through the inverse.
 
 # %%
@@ -587,37 +587,37 @@ of_likelihood = follow(likelihood, loop)
 # L_cls = mean of H(0.05, σ(f)) over normal rows + mean of H(0.95, σ(f)) over anomalous rows,
 # with H(g, p) = −g log p − (1 − g) log(1 − p) and σ the sigmoid
 #
-# It is lowest at f = ∓ log(0.95 / 0.05) = ∓2.94, where it is 0.397. A row that reaches these log-odds pulls no more.
+# It is lowest at f = ∓ log(0.95 / 0.05) = ∓2.94, where it is 0.397. A row that reaches these log-odds has no gradient.
 
 # %%
 without_contrast, loop = begin(contrast_weight=0.0)
 of_classifier = follow(without_contrast, loop)
 
 # %% [markdown]
-# Before the first step the classifier is random, and with half of the map it does harm. Then its loss falls, and its
-# AUROC rises, as does that of all experts together.
+# Before the first step the classifier is random. Since it has half of the map, it does harm. Then its loss falls. Its
+# AUROC rises, and so does the AUROC of all experts together.
 #
 # The columns show what the classifier is good at. On *faint* stains it is better than the distance: a change of tone is
 # among the painted defects. On *blocked* it is worse than the flow: a filled hole looks like the surface of the button,
-# and is like no painted defect. Flow and distance need no examples of defects. All of this was so with each of the
+# and unlike any painted defect. Flow and distance need no examples of defects. All of this was so with each of the
 # seeds 0, 1 and 2. Which expert is the best in the column *all* changes with the seed.
 #
-# With 80 test images an AUROC is uncertain by some hundredths. Exercise 8 measures by how much.
+# With 80 test images an AUROC is uncertain by a few hundredths. Exercise 8 measures by how much.
 
 # %% [markdown]
 # ## 6 The contrast
 #
 # The paper's third part pulls what is normal together, and pushes synthetic anomalies away. A common loss for this is
-# InfoNCE (`clflow.info_nce`). It is the cross-entropy of a choice: pick the anomalous row, whose value is f, out of N
-# normal rows, whose values are f_k, k = 1 … N:
+# InfoNCE (`clflow.info_nce`). It is the cross-entropy of a choice: pick the anomalous row, with the value f, out of N
+# normal rows, with the values f_k, k = 1 … N:
 #
 # L_con = −log( e^(f/τ) / (e^(f/τ) + Σ_k e^(f_k/τ)) ), averaged over the anomalous rows
 #
 # The temperature τ divides all values. Here τ = 1. A low τ looks at the highest f_k alone, a high τ at all of them
-# alike (exercise 3). L_con falls when f rises and when the f_k fall. That is all the pushing and pulling that there is.
+# alike (exercise 3). L_con falls when f rises and when the f_k fall. This is what "push" and "pull" mean here.
 #
-# **Which values?** One choice is the flow's energies. On two moons the synthetic anomalies are points anywhere but near
-# the moons. Below, the likelihood alone, and the likelihood with 0.1 · L_con:
+# **Which values?** One choice is the flow's energies. On two moons the synthetic anomalies are points anywhere except
+# near the moons. Here are the likelihood alone, and the likelihood with 0.1 · L_con:
 
 # %%
 contrasted = two_moons(contrast_weight=0.1)
@@ -678,8 +678,8 @@ with patch.object(clflow, "Losses", WithEnergies):
 # %% [markdown]
 # Compare L_nll, *nll* above, with that of part 5. It is higher: the flow pays for the contrast with likelihood. And the
 # AUROC of the flow alone is lower (with each of the seeds 0, 1 and 2). On the plane, anomalies fill nearly everything
-# that is not normal. In the 76 dimensions of w, painted defects show only few of very many directions. What the flow
-# gives up to push these away is missing elsewhere.
+# that is not normal. In the 76 dimensions of w, painted defects show only a few of very many directions. To push these
+# away, the flow loses accuracy elsewhere.
 #
 # **The other choice.** The classifier does not have to be a density. So f and f_k are its log-odds in clflow
 # (`clflow.contrast_odds`): each anomalous row has to stand out from *all* 2,048 normal rows of the batch. The logarithm
@@ -687,9 +687,9 @@ with patch.object(clflow, "Losses", WithEnergies):
 # as in L_cls, cannot do this.
 #
 # **A conflict.** L_cls and L_con disagree about how large the gap between f and f_k should be. L_cls wants 2 · 2.94 ≈
-# 5.9. At that gap InfoNCE is far from content: 2,048 normal rows together weigh e^(f_k) · 2048, so f must be ln 2048 ≈
-# 7.6 higher only to be picked half of the time. The two losses as functions of the gap, for f = gap/2 and all f_k =
-# −gap/2:
+# 5.9. At that gap InfoNCE is far from its minimum: 2,048 normal rows together weigh e^(f_k) · 2048, so f must be ln
+# 2048 ≈ 7.6 higher only to be picked half of the time. The two losses as functions of the gap, for f = gap/2 and all
+# f_k = −gap/2:
 
 # %%
 gaps = torch.linspace(0, 16, 161)
@@ -724,17 +724,17 @@ of_model = follow(model, loop)
 # a compromise. Does the detector gain? These test images cannot tell: with the seeds 0, 1 and 2 the AUROC of the
 # classifier changes by +.006, −.002 and −.005.
 #
-# [results.md](results.md) has what was found on real images, with three seeds. We go on with this last model, which has
-# all defaults.
+# [results.md](results.md) has the results on real images, with three seeds. We continue with this last model, which
+# has all defaults.
 
 # %% [markdown]
 # ## 7 Map, score, threshold, and the promise
 #
-# The map and the score are those of part 5. What is missing is a threshold. It has to hold a promise, made without
-# having seen a defect: *of good images like these, about 2 % are flagged*. For this it needs the scores of good images
+# The map and the score are those of part 5. A threshold is still missing. It has to keep a promise, without having seen
+# a defect: *about 2 % of good images like these are flagged*. For this it needs the scores of good images
 # as if they were new. The generator does this last. It divides the good images in thirds. A flow and a classifier that
 # were trained on the two other thirds judge each image, without the prototypes of its own. The loop of part 6 is still
-# waiting after its last epoch. Let it go on.
+# waiting after its last epoch. We let it continue.
 #
 # The promise has a condition: new good images are *exchangeable* with the old ones, so that any order of them is
 # equally likely. And it is an estimate, not a theorem: the scores come from models of two thirds of the images, and the
@@ -840,10 +840,10 @@ print(
 )
 
 # %% [markdown]
-# Less than promised is the side to err on. Good images of the training are judged by what two thirds of so few images
-# teach. So they score a little higher than new ones do (see the histogram), and the threshold with them.
+# Fewer than promised: the threshold errs on the safe side. Training images are judged by models of two thirds of so few
+# images. So they score a little higher than new ones do (see the histogram), and this raises the threshold.
 #
-# ## 8 What carries the result
+# ## 8 Which parts matter
 #
 # Take the parts away one by one. On the demo, at this small size:
 
@@ -864,7 +864,7 @@ table_of(
 )
 
 # %% [markdown]
-# Only two columns differ, by some hundredths, and the order of the lines is not the same in both. Ten or twenty images
+# Only two columns differ, by a few hundredths, and the order of the lines is not the same in both. Ten or twenty images
 # of a kind are too few to rank the methods: another seed changes the order, see exercise 8. The two lines of the
 # nearest prototype hardly differ: the prototypes of these drawn images are spaced about alike (part 3), so a local
 # scale has little to change.
@@ -888,8 +888,8 @@ table_of(
 #
 # Read it from left to right. The local scale is worth four hundredths. The flow by itself adds nothing to it, and the
 # classifier half a hundredth. Together they are worth more than a hundredth, because they err on different images. On
-# *fabric* the nearest prototype on one scale is the best of all. A likelihood, however exact, is only as good as what
-# it is a likelihood *of*.
+# *fabric* the nearest prototype on one scale is the best of all. Even an exact likelihood is only as good as the
+# features that it describes.
 
 # %%
 print(f"all of this took {time.perf_counter() - began:.0f} seconds")
@@ -898,7 +898,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # ## Exercises
 #
 # Each says what to change, what to expect, and a test. The numbers were measured once, with `SEED = 0`. On another
-# machine an AUROC may differ by a hundredth, and with another seed by some hundredths. The tests allow for that. Add
+# machine an AUROC may differ by a hundredth, and with another seed by a few hundredths. The tests allow for that. Add
 # cells below, and use the names from above. Solutions are in [solutions.md](solutions.md).
 #
 # **1 Is it a density?** (part 4) Add up q(x) = e^(−2E) / 2π of the flow `plain` over a grid from −6 to 6, times the
@@ -909,8 +909,8 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about 0.17, where `plain` has about −0.2.
 # Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
 #
-# **3 The temperature.** (part 6) Differentiate L_con with respect to one f_k. Of the gradient of all f_k together,
-# which share does the highest f_k get? Compute it with `clflow.info_nce` for f = 1 and eleven f_k, evenly spaced from
+# **3 The temperature.** (part 6) Differentiate L_con with respect to one f_k. Which share of the total gradient of all
+# f_k does the highest f_k get? Compute it with `clflow.info_nce` for f = 1 and eleven f_k, evenly spaced from
 # −1 to 1, at τ = 0.1, 1 and 10. *Expect* 0.865, 0.204, 0.100. *Test:* the shares are `torch.softmax(f_k / τ, dim=0)`.
 #
 # **4 A bank that is too small.** (part 3) Call `two_kinds` with 150 prototypes instead of 300. How many of them are of
