@@ -333,7 +333,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
         yield epoch
 
     # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    print("calibrating: each third of the good images is judged by a model trained on the other two thirds", flush=True)
+    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
     calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
 
 

@@ -1,5 +1,5 @@
-"""Run the lecture: docs/lecture.py as a notebook, and after it the solutions of its exercises. Fails where a cell
-fails, or where docs/lecture.ipynb has other cells, no outputs, or too many bytes. With --write makes that file anew.
+"""Run docs/lecture.py as a notebook, then the solutions of its exercises. It fails if a cell fails, or if
+docs/lecture.ipynb has other cells, no outputs, or too many bytes. With --write it writes that file again.
 
     pip install jupytext nbformat nbclient ipykernel matplotlib; python .ci/lecture.py [--write]"""
 
@@ -37,7 +37,7 @@ def solutions() -> list[str]:
 
 
 def run(notebook: nbformat.NotebookNode) -> None:
-    """Fill in the outputs; the solutions, in cells behind the last one, are removed again."""
+    """Fill in the outputs. The solutions run in cells after the last one, which are removed again."""
     count = len(notebook.cells)
     for number, block in enumerate(solutions()):
         notebook.cells.append(new_code_cell(block, id=f"solution-{number}"))
@@ -47,16 +47,16 @@ def run(notebook: nbformat.NotebookNode) -> None:
         print("".join(output.get("text", "") for output in cell.outputs), end="")
     del notebook.cells[count:]
     for cell in notebook.cells:
-        cell.metadata = {}  # less the times
+        cell.metadata = {}  # without the times
 
 
 def check(made: nbformat.NotebookNode, kept: nbformat.NotebookNode, size: int) -> None:
-    """Whether the file that is kept has these cells, and is as it should be."""
+    """Exit with a line if the committed notebook does not have these cells, or has no outputs or too many bytes."""
     sources = [[(cell.cell_type, cell.source) for cell in notebook.cells] for notebook in (made, kept)]
     if sources[0] != sources[1]:
-        sys.exit("docs/lecture.ipynb is not made of docs/lecture.py: python .ci/lecture.py --write")
+        sys.exit("docs/lecture.ipynb does not match docs/lecture.py; run python .ci/lecture.py --write")
     if not any(cell.get("outputs") for cell in kept.cells):
-        sys.exit("docs/lecture.ipynb has no outputs: python .ci/lecture.py --write")
+        sys.exit("docs/lecture.ipynb has no outputs; run python .ci/lecture.py --write")
     if size > LIMIT:
         sys.exit(f"docs/lecture.ipynb has {size} bytes, more than {LIMIT:.0f}")
 

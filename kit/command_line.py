@@ -91,7 +91,7 @@ def training_parser() -> Parser:
     add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
     add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
     add("--defects", type=Path, help="folder of images with real defects to learn from (default: none)")
-    masks_help = "folder with masks for --defects (default: ground_truth/<name>, beside the folder or test/)"
+    masks_help = "folder with masks for --defects (default: ground_truth/<name>, next to the folder or test/)"
     add("--defect-masks", type=Path, metavar="FOLDER", help=masks_help)
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, saved from report.html (default: none)")
     add("--epochs", type=int, help=default_text("epochs", "number of training epochs"))
@@ -130,7 +130,8 @@ def add_method_groups(parser: Parser) -> None:
     add = parser.add_argument_group("backbone and prototypes").add_argument
     backbones = "frozen backbone: efficientnet_lite0, or a ResNet of torchvision"
     add("--backbone", metavar="NAME", help=default_text("backbone", backbones))
-    add("--weights", metavar="FILE", help="file with the backbone's ImageNet weights (default: download, or from pip)")
+    weights = "file with the backbone's ImageNet weights (default: downloaded, or installed by pip)"
+    add("--weights", metavar="FILE", help=weights)
     int8 = "compute a ResNet in 8-bit integers on CPUs that are fast at it (--method clflow and nearest only)"
     add("--int8", action=argparse.BooleanOptionalAction, help=default_text("int8", int8))
     add("--bank", type=int, help=default_text("bank", "maximum number of prototypes (stored normal features)"))
@@ -236,8 +237,9 @@ def evaluation_options(arguments: list[str] | None = None) -> argparse.Namespace
 def evaluation_parser() -> Parser:
     """All options. Those that may have no effect default to None."""
     parser = Parser(
-        description="Measure a detector on its test images: python evaluate.py runs/bottle. With --images, "
-        "--explain, --export, --curve or --recalibrate it does something else instead of measuring."
+        description="Measure a detector on its test images, for example: python evaluate.py runs/bottle. Or judge new "
+        "images (--images), explain one image (--explain), export the detector (--export), measure each epoch (--curve), "
+        "or set a new threshold (--recalibrate)."
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder that contains model.pt, or a checkpoint file")
