@@ -238,8 +238,8 @@ def evaluation_parser() -> Parser:
     """All options. Those that may have no effect default to None."""
     parser = Parser(
         description="Measure a detector on its test images, for example: python evaluate.py runs/bottle. Or judge new "
-        "images (--images), explain one image (--explain), export the detector (--export), measure each epoch (--curve), "
-        "or set a new threshold (--recalibrate)."
+        "images (--images), explain one image (--explain), export the detector (--export), measure each epoch "
+        "(--curve), or set a new threshold (--recalibrate)."
     )
     add = parser.add_argument
     add("run", type=Path, help="run folder that contains model.pt, or a checkpoint file")
