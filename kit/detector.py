@@ -27,7 +27,7 @@ from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
 FORMAT = 13  # of the checkpoint
-PART = 512  # positions along an axis whose weights are in memory at once
+PART = 512  # positions along an axis that are weighted at once, to save memory
 SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 
 

@@ -19,7 +19,7 @@ from kit.settings import Settings
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
 SKETCH = 64  # random directions onto which rows are projected to choose the bank
 FARTHEST = 1024  # rows among which the next ones for the bank are chosen at once
-CHUNK = 4096  # rows whose distances to the whole bank are in memory at once
+CHUNK = 4096  # rows that are compared with the whole bank at once, to save memory
 GROUP = 32  # prototypes per group; the best group is found first
 SEEN = 2**14  # rows that are searched at once in cells
 CELL = 128  # prototypes per cell on average

@@ -137,7 +137,7 @@ def is_other(shape: Shape, judged_in: Shape) -> bool:
 
 
 def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
-    """One line on the images, by name, whose shape differs from the one in which they are judged."""
+    """One line on the images, by name, that have another aspect ratio than the shape in which they are judged."""
     name, (height, width) = next(iter(others.items()))
     return (
         f"{len(others)} of {images} images have another aspect ratio than {judged_in[1]} x {judged_in[0]}, for example "

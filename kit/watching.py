@@ -27,7 +27,7 @@ from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds
 PAGE_EVERY = 30.0
-IN_TURN = 2000  # known files whose stamps are checked at each look
+IN_TURN = 2000  # known files that are checked at each look, in turn
 SETTLED_NS = 2_000_000_000  # after this, a later change is sure to give the directory another time
 RECENT = 50  # latest images that are checked for a drift of their scores
 
