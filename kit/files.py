@@ -368,7 +368,7 @@ def announce(out: Path) -> None:
 
 
 def install(out: Path) -> None:
-    """Move a complete training from the subfolder `unfinished`, where its model.pt lies, to the place of an earlier one.
+    """Move a complete training, with its model.pt, from the subfolder `unfinished` to the place of an earlier one.
 
     A kill at any point leaves one of the two detectors in `out`, and no files of the other one. The next call continues
     from there. Does nothing while a training is not complete."""
