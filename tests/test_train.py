@@ -555,7 +555,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
 def test_more_processes_than_images_are_refused(category, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "join_processes", lambda: Processes(count=23))
     monkeypatch.setattr(train.dist, "barrier", lambda: None)  # the other processes do not exist
-    words = ["23 processes", "18 images", "fewer"]
+    words = ["23 processes", "18 training images", "start at most 18"]
     refuse(train.main, capsys, "--data", category, "--out", tmp_path / "run", *QUICK, words=words)
 
 
