@@ -144,7 +144,7 @@ def test_a_detector_of_the_fewest_images_keeps_its_promise(tmp_path, capsys, met
 def test_a_whitening_of_few_rows_is_refused(tmp_path, capsys):
     """Rows that the whitening was fitted on would look more normal than new ones: 18 of 20 new images were flagged."""
     few = draw_buttons(tmp_path / "few", 8, day=5)
-    words = ["--data", "384 positions", "larger --size"]
+    words = ["--data", "only 384 feature vectors", "larger --size"]
     refuse(train.main, capsys, "--data", few, "--out", tmp_path / "run", *QUICK, words=words)
 
 
