@@ -548,7 +548,7 @@ def test_both_signals_end_a_training_in_order(category, tmp_path, number):
             break
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and error == "stopped; continue with --resume\n"
+    assert process.returncode == 128 + number and error == "stopped; to continue, add --resume to the same command\n"
     assert read_checkpoint(tmp_path / "run" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
 
