@@ -170,8 +170,8 @@ def exported_limits(model: Detector) -> Thresholds:
         reason = f"{folder} no longer exists"
     if reason:
         print(
-            f"the exported detector computes in float32, but its thresholds were set in {name} and could not be converted "
-            f"({reason}): they may be off by a few hundredths"
+            f"the exported detector computes in float32, but its thresholds were set in {name} and could not be "
+            f"converted ({reason}): they may be off by a few hundredths"
         )
         return limits
     files = data.list_images(data.good_folder(folder))
