@@ -208,7 +208,7 @@ class Detector(nn.Module):
         if self.has_int8 and not quantized.IS_AVAILABLE:
             return (
                 "the threshold comes from features in int8, but this version of PyTorch has no torch.ao.quantization: "
-                "scores can be off by some hundredths. Calibrate on this machine: --recalibrate FOLDER with new good "
+                "scores can be off by a few hundredths. Calibrate on this machine: --recalibrate FOLDER with new good "
                 "images, or train again"
             )
         judges_halved = self.dtype != torch.float32
