@@ -25,7 +25,7 @@ except ImportError:
     IS_AVAILABLE = False
 
 ENGINE = "onednn"  # activations of 8 bits; those of the engine x86 have 7, and nearest neighbours suffer
-CALIBRATION_IMAGES = 16
+CALIBRATION_IMAGES = 8
 
 
 def is_fast(device: torch.device) -> bool:
