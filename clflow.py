@@ -21,10 +21,10 @@ from kit.backbone import BACKBONES, as_rows
 from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.processes import Processes, counted
+from kit.processes import Processes
 from kit.search import CANDIDATES, prototype_count, search_parts, seen_at_once
 from kit.settings import CLFlowSettings
-from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.training import Descent, Epoch, seed_epoch, train_epochs
 from synth import synthesize
 
 if TYPE_CHECKING:  # what only training needs is imported by `train`
@@ -318,7 +318,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
         """Train new experts in place of the present ones, then calibrate; `number` chooses the random seed."""
         seed_epoch(settings.seed, settings.epochs + 1 + number)
         model.renew_experts()
-        for _ in epochs(model, feed, good.processes, what=what):
+        for _ in epochs(model, feed, good.processes, name=what):
             pass
         calibrate()
 
@@ -349,19 +349,15 @@ def paint(
 
 
 def epochs(
-    model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, what: str = "epoch"
+    model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, name: str = "epoch"
 ) -> Iterator[Epoch]:
-    """Train flow and classifier; yields before the first step and after each epoch. `what` names an epoch on the
+    """Train flow and classifier; yields before the first step and after each epoch. `name` names an epoch on the
     progress line."""
-    settings = model.settings
-    batch = math.ceil(settings.batch / processes.count)
-    losses = shared(Losses(model), processes)
-    descent = Descent(losses, settings.lr, settings.epochs * STEPS_PER_EPOCH, WEIGHT_DECAY)
-    done = descent.go_on_from(progress)
-    yield descent.epoch(done, [], processes)
-    for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number, processes.rank)
-        steps = []
-        for _ in counted(range(STEPS_PER_EPOCH), f"{what} {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
-            steps.append(descent.step(losses(*feed.draw(batch))))
-        yield descent.epoch(number, steps, processes)
+    batch = math.ceil(model.settings.batch / processes.count)
+
+    def batches(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(STEPS_PER_EPOCH):
+            yield feed.draw(batch)
+
+    descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
+    yield from train_epochs(descent, batches, progress, name)

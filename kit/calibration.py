@@ -34,6 +34,11 @@ TENTHS = 10
 ASKED = 40  # images at most, whose neighbours `alike_in_order` looks at
 
 
+def calibrate_on(model: Detector, files: list[Path]) -> None:
+    """Calibrate a detector on good images that its training has not seen."""
+    model.calibrate((model.judge(images) for images in data.batches(files, model.shape)), files)
+
+
 class AsNew:
     """Judges the good images that a detector was trained on, each as if it were new. So all of them set the threshold,
     not only the held-out ones. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas, Tibshirani, arXiv

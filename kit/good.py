@@ -245,6 +245,29 @@ class Pairs(Dataset):
         return np.stack(normal + painted), np.float32(masks)[..., None], np.array(boxes)
 
 
+class PairLoader:
+    """Random batches of `Pairs`, epoch by epoch, as tensors on the detector's `device`."""
+
+    def __init__(self, painter: Painter, images_per_epoch: int, batch: int, device: torch.device):
+        self.painter = painter
+        self.device = device
+        self.loader = loader(Pairs(painter, images_per_epoch), batch, shuffle=True)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of this epoch: images (B + A, 3, H, W), masks (A, 1, H, W) and boxes (A, 4); see `Pairs`."""
+        self.painter.epoch = number
+        drawn = iter(self.loader)  # draws the order of the images at once
+        return map(self.as_tensors, drawn)
+
+    def as_tensors(self, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        images, masks, boxes = batch
+        parts = to_tensor(images), to_tensor(masks), torch.from_numpy(boxes)
+        return tuple(part.to(self.device) for part in parts)
+
+
 def within(middle: int, length: int, limit: int) -> slice:
     """A part of this `length` of an axis of `limit` pixels, centred at `middle` as far as possible."""
     start = min(max(0, int(middle) - length // 2), limit - length)

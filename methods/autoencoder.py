@@ -16,15 +16,15 @@ from torchvision.transforms.functional import gaussian_blur
 from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
+from kit.calibration import calibrate_on
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
-from kit.processes import counted
+from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import origins, spread
 from kit.search import prototype_count
 from kit.settings import AutoencoderSettings, as_shape
 from kit.shapes import as_text
-from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from synth import synthesize
 
@@ -190,13 +190,14 @@ class Losses(nn.Module):
     painted (`synthesize`) or bent in x-. The x+ without an x-, half of a batch, are not used.
 
     `forward(images, mask)`: B images x+, then A <= B images x- that were made from the first A of them; mask (A, 1, H,
-    W). Returns the losses of the batch by name; training minimises "loss"."""
+    W). The boxes around the defects are not used. Returns the losses of the batch by name; training minimises
+    "loss"."""
 
     def __init__(self, model: Autoencoder):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, mask: Tensor, boxes: Tensor | None = None) -> dict[str, Tensor]:
         clean, painted = images[: len(mask)], images[-len(mask) :]
         corrupted, mask = bend(painted, mask, self.model.roi)
         self.model.train()  # batch norms use the batch's statistics here, and the running ones elsewhere
@@ -219,29 +220,10 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
     """Train a model with ImageNet weights to undo what is painted on good images. A generator: it yields after each
     epoch, and once before the first step; bank and calibration then belong to the present f. With the `progress` of an
     earlier call's epoch, and its model, training continues from there."""
-    settings = model.settings
     painter = Painter(good, synthesize, model)
-    batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
-
-    def ready() -> None:
+    pairs = PairLoader(painter, IMAGES_PER_EPOCH, model.settings.batch, model.device)
+    descent = Descent(Losses(model), len(pairs), WEIGHT_DECAY, good.processes)
+    for epoch in train_epochs(descent, pairs.epoch, progress):
         model.fit(good)
-        held_out = data.batches(good.held_out, model.shape)
-        model.calibrate((model.judge(images) for images in held_out), good.held_out)
-
-    losses = shared(Losses(model), good.processes)
-    descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
-    done = descent.go_on_from(progress)
-    ready()
-    yield descent.epoch(done, [], good.processes)
-    for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number)
-        painter.epoch = number
-        steps = []
-        painted = iter(batches)  # draws the order of the images, the same in all processes
-        if good.processes.rank:
-            seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
-            batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
-            steps.append(descent.step(losses(*batch)))
-        ready()
-        yield descent.epoch(number, steps, good.processes)
+        calibrate_on(model, good.held_out)
+        yield epoch

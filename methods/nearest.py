@@ -12,7 +12,7 @@ from torch import Tensor
 from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
-from kit.calibration import AsNew, alike_in_order
+from kit.calibration import AsNew, alike_in_order, calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
@@ -61,8 +61,7 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     origin = origins(candidates, range(images))
     if progress is None:
         model.prototypes.fit(candidates, origin, prototype_count(model.settings, int(is_inside.sum())), generator)
-    held_out = data.batches(good.held_out, model.shape)
-    model.calibrate((model.judge(images) for images in held_out), good.held_out)
+    calibrate_on(model, good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
     alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
     as_new = AsNew(good, model.settings.seed, alike)
