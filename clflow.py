@@ -281,7 +281,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
     from kit.good import Painter
     from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, check_different, check_rows, good_rows, painted_rows
+    from kit.rows import Feed, HeldOut, candidates, check_rows, good_rows, painted_rows
 
     settings = model.settings
     painter = Painter(good, paint, model)
@@ -290,8 +290,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     # once, on some of the rows.
     normal = good_rows(model, painter)
     some = candidates(normal, good, settings.seed, CANDIDATES)
-    check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
-    check_different(normal)
+    check_rows(normal, good, model)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
     alike = 1.0
@@ -310,17 +309,13 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
 
     held_out = HeldOut(model, good.held_out)
 
-    def calibrate() -> None:
-        """The calibration on the held-out images, from their codes."""
-        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
-
-    def learn_anew(feed: "Feed", number: int, what: str) -> None:
+    def learn_anew(feed: "Feed", number: int, name: str) -> None:
         """Train new experts in place of the present ones, then calibrate; `number` chooses the random seed."""
         seed_epoch(settings.seed, settings.epochs + 1 + number)
         model.renew_experts()
-        for _ in epochs(model, feed, good.processes, name=what):
+        for _ in epochs(model, feed, good.processes, name=name):
             pass
-        calibrate()
+        held_out.calibrate()
 
     # Rows of real defects, if any are given.
     if good.defects:
@@ -329,12 +324,11 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
-        calibrate()
+        held_out.calibrate()
         yield epoch
 
     # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
-    calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
+    calibrate_as_new(model, feed, as_new, held_out, learn_anew)
 
 
 def paint(

@@ -19,7 +19,7 @@ from kit.good import GoodImages, to_tensor
 from kit.images import load_image, photograph, read_image
 from kit.processes import counted
 from kit.real_defects import fingerprint
-from kit.rows import Feed
+from kit.rows import Feed, HeldOut
 from kit.settings import LEAST_IMAGES
 from kit.verdict import drift, odd_ones
 
@@ -79,39 +79,28 @@ class AsNew:
             return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
         return torch.tensor([number])
 
-    def all_scores(
-        self,
-        model: Detector,
-        fit_without: Callable[[int], None] = lambda fold: None,
-        known: Callable[[int], list[Tensor] | None] = lambda number: None,
-    ) -> dict[int, Tensor]:
-        """The `scores` of all blocks, one after the other. `fit_without` trains the model without the images of a
-        block; methods without training need none."""
-        scores = {}
-        for fold in range(FOLDS):
-            fit_without(fold)
-            scores |= self.scores(model, fold, known)
-        return scores
-
     @torch.no_grad()
-    def scores(
-        self, model: Detector, fold: int, known: Callable[[int], list[Tensor] | None] = lambda number: None
-    ) -> dict[int, Tensor]:
+    def scores(self, model: Detector, fold: int, feed: Feed | None = None) -> dict[int, Tensor]:
         """The score and the map's maximum (2,) of each judged image of a block, by number. Each process judges its
-        part. `known` may return the energies of an image; the file is then not read."""
+        part."""
         processes = self.good.processes
         numbers = [number for number in self.numbers if self.fold[number] == fold]
         parts = [[n for n in numbers if n % processes.count == rank] for rank in range(processes.count)]
         mine = parts[processes.rank]
         columns = [torch.empty(2, 0, device=model.device)]
         for number in counted(mine, "judging good images", len(mine)):
-            energies = known(number)
-            if energies is None:
-                images = data.read_batch([self.good.trained_on[number]], model.shape)
-                energies = model.judge(images, self.left_out(number))
-            columns.append(model.scores(energies))
+            columns.append(model.scores(self.energies(model, number, feed)))
         together = processes.concatenated(torch.cat(columns, dim=1).T)
         return dict(zip(itertools.chain(*parts), together, strict=True))
+
+    def energies(self, model: Detector, number: int, feed: Feed | None) -> list[Tensor]:
+        """The energies of an image as if it were new, from its file. If a `feed` has all rows of the image, they come
+        from there: they were computed without the image's own prototypes, too. In a series more has to be left out."""
+        code = feed.code(number) if feed and not self.is_series else None
+        if code is not None:
+            return model.experts(code)
+        images = data.read_batch([self.good.trained_on[number]], model.shape)
+        return model.judge(images, self.left_out(number))
 
     def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
         """Set the threshold from these scores, by number, and those of the held-out images. In a series the held-out
@@ -138,25 +127,19 @@ def calibrate_as_new(
     model: Detector,
     feed: Feed,
     as_new: AsNew,
+    held_out: HeldOut,
     learn_anew: Callable[[Feed, int, str], None],
-    calibrate: Callable[[], None],
 ) -> None:
     """The calibration on all good images, third by third. Each third is judged by a flow and a classifier that were
-    trained on the other two. `learn_anew(feed, number, what)` trains them and calibrates on the held-out images;
-    `calibrate()` is that calibration alone."""
+    trained on the other two. `learn_anew(feed, number, name)` trains them and calibrates on the held-out images."""
+    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
     trained = model.flow, model.classifier
-
-    def known(number: int) -> list[Tensor] | None:
-        """The energies of a good image from its kept rows, which were computed without its own prototypes, too."""
-        code = None if as_new.is_series else feed.code(number)
-        return None if code is None else model.experts(code)
-
-    def fit_without(fold: int) -> None:
+    scores = {}
+    for fold in range(FOLDS):
         learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
-
-    scores = as_new.all_scores(model, fit_without, known)
+        scores |= as_new.scores(model, fold, feed)
     model.flow, model.classifier = trained
-    calibrate()
+    held_out.calibrate()
     as_new.settle(model, scores)
 
 

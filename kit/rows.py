@@ -102,14 +102,17 @@ def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
     return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
 
 
-def check_rows(count: int, model: Detector) -> None:
-    """Raises InputError if there are too few rows to fit the whitening."""
+def check_rows(normal: Rows, good: GoodImages, model: Detector) -> None:
+    """Raises InputError if bank and whitening cannot be fitted to the rows of good images: there are too few, or all
+    images are copies of one."""
+    count = len(good.trained_on) * int(normal.inside.sum())
     least = ROWS_PER_CHANNEL * model.backbone.channels
     if count < least:
         raise InputError(
             f"--data: the images to train on have {count} positions in total, but {model.settings.backbone} needs "
             f"{least}; give more good images, or a larger --size"
         )
+    check_different(normal)
 
 
 def check_different(normal: Rows) -> None:
@@ -178,6 +181,10 @@ class HeldOut:
         model = self.model
         for images in data.batches(files, model.shape):
             yield from model.in_windows(lambda part: [model.encode(part).half()], images)
+
+    def calibrate(self) -> None:
+        """Calibrate the model, with its present flow and classifier, on these images."""
+        self.model.calibrate((self.model.experts(code.float()) for code in self), self.files)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.codes

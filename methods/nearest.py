@@ -12,7 +12,7 @@ from torch import Tensor
 from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
-from kit.calibration import AsNew, alike_in_order, calibrate_on
+from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
@@ -65,7 +65,10 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     yield Epoch(0, {}, {"epoch": 0})
     alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
     as_new = AsNew(good, model.settings.seed, alike)
-    as_new.settle(model, as_new.all_scores(model))
+    scores = {}
+    for fold in range(FOLDS):
+        scores |= as_new.scores(model, fold)
+    as_new.settle(model, scores)
 
 
 @torch.no_grad()

@@ -198,6 +198,9 @@ class Scored(Detector):
     def energies(self, images, without=None):
         return [torch.full((len(images), 8, 8), float(images.mean()) + len(without))]
 
+    def experts(self, code):
+        return [code]
+
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_scores_belong_to_their_images_whatever_the_processes(tmp_path, monkeypatch, processes):
@@ -225,7 +228,8 @@ def test_an_image_whose_energies_are_known_is_not_read(tmp_path):
     as_new = calibration.AsNew(good, 0, alike=1.0)
     found = {}
     for fold in range(calibration.FOLDS):
-        found |= as_new.scores(Scored(), fold, known=lambda number: [torch.full((1, 8, 8), 10.0 + number)])
+        feed = SimpleNamespace(code=lambda number: torch.full((1, 8, 8), 10.0 + number))
+        found |= as_new.scores(Scored(), fold, feed)
     assert {number: round(score.item()) for number, (score, _) in found.items()} == {0: 10, 1: 11, 2: 12}
 
 
