@@ -48,6 +48,7 @@ from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from methods import load
 from methods.nearest import alike_among
+from methods.stages import stages_of
 
 COMPARED = 100  # good images, to measure how another precision changes scores
 
@@ -112,7 +113,7 @@ def explain(work: Inspection, path: Path) -> None:
     model = work.model
     image = read_image(path, model.shape)
     images = torch.from_numpy(image).permute(2, 0, 1)[None]
-    stages = [(name, values.cpu().numpy()) for name, values in model.stages(images)]
+    stages = [(name, values.cpu().numpy()) for name, values in stages_of(model, images)]
     with torch.no_grad():
         maps, scores = model(images)
     limits = work.limits

@@ -17,6 +17,7 @@ from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
 from kit.rows import Feed, Rows, codes, good_rows, origins, painted_rows, spread, touches
+from kit.search import residuals_as_new
 from kit.settings import CLFlowSettings
 
 
@@ -370,9 +371,9 @@ def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
     for row in rows:
         nearest = (bank - row).norm(dim=1).argmin()
         expected.append((row - bank[nearest]) / spacing[nearest])
-    assert torch.allclose(model.relative(rows), torch.stack(expected), atol=1e-4)
+    assert torch.allclose(model.residual(rows), torch.stack(expected), atol=1e-4)
     model.settings = replace(model.settings, local=False)
-    assert torch.equal(model.relative(rows), rows)
+    assert torch.equal(model.residual(rows), rows)
 
 
 def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, model):
@@ -383,10 +384,10 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     flow, distance, odds = model.experts(code)
     assert flow.shape == distance.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
-        relative = model.relative(x[image, :, y, column][None])
-        row = model.whitening(relative)
+        r = model.residual(x[image, :, y, column][None])
+        row = model.whitening(r)
         assert torch.allclose(code[image, :-1, y, column], row[0], atol=1e-3)
-        assert torch.allclose(distance[image, y, column], relative.norm(), atol=1e-3)
+        assert torch.allclose(distance[image, y, column], r.norm(), atol=1e-3)
         alone = clflow.tamed(clflow.energy(*model.latents(row)))
         assert torch.allclose(flow[image, y, column], alone[0], atol=1e-3)
         assert torch.allclose(odds[image, y, column], model.log_odds(row)[0], atol=1e-3)
@@ -421,13 +422,13 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
         others = origin != image
         nearest = (bank[others] - row).norm(dim=1).argmin()
         expected.append((row - bank[others][nearest]) / spacing[others][nearest])
-    seen = torch.cat(list(model.as_new(rows, images)))
+    seen = torch.cat(list(residuals_as_new(model, rows, images)))
     assert torch.allclose(seen, torch.stack(expected), atol=1e-3)
-    with_own = model.relative(rows)
+    with_own = model.residual(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
     with pytest.raises(InputError, match="copies of one"):
-        list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long)))
+        list(residuals_as_new(model, rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):

@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
+from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
@@ -33,6 +35,8 @@ from kit.rows import COPIED, Feed, Rows, candidates, origins, painted_rows  # no
 from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from methods.nearest import scaled_distances  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -59,7 +63,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
-    painter = Painter(GoodImages([], files), clflow.paint, model)
+    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    painter = Painter(GoodImages([], files), paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
@@ -104,7 +109,7 @@ def joined_maps(model: clflow.CLFlow, energies: list[list[Tensor]]) -> Tensor:
 @torch.no_grad()
 def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     """The maps of methods/nearest.py on the same prototypes."""
-    energies = (model.prototypes.energies(batch.float(), local, model.dtype) for batch in x.split(8))
+    energies = (scaled_distances(model.prototypes, batch.float(), local, model.dtype) for batch in x.split(8))
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from clflow import CLFlow  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
 from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
@@ -36,6 +38,7 @@ from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
 from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories of which one kind after the other is left out
 COUNTS = (1, 3, 10)
@@ -97,7 +100,8 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    painter = Painter(good, clflow.paint, model)
+    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    painter = Painter(good, paint, model)
     normal = good_rows(model, painter)
     model.fit(*candidates(normal, good, settings.seed, CANDIDATES), int(normal.inside.sum()))
     feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))

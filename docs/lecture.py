@@ -80,6 +80,7 @@ from kit.processes import ALONE
 from kit.settings import CLFlowSettings, NearestSettings
 from methods import nearest
 from methods.nearest import Nearest
+from methods.stages import stages_of
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
@@ -164,8 +165,8 @@ show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 5)}
 # **Camera copies.** If painted defects were all that a detector learned, anything unlike a training image would be a
 # defect for it: a little noise, another focus, another file format. So `kit.camera` makes a copy of each good image, as
 # a slightly worse camera would see it: with blur, noise and JPEG compression, each of a random strength. These copies
-# count as normal. Half of the x⁻ become camera copies, too (`clflow.paint`). So noise and blur say nothing about
-# defects. Part 7 tests whether this works.
+# count as normal. Half of the x⁻ become camera copies, too (`kit.camera.with_camera_copies`). So noise and blur say
+# nothing about defects. Part 7 tests whether this works.
 
 # %%
 seen_small = read_image(files[0], (SIZE, SIZE))
@@ -296,7 +297,8 @@ def two_kinds(count):
 def distances_of(prototypes, new, local):
     """d / σ_p (N,), or d over the mean of all σ_p, of rows (N, CHANNELS), by what they are."""
     as_maps = {kind: rows.T[None, :, None] for kind, rows in new.items()}  # (1, CHANNELS, 1, N): one line of positions
-    return {kind: prototypes.energies(y, local, torch.float32).flatten() for kind, y in as_maps.items()}
+    found = {kind: nearest.scaled_distances(prototypes, y, local, torch.float32) for kind, y in as_maps.items()}
+    return {kind: distances.flatten() for kind, distances in found.items()}
 
 
 def found_at_one_percent(distances):
@@ -332,7 +334,7 @@ two_banks.spacing = floored
 # extremely close together, and the noise of another camera would be many spacings away. The floor bounds this. It has
 # a price, too: it only keeps the scale local while at least half of the prototypes are of the smooth kind (exercise 4).
 #
-# From here on, everything sees a row relative to its prototype, in units of the spacing (`bank.Prototypes.relative`):
+# From here on, everything sees a row relative to its prototype, in units of the spacing (`bank.Prototypes.residual`):
 #
 # r = (y − p) / σ_p
 #
@@ -769,7 +771,7 @@ plt.show()
 # joined map: its colours are those of all verdicts.
 
 # %%
-stages = [(name, values.numpy()) for name, values in model.stages(data.read_batch([crack.path], model.shape))]
+stages = [(name, values.numpy()) for name, values in stages_of(model, data.read_batch([crack.path], model.shape))]
 number = tests.index(crack)
 as_judged = model.verdict(float(judged.scores[number]), judged.maps[number], model.shape, threshold)
 photo = Image.fromarray(draw.as_bytes(read_image(crack.path, model.shape)))

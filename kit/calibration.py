@@ -123,6 +123,17 @@ class AsNew:
             )
 
 
+def judge_by_thirds(model: Detector, good: GoodImages, rows: Tensor, image_indices: Tensor) -> AsNew:
+    """`AsNew` for a CL-Flow, given some rows y (N, C) of good images and the images' indices (N,). Raises InputError if
+    the images are too few, or too few for the number of processes."""
+    alike = 1.0
+    if model.settings.local:
+        alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, rows, image_indices)
+    as_new = AsNew(good, model.settings.seed, alike)
+    as_new.check_processes()
+    return as_new
+
+
 def calibrate_as_new(
     model: Detector,
     feed: Feed,
@@ -158,7 +169,7 @@ def alike_in_order(
         mine = rows[(images == number).to(rows.device)].float()
         if not len(mine):  # with very many images, some have no rows here
             continue
-        index = prototypes.nearest(mine, 1, dtype, torch.tensor([number])).cpu()
+        index = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), number)).cpu()
         is_near = tenth[origin] == tenth[number]
         others = origin != number
         found += float(is_near[index].float().mean())

@@ -10,7 +10,7 @@ from PIL import Image
 from kit import data, draw
 from kit.command_line import Parser
 from kit.files import OwnFiles, refuse_inside
-from kit.images import read_image
+from kit.images import foreground, read_image
 from kit.settings import Shape, as_shape
 from kit.shapes import check_size, input_size, parsed_size, told
 from kit.single import single_file
@@ -95,9 +95,7 @@ def holds(path: Path, pixels: np.ndarray) -> bool:
 # ---------------------------------------------------------------- a sheet of synthetic defects, before any training
 
 
-def sheet(
-    files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable, foreground: Callable
-) -> Image.Image:
+def sheet(files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable) -> Image.Image:
     """For each image four panels: the image, its foreground, a mask, the synthetic defect. Wide panels are stacked."""
     blocks = []
     for path in files:
@@ -112,8 +110,8 @@ def sheet(
     return draw.below_each_other(blocks)
 
 
-def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] | None = None) -> None:
-    """The command line of `python synth.py FOLDER`, given the functions that paint defects and find the object."""
+def draw_sheet(synthesize: Callable, arguments: list[str] | None = None) -> None:
+    """The command line of `python synth.py FOLDER`, given the function that paints defects."""
     parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect.")
     parser.add_argument("folder", type=Path, help="folder of good images, or folder with train/good")
     out_help = "picture file to write (default: synthetic.png, synthetic-2.png, ...)"
@@ -129,7 +127,7 @@ def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] 
     refuse_inside(out, folder)
     chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
     shape = as_shape(input_size(args.size, files))
-    draw.save_picture(out, sheet(chosen, shape, rng, synthesize, foreground))
+    draw.save_picture(out, sheet(chosen, shape, rng, synthesize))
     if line := told(files, shape):
         print(line)
     print(f"wrote {out}: image, foreground, mask, synthetic defect")

@@ -155,11 +155,6 @@ class Detector(nn.Module):
             (found,) = self.in_windows(lambda part: [self.backbone.features(part)], images)
         return found
 
-    @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(images), start=1)]
-
     def look_within(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
         self.roi = roi.to(self.device)

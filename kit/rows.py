@@ -16,7 +16,7 @@ from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
-from kit.search import NOTHING_ELSE
+from kit.search import NOTHING_ELSE, residuals_as_new
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
 COPIED = 4  # one row of a camera copy for every four rows of its original
@@ -267,7 +267,7 @@ def codes(model: Detector, rows: Tensor, images: Tensor) -> Tensor:
     """Rows y (N, C) of images with these numbers (N,) -> codes (N, K + 1) in float16."""
     width = model.whitening.out_features + 1
     found, filled = rows.new_empty(len(rows), width, dtype=torch.half), 0
-    for part in model.as_new(rows, images):
-        found[filled : filled + len(part)] = model.code_of(part)
-        filled += len(part)
+    for r in residuals_as_new(model, rows, images):
+        found[filled : filled + len(r)] = model.code_of(r)
+        filled += len(r)
     return found

@@ -10,6 +10,7 @@ from kit.processes import return_freed_memory
 from kit.settings import UNIT, Shape
 
 PIXELS = 2**21  # processed at once, of all images of a batch together: two million
+POSITIONS = 2**15  # of a map, that networks on single positions process at once
 CORE = 1024  # maximum side of a window in pixels, without the margin around it
 
 
@@ -70,3 +71,10 @@ def in_windows(
         lines.append([torch.cat(parts, dim=-1) for parts in zip(*line, strict=True)])
     return_freed_memory()
     return [torch.cat(parts, dim=-2) for parts in zip(*lines, strict=True)]
+
+
+def in_strips(function: Callable[[Tensor], list[Tensor]], maps: Tensor) -> list[Tensor]:
+    """`function` of maps (B, C, h, w): maps (B, h, w), in which each position depends on itself alone. Large maps are
+    processed in horizontal strips."""
+    parts = [function(part) for part in maps.split(max(1, POSITIONS // maps.shape[3]), dim=2)]
+    return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]

@@ -26,6 +26,7 @@ from kit.settings import AutoencoderSettings, as_shape
 from kit.shapes import as_text
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
+from methods.nearest import scaled_distances
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -137,20 +138,7 @@ class Autoencoder(Detector):
 
     @torch.no_grad()
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return [self.prototypes.energies(self.moved(images), True, self.dtype, without)]
-
-    @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        images = images.to(self.device)
-        projected = self.project(images)
-        moved = self.phi(projected) - self.phi(images)
-        return [
-            ("f(x), brightness", projected[0].mean(dim=0)),
-            ("|f(x) - x|, pixels", (projected - images)[0].norm(dim=0)),
-            ("|d|, features", moved[0].norm(dim=0)),
-            ("E, compared with the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
-        ]
+        return [scaled_distances(self.prototypes, self.moved(images), True, self.dtype, without)]
 
     @torch.no_grad()
     def fit(self, good: GoodImages) -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from bank import Prototypes
 from kit import data
-from kit.backbone import BACKBONES
+from kit.backbone import BACKBONES, as_rows
 from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
 from kit.rows import origins, spread
-from kit.search import CANDIDATES, prototype_count
+from kit.search import CANDIDATES, prototype_count, search_parts
 from kit.settings import NearestSettings
 from kit.training import Epoch
 from kit.windows import at_once
@@ -45,7 +45,21 @@ class Nearest(Detector):
 
     def energies_of(self, x: Tensor, without: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> E (B, h, w)."""
-        return self.prototypes.energies(x, self.settings.local, self.dtype, without)
+        return scaled_distances(self.prototypes, x, self.settings.local, self.dtype, without)
+
+
+def scaled_distances(
+    prototypes: Prototypes, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None
+) -> Tensor:
+    """E = d / spacing (B, h, w) of features (B, C, h, w), where d is the distance to the nearest prototype. If `local`,
+    the spacing is that of this prototype, else the bank's mean. The prototypes of the training images with the indices
+    `without` (n,) do not count."""
+    rows = as_rows(x)
+    batch, _, height, width = x.shape
+    excluded = None if without is None else without.expand(len(rows), -1)
+    index = prototypes.nearest(rows, search_parts(height, width), dtype, excluded)
+    spacing = prototypes.spacing[index] if local else prototypes.spacing.mean()
+    return (prototypes.difference(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 
 
 @torch.no_grad()

@@ -100,18 +100,6 @@ class Paper(Detector):
         return [F.interpolate(e[:, None], finest, mode="bilinear")[:, 0] for e in found]
 
     @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        steps = []
-        for stride, x, norm, flow in zip(STRIDES, self.scales(images), self.norms, self.flows, strict=True):
-            x = norm(x)
-            with self.autocast():
-                z, log_det = flow(x)
-            steps.append((f"|x|, stride {stride}", x[0].norm(dim=0)))
-            steps.append((f"tamed E, stride {stride}", tamed(energy(z, log_det))[0]))
-        return steps
-
-    @torch.no_grad()
     def fit(self, good: GoodImages) -> None:
         """Fit the standardisation of each scale on at most FITTED good images."""
         means = [[] for _ in STRIDES]

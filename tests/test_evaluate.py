@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, call, mask_of, refuse, script, visible
+from helpers import SMALL, call, draw_synthetic, mask_of, refuse, script, visible
 from PIL import Image
 
 import evaluate
-import synth
 from kit import data, files, inspection
 from kit.detector import read_checkpoint
 from kit.inspection import SCORES_COLUMNS, detector_fingerprint
@@ -298,14 +297,14 @@ def test_a_single_file_takes_the_place_of_no_checkpoint_and_no_foreign_file(
     call(evaluate.main, run, "--explain", image)
     good = tmp_path / "good"
     shutil.copytree(category / "train" / "good", good)
-    call(synth.main, good, "--size", 64)
+    call(draw_synthetic, good, "--size", 64)
     for name in ("explained", "synthetic"):
         assert Path(f"{name}.png").read_text() == "mine" and Image.open(f"{name}-2.png").width > 64
     words = ["--out", "000.png", "files that are read"]
     one = (good / "000.png").read_bytes()
-    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "000.png", words=words)
+    refuse(draw_synthetic, capsys, good, "--size", 64, "--out", good / "000.png", words=words)
     assert (good / "000.png").read_bytes() == one
-    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "sheet.png", words=["images are read"])
+    refuse(draw_synthetic, capsys, good, "--size", 64, "--out", good / "sheet.png", words=["images are read"])
 
 
 # ---------------------------------------------------------------- new good images

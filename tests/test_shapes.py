@@ -6,7 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call, check_export, refuse
+from helpers import LITE, call, check_export, draw_synthetic, refuse
 from PIL import Image
 
 import evaluate
@@ -195,5 +195,5 @@ def test_strips_are_exported_explained_and_measured(strips, strips_run, tmp_path
     assert sheet.width == 960 and sheet.height > 9 * 42 + 9 * 180  # nine panels below each other, each 1 : 5
     call(evaluate.main, strips_run, "--out", tmp_path / "elsewhere", "--data", strips)
     assert '"size": "64x320"' in (tmp_path / "elsewhere" / "metrics.json").read_text()
-    call(synth.main, strips, "--size", 143, "--out", tmp_path / "sheet.png")
+    call(draw_synthetic, strips, "--size", 143, "--out", tmp_path / "sheet.png")
     assert "20-pixel defect" not in capsys.readouterr().out  # judged as they are
