@@ -20,9 +20,9 @@ from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.processes import Processes
-from kit.search import CANDIDATES, NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
+from kit.search import NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
 from kit.settings import CLFlowSettings
-from kit.training import Descent, Epoch, seed_epoch, train_epochs
+from kit.training import Descent, Epoch, train_epochs
 from kit.windows import in_strips
 from synth import synthesize
 
@@ -251,24 +251,21 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
     from kit.camera import with_camera_copies
     from kit.good import Painter
     from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, check_rows, good_rows, painted_rows
+    from kit.rows import Feed, HeldOut, candidates, good_rows, learn_anew, painted_rows
 
-    settings = model.settings
-    paint = with_camera_copies(partial(synthesize, defects=TOGETHER))
-    painter = Painter(good, paint, model)
+    painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
 
     # Features of the good images, and of a camera copy of each: each position is a row. Bank and whitening are fitted
     # once, on some of the rows.
     normal = good_rows(model, painter)
-    some = candidates(normal, good, settings.seed, CANDIDATES)
-    check_rows(normal, good, model)
+    some = candidates(model, normal, good)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
     as_new = judge_by_thirds(model, good, *some)
 
     # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
     painted = None
-    if settings.has_classifier:  # only the classifier learns from them
+    if model.settings.has_classifier:  # only the classifier learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
     feed = Feed(model, normal, painted)
@@ -276,17 +273,10 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
 
     held_out = HeldOut(model, good.held_out)
 
-    def learn_anew(feed: "Feed", number: int, name: str) -> None:
-        """Train new experts in place of the present ones, then calibrate; `number` chooses the random seed."""
-        seed_epoch(settings.seed, settings.epochs + 1 + number)
-        model.renew_experts()
-        for _ in epochs(model, feed, good.processes, name=name):
-            pass
-        held_out.calibrate()
-
     # Rows of real defects, if any are given.
     if good.defects:
-        first_training = partial(learn_anew, feed, FOLDS, "first training, epoch")
+        training = epochs(model, feed, good.processes, name="first training, epoch")
+        first_training = partial(learn_anew, held_out, training, FOLDS)
         feed = feed.beside(real_rows(model, good.defects, PAINTED, first_training))
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
@@ -295,7 +285,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
         yield epoch
 
     # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    calibrate_as_new(model, feed, as_new, held_out, learn_anew)
+    calibrate_as_new(as_new, feed, held_out, partial(epochs, model, processes=good.processes))
 
 
 def epochs(
@@ -304,10 +294,5 @@ def epochs(
     """Train flow and classifier; yields before the first step and after each epoch. `name` names an epoch on the
     progress line."""
     batch = math.ceil(model.settings.batch / processes.count)
-
-    def batches(number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(STEPS_PER_EPOCH):
-            yield feed.draw(batch)
-
     descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
-    yield from train_epochs(descent, batches, progress, name)
+    yield from train_epochs(descent, lambda number: feed.batches(batch, STEPS_PER_EPOCH), progress, name)

@@ -32,7 +32,6 @@ from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import COPIED, Feed, Rows, candidates, origins, painted_rows  # noqa: E402
-from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from methods.nearest import scaled_distances  # noqa: E402
@@ -138,7 +137,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on)
     started = time.perf_counter()
-    model.fit(*candidates(normal, GoodImages([], []), settings.seed, CANDIDATES), int(normal.inside.sum()))
+    model.fit(*candidates(model, normal, GoodImages([], trained_on)), int(normal.inside.sum()))
     for _ in clflow.epochs(model, Feed(model, normal, painted), ALONE):
         pass
     seconds = round(time.perf_counter() - started, 1)

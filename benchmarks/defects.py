@@ -35,7 +35,6 @@ from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa:
 from kit.processes import ALONE  # noqa: E402
 from kit.real_defects import defect_rows  # noqa: E402
 from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
-from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from synth import synthesize  # noqa: E402
@@ -103,7 +102,7 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
     painter = Painter(good, paint, model)
     normal = good_rows(model, painter)
-    model.fit(*candidates(normal, good, settings.seed, CANDIDATES), int(normal.inside.sum()))
+    model.fit(*candidates(model, normal, good), int(normal.inside.sum()))
     feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))
 
     def maps(paths: list[Path]) -> list[Tensor]:

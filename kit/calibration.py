@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from kit.good import GoodImages, to_tensor
 from kit.images import load_image, photograph, read_image
 from kit.processes import counted
 from kit.real_defects import fingerprint
-from kit.rows import Feed, HeldOut
+from kit.rows import Feed, HeldOut, learn_anew
 from kit.settings import LEAST_IMAGES
+from kit.training import Epoch
 from kit.verdict import drift, odd_ones
 
 FOLDS = 3  # blocks of good images for the calibration
@@ -134,20 +135,16 @@ def judge_by_thirds(model: Detector, good: GoodImages, rows: Tensor, image_indic
     return as_new
 
 
-def calibrate_as_new(
-    model: Detector,
-    feed: Feed,
-    as_new: AsNew,
-    held_out: HeldOut,
-    learn_anew: Callable[[Feed, int, str], None],
-) -> None:
-    """The calibration on all good images, third by third. Each third is judged by a flow and a classifier that were
-    trained on the other two. `learn_anew(feed, number, name)` trains them and calibrates on the held-out images."""
+def calibrate_as_new(as_new: AsNew, feed: Feed, held_out: HeldOut, epochs: Callable[..., Iterator[Epoch]]) -> None:
+    """The calibration of a CL-Flow on all good images, third by third. Each third is judged by a flow and a classifier
+    that were trained on the other two. `epochs(feed=feed, name=name)` trains the model's flow and classifier."""
     print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
+    model = held_out.model
     trained = model.flow, model.classifier
     scores = {}
     for fold in range(FOLDS):
-        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
+        training = epochs(feed=feed.only(as_new.fold != fold), name=f"third {fold + 1}, epoch")
+        learn_anew(held_out, training, fold)
         scores |= as_new.scores(model, fold, feed)
     model.flow, model.classifier = trained
     held_out.calibrate()

@@ -16,7 +16,8 @@ from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
-from kit.search import NOTHING_ELSE, residuals_as_new
+from kit.search import CANDIDATES, NOTHING_ELSE, residuals_as_new
+from kit.training import Epoch, seed_epoch
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
 COPIED = 4  # one row of a camera copy for every four rows of its original
@@ -102,17 +103,14 @@ def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
     return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
 
 
-def check_rows(normal: Rows, good: GoodImages, model: Detector) -> None:
-    """Raises InputError if bank and whitening cannot be fitted to the rows of good images: there are too few, or all
-    images are copies of one."""
-    count = len(good.trained_on) * int(normal.inside.sum())
+def check_rows(count: int, model: Detector) -> None:
+    """Raises InputError if there are too few rows to fit the whitening."""
     least = ROWS_PER_CHANNEL * model.backbone.channels
     if count < least:
         raise InputError(
             f"--data: the images to train on have {count} positions in total, but {model.settings.backbone} needs "
             f"{least}; give more good images, or a larger --size"
         )
-    check_different(normal)
 
 
 def check_different(normal: Rows) -> None:
@@ -128,10 +126,13 @@ def check_different(normal: Rows) -> None:
         raise InputError(NOTHING_ELSE)
 
 
-def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Random rows y (N, C) of all processes, `count` in total, with the numbers (N,) of their images."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(count / good.processes.count)]
+def candidates(model: Detector, normal: Rows, good: GoodImages) -> tuple[Tensor, Tensor]:
+    """Random rows y (N, C) of all processes, CANDIDATES in total, with the numbers (N,) of their images. Raises
+    InputError if bank and whitening cannot be fitted to rows of these images: see `check_rows`, `check_different`."""
+    check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
+    check_different(normal)
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(CANDIDATES / good.processes.count)]
     return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
 
 
@@ -192,6 +193,17 @@ class HeldOut:
         yield from self.encoded(self.files[kept_images:])
 
 
+def learn_anew(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
+    """Train new experts in place of the model's present ones, in this `training`, then calibrate. `number` chooses
+    their random seed."""
+    model = held_out.model
+    seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
+    model.renew_experts()
+    for _ in training:
+        pass
+    held_out.calibrate()
+
+
 class Feed:
     """What training draws from: codes of good images and their camera copies (N, K + 1), and of painted defects (A,
     K + 1), in float16. They are seen from the bank without the prototypes of their own image. Training uses their rows
@@ -250,6 +262,11 @@ class Feed:
         if real:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
         return self.normal[normal][:, :-1].float().to(self.device), anomalous[:, :-1].float().to(self.device)
+
+    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This many random batches; see `draw`."""
+        for _ in range(count):
+            yield self.draw(size)
 
 
 def where(is_allowed: Tensor) -> Tensor:
