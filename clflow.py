@@ -19,16 +19,16 @@ from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.processes import Processes
 from kit.search import NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
 from kit.settings import CLFlowSettings
-from kit.training import Descent, Epoch, train_epochs
 from kit.windows import in_strips
 from synth import synthesize
 
-if TYPE_CHECKING:  # what only training needs is imported by `train`
+if TYPE_CHECKING:  # what only training needs is imported in `train` and `epochs`
     from kit.good import GoodImages
+    from kit.processes import Processes
     from kit.rows import Feed
+    from kit.training import Epoch
 
 HIDDEN = 1024  # units of the classifier
 PAINTED = 600  # synthetic anomalies in total, for any number of good images
@@ -241,13 +241,13 @@ class Losses(nn.Module):
 # ---------------------------------------------------------------- the training
 
 
-def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> Iterator[Epoch]:
+def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "Iterator[Epoch]":
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
     once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
-    from kit.calibration import FOLDS, calibrate_as_new, judge_by_thirds  # here: only training needs these
+    from kit.calibration import FOLDS, calibrate_as_new, judge_by_thirds
     from kit.camera import with_camera_copies
     from kit.good import Painter
     from kit.real_defects import real_rows
@@ -289,10 +289,12 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> It
 
 
 def epochs(
-    model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, name: str = "epoch"
-) -> Iterator[Epoch]:
+    model: CLFlow, feed: "Feed", processes: "Processes", progress: dict | None = None, name: str = "epoch"
+) -> "Iterator[Epoch]":
     """Train flow and classifier; yields before the first step and after each epoch. `name` names an epoch on the
     progress line."""
+    from kit.training import Descent, train_epochs
+
     batch = math.ceil(model.settings.batch / processes.count)
     descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
     yield from train_epochs(descent, lambda number: feed.batches(batch, STEPS_PER_EPOCH), progress, name)

@@ -35,17 +35,18 @@ from kit.files import (
     is_unfinished,
     kept_epochs,
     refuse_inside,
+    single_file,
     write_atomically,
     write_text,
 )
 from kit.images import read_image
 from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
-from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.processes import Processes, join_processes, pick_device
 from kit.settings import LEAST_IMAGES
-from kit.single import single_file
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
+from kit.windows import keep_freed_memory
 from methods import load
 from methods.nearest import alike_among
 from methods.stages import stages_of

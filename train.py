@@ -43,11 +43,12 @@ from kit.files import (
 )
 from kit.good import Defect, GoodImages, held_out_count, split
 from kit.images import read_region
-from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import CALIBRATION_IMAGES
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
+from kit.windows import keep_freed_memory
 from methods import METHODS, load
 
 

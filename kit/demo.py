@@ -8,12 +8,11 @@ import numpy as np
 from PIL import Image
 
 from kit import data, draw
-from kit.command_line import Parser
-from kit.files import OwnFiles, refuse_inside
+from kit.errors import Parser
+from kit.files import OwnFiles, refuse_inside, single_file
 from kit.images import foreground, read_image
 from kit.settings import Shape, as_shape
 from kit.shapes import check_size, input_size, parsed_size, told
-from kit.single import single_file
 
 SHEET_ROWS = 8
 BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # white margin around a panel

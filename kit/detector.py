@@ -19,7 +19,6 @@ from torchvision.transforms.functional import gaussian_blur
 
 from kit import quantized
 from kit.backbone import Backbone
-from kit.camera import MEASURES
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized
 from kit.settings import Settings, Shape, as_shape
@@ -126,7 +125,7 @@ class Detector(nn.Module):
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("copies", torch.zeros(2, 0))
-        self.register_buffer("camera", torch.full((2, len(MEASURES)), torch.nan))
+        self.register_buffer("camera", torch.full((2, 4), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from kit import camera, data, draw, shapes
 from kit.detector import Detector
+from kit.draw import Entry, save_views, write_page
 from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
@@ -35,7 +36,6 @@ from kit.files import (
 )
 from kit.images import load_image, named, photograph, shape_of, turned
 from kit.processes import ALONE, Processes, clear, counted
-from kit.report import Entry, save_views, write_page
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from kit import data, draw, metrics, shapes
 from kit.detector import Detector
+from kit.draw import Entry, save_views, write_page
 from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
 from kit.inspection import Inspection
 from kit.processes import Processes, counted
 from kit.real_defects import is_among
-from kit.report import Entry, save_views, write_page
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once

@@ -1,11 +1,10 @@
-"""Several processes, started by torchrun, that share the work; the device of each; memory; and the progress line on a
+"""Several processes, started by torchrun, that share the work; the device of each; and the progress line on a
 terminal."""
 
-import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -82,28 +81,6 @@ def pick_device(name: str | None, local_rank: int) -> str:
         hint = "; start one process for each GPU, or give --device cpu" if local_rank else ""
         raise InputError(f"--device {name}: not available here ({error!r:.200}){hint}") from error
     return name
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the large blocks that tensors free. Getting new ones from the system takes a fifth longer."""
-    mallopt = glibc("mallopt")
-    if mallopt is None:
-        return
-    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-
-
-def return_freed_memory() -> None:
-    """Return kept memory to the system after a large computation: the next one might not fit into the free blocks."""
-    malloc_trim = glibc("malloc_trim")
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def glibc(name: str) -> Callable | None:
-    """A function of glibc; None on other systems."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 # ---------------------------------------------------------------- the progress line

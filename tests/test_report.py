@@ -12,11 +12,10 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.draw import LARGE
+from kit.draw import LARGE, Entry, picture, save_views, write_page
 from kit.files import OwnFiles
 from kit.images import photograph
 from kit.real_defects import read_corrections
-from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
 from methods import load
 

@@ -17,7 +17,7 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import calibration, data, rows, search
+from kit import calibration, data, search
 from kit.detector import read_checkpoint
 from kit.files import LIST, STATE, UNFINISHED, OwnFiles, held
 from kit.processes import Processes
@@ -519,7 +519,7 @@ def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
     """As many prototypes as candidates: each is its own nearest one, but for other images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "CANDIDATES", 100)
-        patch.setattr(rows, "CANDIDATES", 100)
+        patch.setattr("kit.rows.CANDIDATES", 100)
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
     assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()
