@@ -39,7 +39,7 @@ from kit.files import (
     write_atomically,
     write_text,
 )
-from kit.images import read_image
+from kit.images import read_image, to_tensor
 from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
 from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
 from kit.processes import Processes, join_processes, pick_device
@@ -113,7 +113,7 @@ def explain(work: Inspection, path: Path) -> None:
     """Draw how an image is processed, step by step, into the file `work.out`."""
     model = work.model
     image = read_image(path, model.shape)
-    images = torch.from_numpy(image).permute(2, 0, 1)[None]
+    images = to_tensor(image[None])
     stages = [(name, values.cpu().numpy()) for name, values in stages_of(model, images)]
     with torch.no_grad():
         maps, scores = model(images)

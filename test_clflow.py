@@ -16,7 +16,7 @@ from kit import rows as kit_rows
 from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
-from kit.rows import Feed, Rows, codes, good_rows, origins, painted_rows, spread, touches
+from kit.rows import Feed, GoodRows, Rows, codes, good_rows, origins, painted_rows, spread, touches
 from kit.search import residuals_as_new
 from kit.settings import CLFlowSettings
 
@@ -435,18 +435,18 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     """As the image itself gives it when its own prototypes do not count; where nothing is looked at, zero."""
     model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of eight columns
     x = features(5)
-    rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
+    rows, inside = spread(iter(x.half().split(2)), 5, model, 64, torch.Generator().manual_seed(0))
     copies = features(5).permute(0, 2, 3, 1)[:, 0, 2:].flatten(0, 1).half()  # six rows of each
     images = torch.cat((origins(rows, range(5)), origins(copies, range(5))))
-    normal = Rows(torch.cat((rows, copies)), images, inside, originals=len(rows))
+    normal = GoodRows(torch.cat((rows, copies)), images, len(rows), inside)
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
-        code = feed.code(number)
+        code = feed.code_map(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
-    some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # of 48
-    part = Feed(model, Rows(some, origins(some, range(5)), inside), Rows(rows[:4], torch.arange(4)))
-    assert len(some) == 5 * 40 and part.code(0) is None
+    some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48
+    part = Feed(model, GoodRows(some, origins(some, range(5)), len(some), inside), Rows(rows[:4], torch.arange(4)))
+    assert len(some) == 5 * 40 and part.code_map(0) is None
 
 
 def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
@@ -480,7 +480,7 @@ class Painted:
         for number in (1, 0):
             yield torch.full((1, 3, 64, 64), number + 2.0), mask, np.array([number])
 
-    def file_number(self, number):
+    def image_index(self, number):
         return number % 2
 
 
@@ -489,14 +489,14 @@ def test_feed_gives_rows_of_good_images_their_copies_and_defects(monkeypatch, mo
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     monkeypatch.setattr(kit_rows, "ROWS", 101)  # fifty of an image, and not one more in all
     normal = good_rows(model, Painted())
-    assert normal.images.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # about a quarter
+    assert normal.image_indices.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # about a quarter
     assert torch.isin(normal.y[100:], as_rows(x[1:2]).half()).all()  # what the copies look like here
     feed = Feed(model, normal, painted_rows(model, Painted(), 300))
     assert len(feed.normal) == 122 and feed.normal.dtype == torch.float16
 
     # The rows of the defects in the order of their images, each without the prototypes of its own.
     three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
-    expected = codes(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+    expected = codes(model, Rows(three_of_each, torch.tensor([0, 0, 0, 1, 1, 1]))).float()
     assert torch.allclose(feed.anomalous.float(), expected, rtol=1e-2, atol=1e-2)
     for normal, anomalous in (feed.draw(30) for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8

@@ -31,7 +31,7 @@ from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
-from kit.rows import COPIED, Feed, Rows, candidates, origins, painted_rows  # noqa: E402
+from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from methods.nearest import scaled_distances  # noqa: E402
@@ -76,7 +76,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
         "copies": copies,
         "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
-        "painted_on": painted.images,
+        "painted_on": painted.image_indices,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
         "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.shape)) for test in tests]),
@@ -112,7 +112,7 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 
-def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
+def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[GoodRows, Rows]:
     """Rows of the good images that are trained on, and of what is painted on these."""
     good = as_rows(kept["good"][trained_on])
     copies = as_rows(kept["copies"][trained_on])[::COPIED]
@@ -124,7 +124,7 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows,
     painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
     images = origins(good, range(len(trained_on)))
-    normal = Rows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), everywhere, originals=len(good))
+    normal = GoodRows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), len(good), everywhere)
     return normal, painted
 
 

@@ -15,8 +15,8 @@ from kit.camera import camera_copy, usual_of
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles
-from kit.good import GoodImages, to_tensor
-from kit.images import load_image, photograph, read_image
+from kit.good import GoodImages
+from kit.images import load_image, photograph, read_image, to_tensor
 from kit.processes import counted
 from kit.real_defects import fingerprint
 from kit.rows import Feed, HeldOut, learn_anew
@@ -97,7 +97,7 @@ class AsNew:
     def energies(self, model: Detector, number: int, feed: Feed | None) -> list[Tensor]:
         """The energies of an image as if it were new, from its file. If a `feed` has all rows of the image, they come
         from there: they were computed without the image's own prototypes, too. In a series more has to be left out."""
-        code = feed.code(number) if feed and not self.is_series else None
+        code = feed.code_map(number) if feed and not self.is_series else None
         if code is not None:
             return model.experts(code)
         images = data.read_batch([self.good.trained_on[number]], model.shape)

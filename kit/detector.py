@@ -20,7 +20,7 @@ from torchvision.transforms.functional import gaussian_blur
 from kit import quantized
 from kit.backbone import Backbone
 from kit.errors import InputError
-from kit.images import AnyImage, read_any, resized
+from kit.images import AnyImage, read_any, resized, to_tensor
 from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
@@ -277,7 +277,7 @@ class Detector(nn.Module):
             warnings.warn(line, stacklevel=2)
             self.is_precision_told = True
         small, shape = read_any(image, self.shape)
-        maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
+        maps, scores = self(to_tensor(small[None]))
         return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))
 
     def verdict(self, score: float, heat: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:

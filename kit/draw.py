@@ -1,5 +1,5 @@
-"""Pictures: heat colours, the verdict on an image, charts, sheets; and report.html, the page that shows all images. This
-file only draws; it decides nothing."""
+"""Pictures: heat colours, the verdict on an image, charts, sheets; and report.html, the page that shows all images.
+This file only draws; it decides nothing."""
 
 import hashlib
 import json
@@ -210,11 +210,11 @@ def key(name: str) -> str:
     return hashlib.sha1(os.fsencode(name)).hexdigest()[:16]
 
 
-def save_views(
-    own: OwnFiles, name: str, photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
-) -> None:
-    """Save the pictures of an image for the page: the `photograph`, the same with the regions outlined, the heat map,
-    the true mask (H', W') bool, if there is one, and a thumbnail."""
+def views_of(
+    photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+) -> dict[str, Image.Image]:
+    """The pictures of an image for the page, by name: the `photograph`, the same with the regions outlined, the heat
+    map, the true mask (H', W') bool, if there is one, and a thumbnail."""
     heat, line = heat_and_line(verdict, photo.size)
     views = {"photo": photo, "heat": Image.fromarray(heat_colours(heat, limits.heat))}
     thumbnail = photo.copy()
@@ -224,8 +224,13 @@ def save_views(
     if mask is not None and mask.any():
         views["mask"] = Image.fromarray(mask).convert("L").resize(photo.size)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    return views | {"thumb": thumbnail}
+
+
+def save_views(own: OwnFiles, name: str, views: dict[str, Image.Image]) -> None:
+    """Save the `views_of` the image with this name."""
     own.remove([picture(name, view) for view in VIEWS if view not in views])  # of an earlier image of this name
-    for view, shown in (views | {"thumb": thumbnail}).items():
+    for view, shown in views.items():
         save_jpeg(own.claim(picture(name, view)), shown)
 
 
@@ -241,13 +246,13 @@ def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: floa
     images = []
     for entry in entries:
         views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
-        shown = [readable(entry.name), readable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name)]
+        shown = [printable(entry.name), printable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name)]
         images.append([*shown, views, str(entry.path.resolve()), entry.is_trained_on])
     found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script
     write_text(own.claim("report.html"), PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))
 
 
-def readable(name: str) -> str:
+def printable(name: str) -> str:
     """A file name, which may not be UTF-8, as text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -208,7 +208,7 @@ class OwnFiles:
             self.refuse_foreign(name)
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / LIST, "a", encoding="utf-8") as file:
-                file.write(line(self.kind, name))
+                file.write(list_entry(self.kind, name))
             self.listed.add((self.kind, name))
         return self.folder / name
 
@@ -233,7 +233,7 @@ class OwnFiles:
             remove_inside(self.folder, name)
         self.listed = read_list(self.folder) - gone
         if self.listed:
-            write_text(self.folder / LIST, "".join(line(*entry) for entry in sorted(self.listed)))
+            write_text(self.folder / LIST, "".join(list_entry(*entry) for entry in sorted(self.listed)))
         else:
             remove_inside(self.folder, LIST)
 
@@ -254,7 +254,7 @@ def is_listed(path: Path) -> bool:
     return False
 
 
-def line(kind: str, name: str) -> str:
+def list_entry(kind: str, name: str) -> str:
     return json.dumps([kind, name]) + "\n"  # in ASCII: file names need not be UTF-8
 
 

@@ -98,6 +98,11 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int
     return np.repeat(values, 3, axis=-1) if channels == 1 else values
 
 
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """(B, H, W, C) array -> (B, C, H, W) tensor."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def photograph(image: Image.Image, longest: int) -> Image.Image:
     """An image for display: 8-bit RGB, rotated by its EXIF tag, with sides of at most `longest` pixels. Raises
     InputError for values outside their range."""

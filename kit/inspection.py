@@ -18,7 +18,7 @@ from PIL import Image
 
 from kit import camera, data, draw, shapes
 from kit.detector import Detector
-from kit.draw import Entry, save_views, write_page
+from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
@@ -34,7 +34,7 @@ from kit.files import (
     write_rows,
     write_text,
 )
-from kit.images import load_image, named, photograph, shape_of, turned
+from kit.images import load_image, named, photograph, shape_of, to_tensor, turned
 from kit.processes import ALONE, Processes, clear, counted
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
@@ -198,7 +198,7 @@ class Judgements:
         try:
             picture = draw.verdict_picture(photo, name, verdict, self.limits)
             draw.save_picture(self.own.claim(f"{fitting(name)}.png"), picture)
-            save_views(self.own, name, photo, verdict, self.limits)
+            save_views(self.own, name, views_of(photo, verdict, self.limits))
         except InputError as error:
             self.complaints.append(str(error))
         for row in regions_rows(name, verdict):
@@ -367,7 +367,7 @@ def judge_files(
     """Each file, decoded, and the verdict on it. For each unreadable file a line is added to `complaints`, which is
     complete after the last file."""
     for batch in data.ahead(decoded_batches(files, model, complaints)):
-        images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
+        images = to_tensor(np.stack([image.pixels for image in batch]))
         with torch.no_grad():
             maps, scores = model(images)
         for image, heat, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):

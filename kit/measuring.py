@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from kit import data, draw, metrics, shapes
 from kit.detector import Detector
-from kit.draw import Entry, save_views, write_page
+from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
@@ -138,11 +138,11 @@ def report(work: Inspection, category: Path) -> None:
         **metrics.shares_at(limits.score, judged.labels, judged.scores),
     }
     for name, value in figures.items():
-        print(f"{name:14} {as_text(value)}")
+        print(f"{name:14} {figure_text(value)}")
     figures["operating_points"] = operating_points(model, judged)
     for point in figures["operating_points"]:
-        print("operating point", {name: as_text(value) for name, value in point.items()})
-    facts = {name: as_text(figures[name]) for name in REPORTED}
+        print("operating point", {name: figure_text(value) for name, value in point.items()})
+    facts = {name: figure_text(figures[name]) for name in REPORTED}
     with held(out):
         own = OwnFiles(out, "measured")
         draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
@@ -165,10 +165,10 @@ def refuse_other_figures(work: Inspection, category: Path) -> None:
 
 def size_of(settings: Settings) -> int | str:
     """The value that --size would take."""
-    return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
+    return settings.size if isinstance(settings.size, int) else shapes.size_text(settings.size)
 
 
-def as_text(value: object) -> str:
+def figure_text(value: object) -> str:
     if value is None:
         return "n/a"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -200,7 +200,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         try:
             picture = draw.verdict_picture(photo, title, verdict, limits, mask)
             draw.save_picture(own.claim(f"pictures/{fitting(name)}.png"), picture)
-            save_views(own, name, photo, verdict, limits, mask)
+            save_views(own, name, views_of(photo, verdict, limits, mask))
         except InputError as error:  # a single picture must not cost the metrics
             print(f"{name}: its picture could not be written: {error}", flush=True)
         entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))

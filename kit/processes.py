@@ -109,13 +109,13 @@ def counted(items: Iterable[Item], what: str, total: int, each: int = 1) -> Iter
             now = time.monotonic()
             if now - shown > SHOW_EVERY:
                 shown = now
-                sys.stderr.write(CLEAR + line(what, done, total, now - started))
+                sys.stderr.write(CLEAR + progress_line(what, done, total, now - started))
                 sys.stderr.flush()
     finally:
         clear()
 
 
-def line(what: str, done: int, total: int, seconds: float) -> str:
+def progress_line(what: str, done: int, total: int, seconds: float) -> str:
     rate = done / seconds
     return f"{what}: {done} of {total}, {rate:.3g} a second, {(total - done) / rate:.0f} s left"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from kit import data
 from kit.detector import Detector, side_of
 from kit.errors import InputError
-from kit.good import Defect, to_tensor
-from kit.images import read_image, read_mask
+from kit.good import Defect
+from kit.images import read_image, read_mask, to_tensor
 from kit.processes import counted
 from kit.rows import touches
 

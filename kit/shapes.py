@@ -50,12 +50,12 @@ def check_size(size: Size) -> None:
         for side in size:
             if side % UNIT or not UNIT <= side <= LONGEST:
                 wanted = f"a multiple of {UNIT} from {UNIT} to {LONGEST}"
-                raise InputError(f"--size {as_text(size)}: {side} is not {wanted}")
+                raise InputError(f"--size {size_text(size)}: {side} is not {wanted}")
         if math.prod(size) < SIDES[0] ** 2:
-            raise InputError(f"--size {as_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give more")
+            raise InputError(f"--size {size_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give more")
 
 
-def as_text(size: Size) -> str:
+def size_text(size: Size) -> str:
     """A size in the form that --size takes."""
     return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)
 
@@ -97,13 +97,15 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     height, width = usual_shape(files) or (1, 1)
     side = math.sqrt(height * width) if size == NATIVE else size
     stretch = math.sqrt(height / width)
-    shape = (rounded(side * stretch), rounded(side / stretch))
+    shape = (whole_units(side * stretch), whole_units(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
-        raise InputError(f"--size {as_text(size)}: would resize these images to {as_text(shape)}; give HEIGHTxWIDTH")
+        raise InputError(
+            f"--size {size_text(size)}: would resize these images to {size_text(shape)}; give HEIGHTxWIDTH"
+        )
     return shape[0] if shape[0] == shape[1] else shape
 
 
-def rounded(side: float) -> int:
+def whole_units(side: float) -> int:
     return max(UNIT, round(side / UNIT) * UNIT)
 
 
@@ -121,7 +123,7 @@ def told(files: list[Path], shape: Shape) -> str:
         f"a {SPOT}-pixel defect {change} to {SPOT * shrinks:.0f} pixels"
     )
     if shrinks < 1:
-        line += f"; use --size {as_text(native)} for full resolution"
+        line += f"; use --size {size_text(native)} for full resolution"
     return line
 
 

@@ -23,7 +23,7 @@ from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import origins, spread
 from kit.search import prototype_count
 from kit.settings import AutoencoderSettings, as_shape
-from kit.shapes import as_text
+from kit.shapes import size_text
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from methods.nearest import scaled_distances
@@ -110,7 +110,7 @@ class Autoencoder(Detector):
     def __init__(self, settings: AutoencoderSettings):
         shape = as_shape(settings.size)
         if math.prod(shape) > PIXELS:  # it processes the whole image at once
-            raise InputError(f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
+            raise InputError(f"--size {size_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, experts=1)

@@ -24,7 +24,7 @@ from kit.errors import InputError
 from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import touches
 from kit.settings import PaperSettings, Shape, as_shape
-from kit.shapes import as_text
+from kit.shapes import size_text
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from synth import synthesize
@@ -69,7 +69,7 @@ class Paper(Detector):
 
     def __init__(self, settings: PaperSettings):
         if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
-            raise InputError(f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
+            raise InputError(f"--size {size_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
         super().__init__(settings, backbone, experts=len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)

@@ -228,7 +228,7 @@ def test_an_image_whose_energies_are_known_is_not_read(tmp_path):
     as_new = calibration.AsNew(good, 0, alike=1.0)
     found = {}
     for fold in range(calibration.FOLDS):
-        feed = SimpleNamespace(code=lambda number: torch.full((1, 8, 8), 10.0 + number))
+        feed = SimpleNamespace(code_map=lambda number: torch.full((1, 8, 8), 10.0 + number))
         found |= as_new.scores(Scored(), fold, feed)
     assert {number: round(score.item()) for number, (score, _) in found.items()} == {0: 10, 1: 11, 2: 12}
 

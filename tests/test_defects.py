@@ -18,7 +18,7 @@ from kit.detector import read_checkpoint
 from kit.good import Defect
 from kit.images import read_image, read_mask
 from kit.real_defects import copies, list_defects
-from kit.rows import Feed, Rows, good_rows
+from kit.rows import Feed, GoodRows, Rows, good_rows
 from methods import load
 
 
@@ -92,10 +92,11 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
 def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(model):
     channels = model.backbone.channels
     generator = torch.Generator().manual_seed(0)
-    normal = Rows(
+    normal = GoodRows(
         torch.rand(60, channels, generator=generator).half(),
         torch.arange(3).repeat_interleave(20),
-        torch.ones(4, 5).bool(),
+        originals=60,
+        inside=torch.ones(4, 5).bool(),
     )
     painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
     real = torch.full((2, model.whitening.out_features + 1), 99.0).half()

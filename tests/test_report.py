@@ -12,7 +12,7 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.draw import LARGE, Entry, picture, save_views, write_page
+from kit.draw import LARGE, Entry, picture, save_views, views_of, write_page
 from kit.files import OwnFiles
 from kit.images import photograph
 from kit.real_defects import read_corrections
@@ -44,7 +44,7 @@ def test_views_show_where_it_is(tmp_path):
     mask[51:57, 51:55] = True
     photo = photograph(Image.new("RGB", (1500, 500), "#808080"), LARGE)
     own = OwnFiles(tmp_path, "judged")
-    save_views(own, "a/b.png", photo, verdict, verdict_limits(), mask)
+    save_views(own, "a/b.png", views_of(photo, verdict, verdict_limits(), mask))
     views = {view: Image.open(tmp_path / picture("a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
     assert {view.size for view in views.values()} == {(900, 300)}
     assert Image.open(tmp_path / picture("a/b.png", "thumb")).size == (192, 64)
@@ -53,7 +53,8 @@ def test_views_show_where_it_is(tmp_path):
     assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
     assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
     assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
-    save_views(own, "a/b.png", Image.new("RGB", (50, 50)), decide(0.5, heat, verdict_limits()), verdict_limits())
+    limits = verdict_limits()
+    save_views(own, "a/b.png", views_of(Image.new("RGB", (50, 50)), decide(0.5, heat, limits), limits))
     assert not any((tmp_path / picture("a/b.png", view)).exists() for view in ("outline", "mask"))
 
 
