@@ -106,7 +106,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         if epoch.losses:
             seconds = time.perf_counter() - started
             print_epoch(epoch, run.settings.epochs, seconds)
-            log.append({"epoch": epoch.number, **rounded(epoch.losses), "seconds": round(seconds, 2)})
+            losses = {name: round(value, 5) for name, value in epoch.losses.items()}
+            log.append({"epoch": epoch.number, **losses, "seconds": round(seconds, 2)})
         if processes.first:
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
@@ -147,10 +148,6 @@ def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: 
     write_atomically(own.claim(STATE), lambda to: model.save(to, progress))
     if keep_epochs and epoch.number > 0:
         write_atomically(own.claim(epoch_file(epoch.number)), model.save)
-
-
-def rounded(losses: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 5) for name, value in losses.items()}
 
 
 def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:

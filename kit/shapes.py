@@ -99,9 +99,8 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     stretch = math.sqrt(height / width)
     shape = (whole_units(side * stretch), whole_units(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
-        raise InputError(
-            f"--size {size_text(size)}: would resize these images to {size_text(shape)}; give HEIGHTxWIDTH"
-        )
+        resized = f"would resize these images to {size_text(shape)}"
+        raise InputError(f"--size {size_text(size)}: {resized}; give HEIGHTxWIDTH")
     return shape[0] if shape[0] == shape[1] else shape
 
 

@@ -30,7 +30,7 @@ def test_what_stands_behind_size(text, size):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             shapes.parsed_size(text)
     else:
-        assert shapes.parsed_size(text) == size and shapes.as_text(size) == text
+        assert shapes.parsed_size(text) == size and shapes.size_text(size) == text
 
 
 @pytest.mark.parametrize(
