@@ -17,7 +17,7 @@ class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
     5 nearest neighbours (after REB, arXiv 2308.12577). Features of busy textures lie far apart, those of smooth areas
     close together, so distances are compared with the local spacing. The bank (P, C) is stored minus its `centre` (C,).
-    `origin` (P,) is the number of the training image that each prototype comes from.
+    `origin` (P,) is the index of the training image that each prototype comes from.
 
     If `fast`, kit/search.py chooses and searches the bank: it finds the nearest prototype, or one that is hardly
     farther. For this it divides the bank into cells, which have `centres` and `sizes`."""
@@ -34,7 +34,7 @@ class Prototypes(nn.Module):
         self.keys = search.Keys()
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
-        """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the number of each
+        """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the index of each
         row's training image. Raises InputError if a row is NaN or infinite."""
         candidates = candidates.float()
         if not candidates.isfinite().all():

@@ -90,7 +90,7 @@ class CLFlow(Detector):
         shares = [1 / 2, 1 / 2] if settings.local else [1.0]  # of the flow, and of the distance
         if settings.has_classifier:
             shares = [share / 2 for share in shares] + [1 / 2]
-        super().__init__(settings, backbone, experts=len(shares))
+        super().__init__(settings, backbone, expert_count=len(shares))
         self.shares = shares
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
@@ -144,15 +144,15 @@ class CLFlow(Detector):
             return self.classifier(w)[:, 0].float()
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return self.experts(self.encode(images, without))
+        return self.expert_energies(self.encode(images, without))
 
     @torch.no_grad()
-    def experts(self, code: Tensor) -> list[Tensor]:
-        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier."""
-        return in_strips(self.expert_energies, code)
-
     def expert_energies(self, code: Tensor) -> list[Tensor]:
-        """`experts`, for a part of an image."""
+        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier."""
+        return in_strips(self.strip_energies, code)
+
+    def strip_energies(self, code: Tensor) -> list[Tensor]:
+        """`expert_energies` of a strip of a map."""
         w, distance = code[:, :-1], code[:, -1]
         energies = [tamed(energy(*self.latents(w)))]
         if self.settings.local:  # else there are no prototypes

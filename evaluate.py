@@ -122,7 +122,7 @@ def explain(work: Inspection, path: Path) -> None:
     photo = draw.dimmed(Image.fromarray(draw.as_bytes(image)), model.roi)
     draw.save_picture(work.out, draw.explanation(photo, path.name, stages, as_drawn, limits))
     verdict = model.inspect(path, work.false_alarm)  # the same, but its boxes are in the photograph's own pixels
-    height, width = verdict.heat.shape
+    height, width = verdict.anomaly_map.shape
     print(f"{path}, {width} x {height}, judged at {model.shape[1]} x {model.shape[0]}: {sentence(verdict)}")
     print(f"wrote {work.out}")
 
@@ -148,7 +148,7 @@ def export(model: Detector, file: Path) -> None:
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
-    print(f"thresholds: score {limits.score:.4f}, map {limits.heat:.4f}")
+    print(f"thresholds: score {limits.score:.4f}, map {limits.anomaly_map:.4f}")
 
 
 def exported_limits(model: Detector) -> Thresholds:
@@ -173,14 +173,14 @@ def exported_limits(model: Detector) -> Thresholds:
     before = scores_and_peaks(model, some)
     exported = copy.deepcopy(model)
     exported.for_export()
-    score_ratio, heat_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
-    return replace(limits, score=float(limits.score * score_ratio), heat=float(limits.heat * heat_ratio))
+    score_ratio, map_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
+    return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
 
 
 @torch.no_grad()
 def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
     """(2, n): the scores of these images, and the maxima of their maps."""
-    parts = [model.scores(model.judge(images)) for images in data.batches(files, model.shape)]
+    parts = [model.scores(model.energies_in_windows(images)) for images in data.batches(files, model.shape)]
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
@@ -198,7 +198,7 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thre
         "height": str(height),
         "width": str(width),
         "score_threshold": repr(limits.score),
-        "map_threshold": repr(limits.heat),
+        "map_threshold": repr(limits.anomaly_map),
         "false_alarm": repr(model.settings.false_alarm),
         "category": model.settings.category,
     }

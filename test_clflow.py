@@ -381,7 +381,7 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     x = features(3)
     monkeypatch.setattr(model, "features", lambda images: x)
     code = model.encode(torch.empty(3, 3, 64, 64))
-    flow, distance, odds = model.experts(code)
+    flow, distance, odds = model.expert_energies(code)
     assert flow.shape == distance.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
         r = model.residual(x[image, :, y, column][None])
@@ -406,7 +406,7 @@ def test_the_map_has_the_experts_that_there_are(local, classifies, shares):
     """Flow; distance, if there are prototypes; classifier, if a loss trains it."""
     weight = float(classifies)
     model = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=weight, contrast_weight=weight))
-    energies = model.experts(torch.randn(2, CHANNELS // 2 + 1, 8, 8))
+    energies = model.expert_energies(torch.randn(2, CHANNELS // 2 + 1, 8, 8))
     assert model.shares == shares and len(energies) == len(model.levels) == len(shares)
     one_sided = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=0.0))
     assert one_sided.classifier is not None  # the contrast trains it

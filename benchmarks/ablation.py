@@ -96,8 +96,8 @@ def measure(maps: Tensor, kept: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def judged(model: clflow.CLFlow, held_out: Tensor, tests: Tensor) -> list[list[Tensor]]:
     """The experts' energies of the test images, batch by batch, after a calibration on the held-out ones."""
-    model.calibrate(model.experts(model.code_map(x.float())) for x in held_out.split(8))
-    return [model.experts(model.code_map(x.float())) for x in tests.split(8)]
+    model.calibrate(model.expert_energies(model.code_map(x.float())) for x in held_out.split(8))
+    return [model.expert_energies(model.code_map(x.float())) for x in tests.split(8)]
 
 
 @torch.no_grad()

@@ -119,12 +119,12 @@ def tasks(tests: list[data.LabelledImage], unknown: bool) -> Iterator[Task]:
     good = [number for number, test in enumerate(tests) if not test.anomalous]
     defects = [number for number, test in enumerate(tests) if test.anomalous]
     with_masks = [False, True] if all(tests[number].mask for number in defects) else [False]
-    kinds = sorted({tests[number].kind for number in defects}) if unknown else [None]
+    kinds = sorted({tests[number].defect_type for number in defects}) if unknown else [None]
     for draw in range(DRAWS):
         for kind in kinds:
-            known = [number for number in defects if tests[number].kind != kind]
+            known = [number for number in defects if tests[number].defect_type != kind]
             drawn = np.random.default_rng(draw).permutation(known)[: max(COUNTS)].tolist()
-            rest = defects if kind is None else [number for number in defects if tests[number].kind == kind]
+            rest = defects if kind is None else [number for number in defects if tests[number].defect_type == kind]
             measured = good + [number for number in rest if number not in drawn]
             yield Task(draw, kind, [], False, measured)
             for count in (max(COUNTS),) if unknown else COUNTS:
@@ -151,7 +151,7 @@ class Trainings:
 
     def calibrate(self) -> None:
         model = self.common.model
-        model.calibrate(model.experts(w.float()) for w in self.common.held_out)
+        model.calibrate(model.expert_energies(w.float()) for w in self.common.held_out)
 
     def without_defects(self, draw: int) -> None:
         model = self.common.model
@@ -174,7 +174,7 @@ class Trainings:
     @torch.no_grad()
     def figures(self, measured: list[int]) -> dict[str, float]:
         model = self.common.model
-        scores = [model.score(model.maps(model.experts(w.float()))) for w in self.common.test_maps]
+        scores = [model.score(model.maps(model.expert_energies(w.float()))) for w in self.common.test_maps]
         scores = torch.cat(scores).cpu().numpy()[measured]
         labels = np.array([self.common.tests[number].anomalous for number in measured])
         shares = metrics.shares_at(model.thresholds().score, labels, scores)

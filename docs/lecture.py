@@ -129,11 +129,11 @@ files = data.list_images(data.good_folder(folder))
 good = GoodImages(*split(files, seed=SEED))
 tests = data.labelled_images(folder)
 labels = np.array([test.anomalous for test in tests])
-kind_of_test = np.array([test.kind for test in tests])
+kind_of_test = np.array([test.defect_type for test in tests])
 print(f"{len(good.trained_on)} images to train on, {len(good.held_out)} held out")
 print(f"{len(tests)} images to test, {labels.sum()} of them defective")
 
-one_of_each = {test.kind: test for test in tests}
+one_of_each = {test.defect_type: test for test in tests}
 show({kind: read_image(test.path, (256, 256)) for kind, test in one_of_each.items()}, columns=6)
 
 # %% [markdown]
@@ -521,7 +521,7 @@ def auroc(scores, kind=None):
 @torch.no_grad()
 def test_scores(model):
     """Scores (N,) of the test images: of each of the model's experts by itself, and of all together."""
-    batches = [model.judge(images) for images in data.batches(paths, model.shape)]
+    batches = [model.energies_in_windows(images) for images in data.batches(paths, model.shape)]
     found = {}
     if len(model.levels) > 1:
         for number, (expert, level) in enumerate(zip(EXPERTS, model.levels, strict=False)):
@@ -805,7 +805,7 @@ def scores_with_noise(detector, strength):
     rng = np.random.default_rng(0)
     scores = []
     for test in tests:
-        if test.kind == "good":
+        if test.defect_type == "good":
             button = read_image(test.path, (256, 256))
             button = button + strength * rng.standard_normal(button.shape, dtype=np.float32)
             scores.append(detector.inspect(button.clip(0, 1)).score)

@@ -26,18 +26,17 @@ from kit.verdict import drift, odd_ones
 
 FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
-FEW = 20  # with fewer images, a series cannot be recognised
+SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 COPIES = 30  # camera copies of held-out images, on which the threshold is tested
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
-TENTHS = 10
 ASKED = 40  # images at most, whose neighbours `alike_in_order` looks at
 
 
 def calibrate_on(model: Detector, files: list[Path]) -> None:
     """Calibrate a detector on good images that its training has not seen."""
-    model.calibrate((model.judge(images) for images in data.batches(files, model.shape)), files)
+    model.calibrate((model.energies_in_windows(images) for images in data.batches(files, model.shape)), files)
 
 
 class AsNew:
@@ -45,19 +44,19 @@ class AsNew:
     not only the held-out ones. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas, Tibshirani, arXiv
     1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
-    `numbers` are the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images into
-    FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained without
-    its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the frames
-    of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor, and
-    scores too high). The images of a series count as fewer `different` ones."""
+    `indices` belong to the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images
+    into FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained
+    without its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the
+    frames of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor,
+    and scores too high). The images of a series count as fewer `different` ones."""
 
     def __init__(self, good: GoodImages, seed: int, alike: float):
         self.good = good
         count = len(good.trained_on)
-        self.numbers = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
+        self.indices = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
         self.fold = blocks(good.trained_on, FOLDS)
         self.fifth = blocks(good.trained_on, 5)
-        self.is_series = alike >= ALIKE and count >= FEW
+        self.is_series = alike >= ALIKE and count >= SERIES
         self.different = max(1, round(count / alike)) if self.is_series else count
         if self.is_series and self.different < LEAST_IMAGES:
             raise InputError(
@@ -74,40 +73,40 @@ class AsNew:
             if len(set(self.fold[rank::count].tolist())) < 2:
                 raise InputError(f"{count} processes for {len(self.fold)} images to train on: start fewer")
 
-    def left_out(self, number: int) -> Tensor:
-        """The numbers of the images whose prototypes do not count when this image is judged."""
+    def left_out(self, index: int) -> Tensor:
+        """The indices of the images whose prototypes do not count when this image is judged."""
         if self.is_series:
-            return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
-        return torch.tensor([number])
+            return torch.nonzero(self.fifth == self.fifth[index])[:, 0]
+        return torch.tensor([index])
 
     @torch.no_grad()
     def scores(self, model: Detector, fold: int, feed: Feed | None = None) -> dict[int, Tensor]:
-        """The score and the map's maximum (2,) of each judged image of a block, by number. Each process judges its
+        """The score and the map's maximum (2,) of each judged image of a block, by index. Each process judges its
         part."""
         processes = self.good.processes
-        numbers = [number for number in self.numbers if self.fold[number] == fold]
-        parts = [[n for n in numbers if n % processes.count == rank] for rank in range(processes.count)]
+        indices = [index for index in self.indices if self.fold[index] == fold]
+        parts = [[n for n in indices if n % processes.count == rank] for rank in range(processes.count)]
         mine = parts[processes.rank]
         columns = [torch.empty(2, 0, device=model.device)]
-        for number in counted(mine, "judging good images", len(mine)):
-            columns.append(model.scores(self.energies(model, number, feed)))
+        for index in counted(mine, "judging good images", len(mine)):
+            columns.append(model.scores(self.energies(model, index, feed)))
         together = processes.concatenated(torch.cat(columns, dim=1).T)
         return dict(zip(itertools.chain(*parts), together, strict=True))
 
-    def energies(self, model: Detector, number: int, feed: Feed | None) -> list[Tensor]:
+    def energies(self, model: Detector, index: int, feed: Feed | None) -> list[Tensor]:
         """The energies of an image as if it were new, from its file. If a `feed` has all rows of the image, they come
         from there: they were computed without the image's own prototypes, too. In a series more has to be left out."""
-        code = feed.code_map(number) if feed and not self.is_series else None
+        code = feed.code_map(index) if feed and not self.is_series else None
         if code is not None:
-            return model.experts(code)
-        images = data.read_batch([self.good.trained_on[number]], model.shape)
-        return model.judge(images, self.left_out(number))
+            return model.expert_energies(code)
+        images = data.read_batch([self.good.trained_on[index]], model.shape)
+        return model.energies_in_windows(images, self.left_out(index))
 
     def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
-        """Set the threshold from these scores, by number, and those of the held-out images. In a series the held-out
+        """Set the threshold from these scores, by index, and those of the held-out images. In a series the held-out
         images have near copies among the others and do not count; then a line is printed."""
-        columns = torch.stack([scores[number] for number in self.numbers], dim=1)
-        judged = [(self.good.trained_on[number], self.left_out(number)) for number in self.numbers]
+        columns = torch.stack([scores[index] for index in self.indices], dim=1)
+        judged = [(self.good.trained_on[index], self.left_out(index)) for index in self.indices]
         different = min(self.different, columns.shape[1])
         if not self.is_series:
             columns = torch.cat((model.normal, columns), dim=1)
@@ -153,22 +152,22 @@ def calibrate_as_new(as_new: AsNew, feed: Feed, held_out: HeldOut, epochs: Calla
 
 @torch.no_grad()
 def alike_in_order(
-    prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
+    prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, image_indices: Tensor
 ) -> float:
     """How much more alike good images are when they follow each other by name. The nearest prototypes of an image,
     without its own, come from its own tenth of the `files` this many times as often as by chance; about 1 if the order
-    of names means nothing. It is measured on some of the images, from their rows y (N, C), where `images` (N,) is each
-    row's image number. `prototypes` is a `bank.Prototypes`."""
-    tenth = blocks(files, TENTHS)
+    of names means nothing. It is measured on some of the images, from their rows y (N, C), which come from the
+    images with these indices (N,). `prototypes` is a `bank.Prototypes`."""
+    tenth = blocks(files, 10)
     origin = prototypes.origin.cpu()
     found, expected = 0.0, 0.0
-    for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
-        mine = rows[(images == number).to(rows.device)].float()
+    for image in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
+        mine = rows[(image_indices == image).to(rows.device)].float()
         if not len(mine):  # with very many images, some have no rows here
             continue
-        index = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), number)).cpu()
-        is_near = tenth[origin] == tenth[number]
-        others = origin != number
+        index = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), image)).cpu()
+        is_near = tenth[origin] == tenth[image]
+        others = origin != image
         found += float(is_near[index].float().mean())
         expected += float((is_near & others).sum() / others.sum().clamp(min=1))
     return found / max(expected, 1e-6)
@@ -206,7 +205,7 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
     """Set the scale and the thresholds of `model` from these new good images. `alike` is the result of `alike_in_order`
     for them. Raises InputError if they are too few."""
     different = len(files)
-    is_series = alike >= ALIKE and len(files) >= FEW
+    is_series = alike >= ALIKE and len(files) >= SERIES
     if is_series:
         different = round(len(files) / alike)
         print(
@@ -215,7 +214,7 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
         )
     if different < LEAST_IMAGES:
         raise InputError(f"--recalibrate: {different} different new images; give at least {LEAST_IMAGES}, better 50")
-    energies = [model.judge(images) for images in data.batches(files, model.shape)]
+    energies = [model.energies_in_windows(images) for images in data.batches(files, model.shape)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
     if drift(scores, model.normal[0].cpu().numpy()) == "lower":
         print(
@@ -259,9 +258,10 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
     names, pictures = [], []
     for index in suspects[:SHOWN]:
         path, without = model.calibrated_on[index]
-        heat = model.maps(model.judge(data.read_batch([path], model.shape), without))[0].cpu().numpy()
+        energies = model.energies_in_windows(data.read_batch([path], model.shape), without)
+        anomaly_map = model.maps(energies)[0].cpu().numpy()
         photo = draw.dimmed(photograph(load_image(path), draw.LARGE), model.roi)
-        verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
+        verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)
         names.append(path.name)
         pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
     draw.save_picture(own.claim(SUSPECTS), draw.below_each_other(pictures))

@@ -29,8 +29,8 @@ class LabelledImage:
     mask: Path | None
 
     @property
-    def kind(self) -> str:
-        """The kind of its defect, or "good": its folder's name."""
+    def defect_type(self) -> str:
+        """The type of its defect, or "good": its folder's name."""
         return self.path.parent.name
 
 

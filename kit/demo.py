@@ -24,18 +24,18 @@ COUNTS = {
     "test/stain": 10,
     "test/blocked": 10,
 }
-SIDE = 256  # pixels
+BUTTON_SIDE = 256  # pixels
 SHADES = {"stain": 0.75, "crack": 0.45, "blocked": 1.5}  # of the defect, as a factor
 
 
 def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
     """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect`, (256, 256) bool. For "good" the
     mask is empty."""
-    y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2 - rng.uniform(-8, 8, 2)[:, None, None]
+    y, x = np.mgrid[:BUTTON_SIDE, :BUTTON_SIDE] - BUTTON_SIDE // 2 - rng.uniform(-8, 8, 2)[:, None, None]
     turn, reach, extent = rng.uniform((0, 35, 7), (2 * np.pi, 75, 16))  # of the button; of the defect
     u = x * np.cos(turn) + y * np.sin(turn)
     v = y * np.cos(turn) - x * np.sin(turn)
-    noise = rng.normal(0, 0.01, (SIDE, SIDE))
+    noise = rng.normal(0, 0.01, (BUTTON_SIDE, BUTTON_SIDE))
     radius = np.hypot(u, v)
     disc = radius < 94
 

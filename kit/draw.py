@@ -22,11 +22,11 @@ GAP = 6  # pixels between panels
 RED = (255, 25, 25)
 
 
-def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
+def heat_colours(anomaly_map: np.ndarray, limit: float) -> np.ndarray:
     """(H, W) -> (H, W, 3) uint8: black at 0, red at `limit`, yellow at twice that, the same in all images."""
     stops = limit * np.array([0, 0.5, 1, 1.5, 2])
     colours = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
-    channels = [np.interp(heat, stops, channel) for channel in colours.T]
+    channels = [np.interp(anomaly_map, stops, channel) for channel in colours.T]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
@@ -39,9 +39,9 @@ def outline(found: np.ndarray) -> np.ndarray:
 def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A verdict's anomaly map (H, W) and the outline of its regions (H, W, 1) bool, for pictures of this size (W, H),
     which may be smaller than the image."""
-    heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(size))
+    anomaly_map = np.asarray(Image.fromarray(verdict.anomaly_map.astype(np.float32)).resize(size))
     found = np.asarray(Image.fromarray(verdict.found).resize(size))
-    return heat, outline(found)
+    return anomaly_map, outline(found)
 
 
 def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:
@@ -58,10 +58,10 @@ def verdict_picture(
     """A `photograph` and its anomaly map, both with outlines of the regions; the true mask, if known; a colour bar; a
     line of text."""
     width, height = photo.size
-    heat, line = heat_and_line(verdict, photo.size)
+    anomaly_map, line = heat_and_line(verdict, photo.size)
     panels = {
         "input": np.where(line, np.uint8(RED), np.asarray(photo)),
-        "anomaly map": np.where(line, np.uint8(255), heat_colours(heat, limits.heat)),
+        "anomaly map": np.where(line, np.uint8(255), heat_colours(anomaly_map, limits.anomaly_map)),
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
@@ -81,10 +81,10 @@ def verdict_picture(
     for (left, top), (label, panel) in zip(places, panels.items(), strict=True):
         sheet.paste(Image.fromarray(panel), (left, top))
         draw.text((left + 3, top + height + 0.1 * unit), label, "black", font)
-    highest = 2 * limits.heat  # of the colour bar
+    highest = 2 * limits.anomaly_map  # of the colour bar
     falling = np.linspace(highest, 0, bottom - unit)[:, None].repeat(unit, axis=1)
-    sheet.paste(Image.fromarray(heat_colours(falling, limits.heat)), (right + GAP, unit))
-    for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.heat:.2f} limit"), (1, "0")):
+    sheet.paste(Image.fromarray(heat_colours(falling, limits.anomaly_map)), (right + GAP, unit))
+    for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.anomaly_map:.2f} limit"), (1, "0")):
         draw.text((right + GAP + 1.2 * unit, unit + share * (bottom - 2 * unit)), label, "black", font)
     return sheet
 
@@ -108,7 +108,7 @@ def explanation(
         panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
     said = "anomalous" if verdict.anomalous else "normal"
     line = outline(verdict.found)
-    joint = np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat))
+    joint = np.where(line, np.uint8(255), heat_colours(verdict.anomaly_map, limits.anomaly_map))
     panels.append(
         (f"combined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
     )
@@ -215,8 +215,8 @@ def views_of(
 ) -> dict[str, Image.Image]:
     """The pictures of an image for the page, by name: the `photograph`, the same with the regions outlined, the heat
     map, the true mask (H', W') bool, if there is one, and a thumbnail."""
-    heat, line = heat_and_line(verdict, photo.size)
-    views = {"photo": photo, "heat": Image.fromarray(heat_colours(heat, limits.heat))}
+    anomaly_map, line = heat_and_line(verdict, photo.size)
+    views = {"photo": photo, "heat": Image.fromarray(heat_colours(anomaly_map, limits.anomaly_map))}
     thumbnail = photo.copy()
     if verdict.found.any():
         views["outline"] = Image.fromarray(np.where(line, np.uint8(RED), np.asarray(photo)))

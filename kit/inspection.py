@@ -370,8 +370,8 @@ def judge_files(
         images = to_tensor(np.stack([image.pixels for image in batch]))
         with torch.no_grad():
             maps, scores = model(images)
-        for image, heat, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
-            yield image, model.verdict(score, heat, image.shape, limits)
+        for image, anomaly_map, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
+            yield image, model.verdict(score, anomaly_map, image.shape, limits)
 
 
 def scores_row(name: str, verdict: Verdict) -> list:

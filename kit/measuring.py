@@ -96,7 +96,7 @@ def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[da
     InputError if none is left."""
     seen = [test for test in tests if is_among(test.path, model.settings.taught)]
     if seen:
-        names = ", ".join(f"{test.kind}/{test.path.name}" for test in seen)
+        names = ", ".join(f"{test.defect_type}/{test.path.name}" for test in seen)
         print(f"left out {len(seen)} test images, since the detector was trained with them: {names}")
     left = [test for test in tests if test not in seen]
     if not left:
@@ -190,10 +190,10 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
     own.remove_all()
     entries = []
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
-    for test, score, heat, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
-        name = f"{test.kind}/{test.path.name}"
+    for test, score, anomaly_map, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
+        name = f"{test.defect_type}/{test.path.name}"
         image = turned(load_image(test.path))
-        verdict = model.verdict(float(score), heat, shape_of(image), limits)
+        verdict = model.verdict(float(score), anomaly_map, shape_of(image), limits)
         photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
@@ -203,7 +203,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
             save_views(own, name, views_of(photo, verdict, limits, mask))
         except InputError as error:  # a single picture must not cost the metrics
             print(f"{name}: its picture could not be written: {error}", flush=True)
-        entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
+        entries.append(Entry(name, test.defect_type, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
 

@@ -113,9 +113,9 @@ def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarra
     if defect.mask:
         return read_mask(defect.mask, model.shape) & roi
     maps, _ = model(to_tensor(image[None]))
-    heat = np.where(roi, maps[0].cpu().numpy(), -np.inf)
+    anomaly_map = np.where(roi, maps[0].cpu().numpy(), -np.inf)
     count = max(1, round(side_of(model.pixels) ** 2 / 1000))
-    return (heat >= np.sort(heat, axis=None)[-count]) & roi
+    return (anomaly_map >= np.sort(anomaly_map, axis=None)[-count]) & roi
 
 
 # ---------------------------------------------------------------- corrections.json: what a person ticked on the page

@@ -190,7 +190,7 @@ class HeldOut:
 
     def calibrate(self) -> None:
         """Calibrate the model, with its present flow and classifier, on these images."""
-        self.model.calibrate((self.model.experts(code.float()) for code in self), self.files)
+        self.model.calibrate((self.model.expert_energies(code.float()) for code in self), self.files)
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.codes

@@ -12,7 +12,7 @@ from torch import Tensor
 from kit.settings import UNIT, Shape
 
 PIXELS = 2**21  # processed at once, of all images of a batch together: two million
-POSITIONS = 2**15  # of a map, that networks on single positions process at once
+STRIP = 2**15  # of a map, that networks on single positions process at once
 CORE = 1024  # maximum side of a window in pixels, without the margin around it
 
 
@@ -78,7 +78,7 @@ def in_windows(
 def in_strips(function: Callable[[Tensor], list[Tensor]], maps: Tensor) -> list[Tensor]:
     """`function` of maps (B, C, h, w): maps (B, h, w), in which each position depends on itself alone. Large maps are
     processed in horizontal strips."""
-    parts = [function(part) for part in maps.split(max(1, POSITIONS // maps.shape[3]), dim=2)]
+    parts = [function(part) for part in maps.split(max(1, STRIP // maps.shape[3]), dim=2)]
     return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
 

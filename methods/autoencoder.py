@@ -34,9 +34,9 @@ BRANCH = 64  # channels of one dilated convolution
 DILATIONS = (1, 2, 4, 8)
 CONTEXT = BRANCH * len(DILATIONS)
 FOLDED = 12  # channels of an image folded 2x2
-SEEN = 1.5  # factor by which images are enlarged for the backbone
+ENLARGED = 1.5  # factor by which images are enlarged for the backbone
 FITTED = 200  # normal images at most, from which the bank is chosen
-CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
+BANK_CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
 LAMBDA = 0.9  # of the loss, inferred: the corrupted region is small, and its error large
 IMAGES_PER_EPOCH = 1000
 WEIGHT_DECAY = 0
@@ -113,9 +113,9 @@ class Autoencoder(Detector):
             raise InputError(f"--size {size_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels")
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=1)
+        super().__init__(settings, backbone, expert_count=1)
         self.projection = projection
-        self.seen = round(SEEN * shape[0]), round(SEEN * shape[1])
+        self.enlarged = round(ENLARGED * shape[0]), round(ENLARGED * shape[1])
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
@@ -127,7 +127,7 @@ class Autoencoder(Detector):
     @torch.no_grad()
     def phi(self, images: Tensor) -> Tensor:
         """The backbone's features (B, C, h, w) of the enlarged images."""
-        large = F.interpolate(images, self.seen, mode="bilinear", antialias=True)
+        large = F.interpolate(images, self.enlarged, mode="bilinear", antialias=True)
         return self.features(large.clamp(0, 1))
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class Autoencoder(Detector):
         """Choose the bank from the changes d of the present f on good images, at most FITTED of them."""
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
-        per_image = math.ceil(CANDIDATES / len(files))
+        per_image = math.ceil(BANK_CANDIDATES / len(files))
         maps = map(self.moved, data.batches(files, self.shape))
         rows, is_inside = spread(maps, len(files), self, per_image, generator)
         count = prototype_count(self.settings, int(is_inside.sum()))

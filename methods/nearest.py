@@ -35,7 +35,7 @@ class Nearest(Detector):
 
     def __init__(self, settings: NearestSettings):
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=1)
+        super().__init__(settings, backbone, expert_count=1)
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 

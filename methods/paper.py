@@ -71,7 +71,7 @@ class Paper(Detector):
         if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
             raise InputError(f"--size {size_text(settings.size)}: --method paper takes at most {PIXELS} pixels")
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
-        super().__init__(settings, backbone, experts=len(STRIDES))
+        super().__init__(settings, backbone, expert_count=len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)
         self.flows = nn.ModuleList(
             Flow2D(channels, settings.steps, kernel_sizes=(3,), hidden_ratio=1.0) for channels in backbone.widths

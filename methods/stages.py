@@ -23,7 +23,7 @@ def stages_of(model: Detector, images: Tensor) -> Stages:
         return of_paper(model, images)
     if isinstance(model, Autoencoder):
         return of_autoencoder(model, images)
-    return [(f"expert {i}", e[0]) for i, e in enumerate(model.judge(images), start=1)]
+    return [(f"expert {i}", e[0]) for i, e in enumerate(model.energies_in_windows(images), start=1)]
 
 
 def of_clflow(model: CLFlow, images: Tensor) -> Stages:

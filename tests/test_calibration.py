@@ -193,12 +193,12 @@ class Scored(Detector):
     """The score of an image is what it shows, 1 more where nothing is left out: its training is its neighbours'."""
 
     def __init__(self):
-        super().__init__(NearestSettings(images=30, held_out=2, size=64), None, experts=1)
+        super().__init__(NearestSettings(images=30, held_out=2, size=64), None, expert_count=1)
 
     def energies(self, images, without=None):
         return [torch.full((len(images), 8, 8), float(images.mean()) + len(without))]
 
-    def experts(self, code):
+    def expert_energies(self, code):
         return [code]
 
 

