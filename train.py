@@ -93,8 +93,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if line := shapes.told(run.files, model.shape):
         print(line)
-    if others := shapes.others_among(run.files, model.shape):
-        print(shapes.others_told(others, len(run.files), model.shape))
+    shapes.print_others(run.files, model.shape)
     if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     if progress is None:

@@ -56,7 +56,7 @@ class AsNew:
         self.indices = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
         self.fold = blocks(good.trained_on, FOLDS)
         self.fifth = blocks(good.trained_on, 5)
-        self.is_series = alike >= ALIKE and count >= SERIES
+        self.is_series = is_series(alike, count)
         self.different = max(1, round(count / alike)) if self.is_series else count
         if self.is_series and self.different < LEAST_IMAGES:
             raise InputError(
@@ -116,11 +116,7 @@ class AsNew:
         model.different = torch.tensor(different, device=model.device)
         model.calibrated_on = judged
         if self.is_series:
-            print(
-                f"these {len(self.fold)} images look like a series (neighbours in name order are near copies): they "
-                f"count as about {different} different images. Add good images from other days for a more reliable "
-                "threshold."
-            )
+            print_series(len(self.fold), different)
 
 
 def judge_by_thirds(model: Detector, good: GoodImages, rows: Tensor, image_indices: Tensor) -> AsNew:
@@ -173,6 +169,18 @@ def alike_in_order(
     return found / max(expected, 1e-6)
 
 
+def is_series(alike: float, images: int) -> bool:
+    """Whether this many images are a series, given their `alike_in_order`."""
+    return alike >= ALIKE and images >= SERIES
+
+
+def print_series(images: int, different: int) -> None:
+    print(
+        f"these {images} images look like a series (neighbours in name order are near copies): they count as about "
+        f"{different} different images. Add good images from other days for a more reliable threshold."
+    )
+
+
 def blocks(files: list[Path], count: int) -> Tensor:
     """The block number (n,) of each of n files. The `count` blocks are contiguous in the natural order of names (2
     before 10)."""
@@ -205,13 +213,9 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
     """Set the scale and the thresholds of `model` from these new good images. `alike` is the result of `alike_in_order`
     for them. Raises InputError if they are too few."""
     different = len(files)
-    is_series = alike >= ALIKE and len(files) >= SERIES
-    if is_series:
+    if is_series(alike, len(files)):
         different = round(len(files) / alike)
-        print(
-            f"these {len(files)} images look like a series (neighbours in name order are near copies): they count as "
-            f"about {different} different images. Add good images from other days for a more reliable threshold."
-        )
+        print_series(len(files), different)
     if different < LEAST_IMAGES:
         raise InputError(f"--recalibrate: {different} different new images; give at least {LEAST_IMAGES}, better 50")
     energies = [model.energies_in_windows(images) for images in data.batches(files, model.shape)]

@@ -260,8 +260,7 @@ def judge_new(work: Inspection, images: Path) -> None:
     files = new_images(images, out)
     root = root_of(images)
     print(basis(work.limits))
-    if others := shapes.others_among(files, work.model.shape):
-        print(shapes.others_told(others, len(files), work.model.shape))
+    shapes.print_others(files, work.model.shape)
     complaints = []
     with held(out):
         check_findings(out, images, work.detector, watch=False)

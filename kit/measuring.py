@@ -114,8 +114,7 @@ def report(work: Inspection, category: Path) -> None:
         return  # its part is done
     limits = work.limits
     print(basis(limits))
-    if others := shapes.others_among([test.path for test in judged.tests], model.shape):
-        print(shapes.others_told(others, len(judged.tests), model.shape))
+    shapes.print_others([test.path for test in judged.tests], model.shape)
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask or an empty one")
     settings = model.settings
