@@ -40,8 +40,16 @@ from kit.files import (
     write_text,
 )
 from kit.images import read_image, to_tensor
-from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
-from kit.measuring import judge_tests, left_to_measure, measure, readable_tests, report
+from kit.inspection import findings_folder, judge_new, sentence
+from kit.measuring import (
+    Inspection,
+    detector_fingerprint,
+    judge_tests,
+    left_to_measure,
+    measure,
+    readable_tests,
+    report,
+)
 from kit.processes import Processes, join_processes, pick_device
 from kit.settings import LEAST_IMAGES
 from kit.verdict import Thresholds, basis

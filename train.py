@@ -333,7 +333,7 @@ def measured(run: Run) -> dict | None:
     path = run.out / "metrics.json"
     if not path.exists() or is_unfinished(run.out):
         return None
-    from kit.inspection import detector_fingerprint  # see `evaluate_run`
+    from kit.measuring import detector_fingerprint  # see `evaluate_run`
 
     metrics = json.loads(path.read_text())
     detector = detector_fingerprint(read_checkpoint(run.out / MODEL)["state"])
@@ -343,8 +343,7 @@ def measured(run: Run) -> dict | None:
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or this has been done."""
-    from kit.inspection import Inspection  # imported here: training alone does not need it
-    from kit.measuring import report
+    from kit.measuring import Inspection, report  # imported here: training alone does not need it
 
     if data.has_tests(run.category) and measured(run) is None:
         checkpoint = run.out / MODEL

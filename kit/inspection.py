@@ -3,8 +3,6 @@
 A row belongs to one image: a name, with the size and the time of its file. It replaces an earlier row on the same image
 by the same detector. No other row is ever removed."""
 
-import functools
-import hashlib
 import itertools
 import json
 import os
@@ -35,7 +33,8 @@ from kit.files import (
     write_text,
 )
 from kit.images import load_image, named, photograph, shape_of, to_tensor, turned
-from kit.processes import ALONE, Processes, clear, counted
+from kit.measuring import Inspection
+from kit.processes import clear, counted
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
 
@@ -50,38 +49,6 @@ PAGE = "report.html"
 ABOUT = "judged.json"  # says which images the findings are about
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """One call of evaluate.py: a detector and its checkpoint, the folder for the results, and the accepted false-alarm
-    rate."""
-
-    model: Detector
-    checkpoint: Path
-    out: Path
-    false_alarm: float
-    skip_bad: bool = False
-    processes: Processes = ALONE
-
-    @property
-    def limits(self) -> Thresholds:
-        return self.model.thresholds(self.false_alarm)
-
-    @functools.cached_property
-    def detector(self) -> str:
-        """The fingerprint of the detector."""
-        return detector_fingerprint(self.model.state_dict())
-
-
-def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Twelve hexadecimal digits that identify a detector: a hash of weights, bank and calibration, the "state" of a
-    checkpoint. A copy of a checkpoint has the same fingerprint."""
-    found = hashlib.sha1()
-    for name, values in state.items():
-        found.update(f"{name} {tuple(values.shape)}".encode())
-        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- where findings go

@@ -1,5 +1,7 @@
 """Measuring on a labelled test set: judging, metrics, pictures; and the table over categories and seeds."""
 
+import functools
+import hashlib
 import json
 import math
 import time
@@ -16,8 +18,7 @@ from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
-from kit.inspection import Inspection
-from kit.processes import Processes, counted
+from kit.processes import ALONE, Processes, counted
 from kit.real_defects import is_among
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
@@ -27,6 +28,38 @@ KEPT = 250_000_000  # pixels of the maps of all test images together: 1 GB
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One call of evaluate.py: a detector and its checkpoint, the folder for the results, and the accepted false-alarm
+    rate."""
+
+    model: Detector
+    checkpoint: Path
+    out: Path
+    false_alarm: float
+    skip_bad: bool = False
+    processes: Processes = ALONE
+
+    @property
+    def limits(self) -> Thresholds:
+        return self.model.thresholds(self.false_alarm)
+
+    @functools.cached_property
+    def detector(self) -> str:
+        """The fingerprint of the detector."""
+        return detector_fingerprint(self.model.state_dict())
+
+
+def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Twelve hexadecimal digits that identify a detector: a hash of weights, bank and calibration, the "state" of a
+    checkpoint. A copy of a checkpoint has the same fingerprint."""
+    found = hashlib.sha1()
+    for name, values in state.items():
+        found.update(f"{name} {tuple(values.shape)}".encode())
+        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from kit import data, shapes
 from kit.errors import InputError
 from kit.files import held, plain_cell, refuse_inside
 from kit.inspection import (
-    Inspection,
     Judgements,
     Stamp,
     check_findings,
@@ -23,6 +22,7 @@ from kit.inspection import (
     print_drift,
     stamp_of,
 )
+from kit.measuring import Inspection
 from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds

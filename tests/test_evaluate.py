@@ -16,8 +16,8 @@ from PIL import Image
 import evaluate
 from kit import data, files, inspection
 from kit.detector import read_checkpoint
-from kit.inspection import SCORES_COLUMNS, detector_fingerprint
-from kit.measuring import judge_tests
+from kit.inspection import SCORES_COLUMNS
+from kit.measuring import detector_fingerprint, judge_tests
 from kit.processes import ALONE
 from methods import load
 
