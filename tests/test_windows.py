@@ -124,7 +124,7 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     parts = []
     energies = model.energies
     monkeypatch.setattr(model, "energies", lambda *args: parts.append(args[0].shape) or energies(*args))
-    monkeypatch.setattr("clflow.POSITIONS", 100)
+    monkeypatch.setattr("kit.windows.STRIP", 100)
     in_parts = model(images)
     assert len(parts) == 4
     for one, other in zip(whole, in_parts, strict=True):
