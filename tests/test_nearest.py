@@ -31,7 +31,7 @@ def prototypes(bank) -> Prototypes:
     found.bank = bank - found.centre
     found.spacing = torch.ones(len(bank))
     found.origin = torch.zeros(len(bank), dtype=torch.long)
-    found.divide()
+    search.divide(found)
     return found
 
 
