@@ -270,7 +270,6 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
     feed = Feed(model, normal, painted)
     del normal, some, painted  # frees up to a gigabyte; the feed keeps what it needs
-
     held_out = HeldOut(model, good.held_out)
 
     # Rows of real defects, if any are given.

@@ -238,7 +238,7 @@ def count_camera_copies(model: Detector, files: Sequence[Path]) -> None:
     for number in range(COPIES):
         rng = np.random.default_rng([model.settings.seed, number])
         copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
-        columns.append(model.scores(model.judge(to_tensor(copy[None]))))
+        columns.append(model.scores(model.energies_in_windows(to_tensor(copy[None]))))
     copies = torch.cat(columns, dim=1)
     before = model.thresholds().score
     if model.LEARNS_CAMERA_COPIES:

@@ -104,8 +104,8 @@ class Detector(nn.Module):
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
-    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise,
-    sharpness and compression of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
+    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise, sharpness and compression
+    of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
