@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from kit import search
-from kit.backbone import as_rows
 from kit.errors import InputError
 
 NEIGHBOURS = 5  # of a prototype; their mean distance is the spacing there
@@ -18,11 +17,10 @@ class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
     5 nearest neighbours (after REB, arXiv 2308.12577). Features of busy textures lie far apart, those of smooth areas
     close together, so distances are compared with the local spacing. The bank (P, C) is stored minus its `centre` (C,).
-    `origin` (P,) is the number of the training image that each prototype comes from.
+    `origin` (P,) is the index of the training image that each prototype comes from.
 
-    If `fast`, kit/search.py chooses and searches the bank. It finds the nearest prototype, or one that is hardly
-    farther. For this the bank is divided into cells: each prototype belongs to the nearest of the `centres` (K, C). The
-    bank is sorted by cell; the first `sizes[0]` prototypes belong to the first cell."""
+    If `fast`, kit/search.py chooses and searches the bank: it finds the nearest prototype, or one that is hardly
+    farther. For this it divides the bank into cells, which have `centres` and `sizes`."""
 
     def __init__(self, channels: int, fast: bool = True):
         super().__init__()
@@ -36,7 +34,7 @@ class Prototypes(nn.Module):
         self.keys = search.Keys()
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
-        """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the number of each
+        """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the index of each
         row's training image. Raises InputError if a row is NaN or infinite."""
         candidates = candidates.float()
         if not candidates.isfinite().all():
@@ -50,54 +48,35 @@ class Prototypes(nn.Module):
         self.bank = candidates[chosen].to(self.centre)
         self.origin = origin.to(chosen.device)[chosen].to(self.centre.device)
         self.spacing = spacing_of(self.bank)
-        self.divide()
-
-    def divide(self) -> None:
-        """Divide the bank into cells, and sort it by cell."""
-        order, self.centres, self.sizes = search.cells_of(self.bank)
-        self.bank, self.spacing, self.origin = self.bank[order], self.spacing[order], self.origin[order]
+        search.divide(self)
 
     def nearest(
-        self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, without: Tensor | None = None
+        self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None
     ) -> Tensor:
-        """The index (N,) of the nearest prototype of each of rows (N, C). Prototypes of the training images with the
-        numbers `without` do not count: (n,) for all rows, or (N, n) for each row. So a training image is judged as if
-        it were new. The fast search takes the rows in equal `parts`, and computes in `dtype`."""
+        """The index (N,) of the nearest prototype of each of rows (N, C). For each row, the prototypes of the training
+        images with the indices `excluded` (N, n) do not count. So a training image is judged as if it were new. Raises
+        InputError if no prototype is left. The fast search takes the rows in equal `parts`, and computes in `dtype`."""
         if self.fast:
-            return search.nearest(self, rows, parts, dtype, without)
+            return search.nearest(self, rows, parts, dtype, excluded)
         distances = torch.cdist(rows - self.centre, self.bank)
-        if without is not None:
-            distances = distances.masked_fill(self.is_left_out(without), torch.inf)
+        if excluded is not None:
+            is_excluded = (self.origin == excluded.to(self.origin.device)[..., None]).any(dim=1)  # (N, P)
+            if is_excluded.all(dim=1).any():
+                raise InputError(search.NOTHING_ELSE)
+            distances = distances.masked_fill(is_excluded, torch.inf)
         return distances.argmin(dim=1)
 
-    def is_left_out(self, without: Tensor) -> Tensor:
-        """Which prototypes do not count, as bool: (P,) for all rows, or (N, P) for each row. Raises InputError if none
-        would be left."""
-        is_out = (self.origin == without.to(self.origin.device)[..., None]).any(dim=-2)
-        if is_out.all(dim=-1).any():
-            raise InputError(search.NOTHING_ELSE)
-        return is_out
-
-    def away(self, rows: Tensor, index: Tensor) -> Tensor:
+    def difference(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows (N, C) minus the prototypes with these indices (N,)."""
         return rows - self.centre - self.bank[index]
 
-    def relative(
-        self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, without: Tensor | None = None
+    def residual(
+        self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None
     ) -> Tensor:
         """The local scale, r = (y - p) / spacing of p, (N, C): rows y relative to their nearest prototypes p. For the
         other arguments see `nearest`."""
-        index = self.nearest(rows, parts, dtype, without)
-        return self.away(rows, index) / self.spacing[index][:, None]
-
-    def energies(self, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None) -> Tensor:
-        """E = d / spacing (B, h, w) of features (B, C, h, w), where d is the distance to the nearest prototype. If
-        `local`, the spacing is that of this prototype, else the bank's mean. For other arguments see `nearest`."""
-        rows = as_rows(x)
-        batch, _, height, width = x.shape
-        index = self.nearest(rows, search.search_parts(height, width), dtype, without)
-        spacing = self.spacing[index] if local else self.spacing.mean()
-        return (self.away(rows, index).norm(dim=1) / spacing).view(batch, height, width)
+        index = self.nearest(rows, parts, dtype, excluded)
+        return self.difference(rows, index) / self.spacing[index][:, None]
 
 
 def covering(rows: Tensor, count: int) -> Tensor:

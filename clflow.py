@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,21 +17,20 @@ from torch import Tensor, nn
 from bank import Prototypes
 from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
-from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.processes import Processes, counted
-from kit.search import CANDIDATES, prototype_count, search_parts, seen_at_once
+from kit.search import NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
 from kit.settings import CLFlowSettings
-from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.windows import in_strips
 from synth import synthesize
 
-if TYPE_CHECKING:  # what only training needs is imported by `train`
+if TYPE_CHECKING:  # what only training needs is imported in `train` and `epochs`
     from kit.good import GoodImages
+    from kit.processes import Processes
     from kit.rows import Feed
+    from kit.training import Epoch
 
 HIDDEN = 1024  # units of the classifier
-POSITIONS = 2**15  # of an image, that flow and classifier process at once
 PAINTED = 600  # synthetic anomalies in total, for any number of good images
 TOGETHER = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
 STEPS_PER_EPOCH = 100
@@ -92,7 +90,7 @@ class CLFlow(Detector):
         shares = [1 / 2, 1 / 2] if settings.local else [1.0]  # of the flow, and of the distance
         if settings.has_classifier:
             shares = [share / 2 for share in shares] + [1 / 2]
-        super().__init__(settings, backbone, experts=len(shares))
+        super().__init__(settings, backbone, expert_count=len(shares))
         self.shares = shares
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
@@ -111,12 +109,12 @@ class CLFlow(Detector):
             self.classifier = classifier(components).to(self.device)
 
     @torch.no_grad()
-    def relative(self, rows: Tensor, parts: int = 1, without: Tensor | None = None) -> Tensor:
-        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.relative`. A density of r is local by
+    def residual(self, rows: Tensor, parts: int = 1, excluded: Tensor | None = None) -> Tensor:
+        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.residual`. A density of r is local by
         construction. With --no-local, rows y unchanged."""
         if not self.settings.local:
             return rows
-        return self.prototypes.relative(rows, parts, self.dtype, without)
+        return self.prototypes.residual(rows, parts, self.dtype, excluded)
 
     @torch.no_grad()
     def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
@@ -124,13 +122,16 @@ class CLFlow(Detector):
         return self.code_map(self.features(images), without)
 
     def code_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
-        """Features (B, C, h, w) -> codes (B, K + 1, h, w)."""
-        code = self.code_of(self.relative(as_rows(x), search_parts(*x.shape[2:]), without))
+        """Features (B, C, h, w) -> codes (B, K + 1, h, w). The prototypes of the training images with the indices
+        `without` (n,) do not count."""
+        rows = as_rows(x)
+        excluded = None if without is None else without.expand(len(rows), -1)
+        code = self.code_of(self.residual(rows, search_parts(*x.shape[2:]), excluded))
         return code.view(-1, *x.shape[2:], code.shape[1]).permute(0, 3, 1, 2)
 
-    def code_of(self, relative: Tensor) -> Tensor:
-        """Rows r (N, C) -> (N, K + 1): whitened rows w, and the distance |r| to the nearest prototype."""
-        return torch.cat((self.whitening(relative), relative.norm(dim=1, keepdim=True)), dim=1)
+    def code_of(self, r: Tensor) -> Tensor:
+        """Residuals r (N, C) -> (N, K + 1): whitened rows w, and the distance |r| to the nearest prototype."""
+        return torch.cat((self.whitening(r), r.norm(dim=1, keepdim=True)), dim=1)
 
     def latents(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Latents z and log-determinants of whitened rows (N, K), or of maps of them (B, K, h, w): (N,), (B, h, w)."""
@@ -143,66 +144,34 @@ class CLFlow(Detector):
             return self.classifier(w)[:, 0].float()
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return self.experts(self.encode(images, without))
+        return self.expert_energies(self.encode(images, without))
 
     @torch.no_grad()
-    def experts(self, code: Tensor) -> list[Tensor]:
-        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier. Large maps are processed in
-        strips."""
-        parts = [self.opinions(part) for part in code.split(max(1, POSITIONS // code.shape[3]), dim=2)]
-        return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+    def expert_energies(self, code: Tensor) -> list[Tensor]:
+        """Codes (B, K + 1, h, w) -> energies (B, h, w) of flow, distance and classifier."""
+        return in_strips(self.strip_energies, code)
 
-    def opinions(self, code: Tensor) -> list[Tensor]:
-        """`experts`, without strips."""
+    def strip_energies(self, code: Tensor) -> list[Tensor]:
+        """`expert_energies` of a strip of a map."""
         w, distance = code[:, :-1], code[:, -1]
-        opinions = [tamed(energy(*self.latents(w)))]
+        energies = [tamed(energy(*self.latents(w)))]
         if self.settings.local:  # else there are no prototypes
-            opinions.append(distance)
+            energies.append(distance)
         if self.classifier is not None:
-            opinions.append(self.log_odds(as_rows(w)).view(distance.shape))
-        return opinions
+            energies.append(self.log_odds(as_rows(w)).view(distance.shape))
+        return energies
 
     @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, one for each equation of docs/method.md,
-        as (title, map (h, w))."""
-        x = self.features(images)
-        code = self.code_map(x)
-        w, distance = code[:, :-1], code[0, -1]
-        z, log_det = self.latents(w)
-        e = energy(z, log_det)
-        steps = [
-            ("|y|, features", x[0].norm(dim=0)),
-            ("|r|, relative to the nearest prototype", distance),
-            ("|w|, whitened", w[0].norm(dim=0)),
-            ("1/2 mean z^2, latents", 0.5 * z[0].square().mean(dim=0)),
-            ("log|det| / K", log_det[0] / z.shape[1]),
-            ("tamed E, the flow's energy", tamed(e)[0]),
-        ]
-        if self.classifier is not None:
-            steps.append(("log-odds of the classifier", self.log_odds(as_rows(w)).view(distance.shape)))
-        return steps
-
-    @torch.no_grad()
-    def fit(self, rows: Tensor, images: Tensor, positions: int) -> None:
-        """Fit prototypes and whitening, which are never trained, on rows y (N, C) of good images. `images` (N,) is each
-        row's image number; an image has this many `positions`. Raises InputError if all are copies of one image."""
+    def fit(self, rows: Tensor, image_indices: Tensor, positions: int) -> None:
+        """Fit prototypes and whitening, which are never trained, on rows y (N, C) from the good images with these
+        indices (N,). An image has this many `positions`. Raises InputError if all are copies of one image."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
-            self.prototypes.fit(rows, images, prototype_count(self.settings, positions), generator)
-        relative = torch.cat(list(self.as_new(rows, images)))
-        if not relative.norm(dim=1).median() > 0:
-            raise InputError("--data: the good images are copies of one image; give different photographs")
-        self.whitening.fit(relative)
-
-    @torch.no_grad()
-    def as_new(self, rows: Tensor, images: Tensor) -> Iterator[Tensor]:
-        """Rows r (n, C), some at a time, of rows y (N, C) with these image numbers (N,). Each is computed without the
-        prototypes of its own image, since a new image has none in the bank. In a series the prototypes of similar
-        images stay, so there these rows lie nearer to the bank than those of a new image."""
-        count = seen_at_once(rows.device)
-        for part, numbers in zip(rows.split(count), images.split(count), strict=True):
-            yield self.relative(part.float(), without=numbers[:, None])
+            self.prototypes.fit(rows, image_indices, prototype_count(self.settings, positions), generator)
+        r = torch.cat(list(residuals_as_new(self, rows, image_indices)))
+        if not r.norm(dim=1).median() > 0:
+            raise InputError(NOTHING_ELSE)
+        self.whitening.fit(r)
 
 
 # ---------------------------------------------------------------- the losses
@@ -272,96 +241,59 @@ class Losses(nn.Module):
 # ---------------------------------------------------------------- the training
 
 
-def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> Iterator[Epoch]:
+def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "Iterator[Epoch]":
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
     once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
-    from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_as_new  # here: only training needs these
+    from kit.calibration import FOLDS, calibrate_as_new, judge_by_thirds
+    from kit.camera import with_camera_copies
     from kit.good import Painter
     from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, check_different, check_rows, good_rows, painted_rows
+    from kit.rows import Feed, HeldOut, candidates, good_rows, learn_anew, painted_rows
 
-    settings = model.settings
-    painter = Painter(good, paint, model)
+    painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
 
     # Features of the good images, and of a camera copy of each: each position is a row. Bank and whitening are fitted
     # once, on some of the rows.
     normal = good_rows(model, painter)
-    some = candidates(normal, good, settings.seed, CANDIDATES)
-    check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
-    check_different(normal)
+    some = candidates(model, normal, good)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
-    alike = 1.0
-    if settings.local:
-        alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, *some)
-    as_new = AsNew(good, settings.seed, alike)
-    as_new.check_processes()
+    as_new = judge_by_thirds(model, good, *some)
 
     # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
     painted = None
-    if settings.has_classifier:  # only the classifier learns from them
+    if model.settings.has_classifier:  # only the classifier learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
     feed = Feed(model, normal, painted)
     del normal, some, painted  # frees up to a gigabyte; the feed keeps what it needs
-
     held_out = HeldOut(model, good.held_out)
-
-    def calibrate() -> None:
-        """The calibration on the held-out images, from their codes."""
-        model.calibrate((model.experts(code.float()) for code in held_out), good.held_out)
-
-    def learn_anew(feed: "Feed", number: int, what: str) -> None:
-        """Train new experts in place of the present ones, then calibrate; `number` chooses the random seed."""
-        seed_epoch(settings.seed, settings.epochs + 1 + number)
-        model.renew_experts()
-        for _ in epochs(model, feed, good.processes, what=what):
-            pass
-        calibrate()
 
     # Rows of real defects, if any are given.
     if good.defects:
-        first_training = partial(learn_anew, feed, FOLDS, "first training, epoch")
+        training = epochs(model, feed, good.processes, name="first training, epoch")
+        first_training = partial(learn_anew, held_out, training, FOLDS)
         feed = feed.beside(real_rows(model, good.defects, PAINTED, first_training))
 
     # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
-        calibrate()
+        held_out.calibrate()
         yield epoch
 
     # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
-    calibrate_as_new(model, feed, as_new, learn_anew, calibrate)
-
-
-def paint(
-    image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
-    """x+ -> (x-, mask, box) for training: `synthesize` with TOGETHER defects. Every second x- becomes a camera copy of
-    itself, so that noise and blur tell nothing about defects."""
-    painted, mask, box = synthesize(image, rng, other, roi, TOGETHER)
-    if rng.random() < 0.5:
-        painted = camera_copy(painted, rng)
-    return painted, mask, box
+    calibrate_as_new(as_new, feed, held_out, partial(epochs, model, processes=good.processes))
 
 
 def epochs(
-    model: CLFlow, feed: "Feed", processes: Processes, progress: dict | None = None, what: str = "epoch"
-) -> Iterator[Epoch]:
-    """Train flow and classifier; yields before the first step and after each epoch. `what` names an epoch on the
+    model: CLFlow, feed: "Feed", processes: "Processes", progress: dict | None = None, name: str = "epoch"
+) -> "Iterator[Epoch]":
+    """Train flow and classifier; yields before the first step and after each epoch. `name` names an epoch on the
     progress line."""
-    settings = model.settings
-    batch = math.ceil(settings.batch / processes.count)
-    losses = shared(Losses(model), processes)
-    descent = Descent(losses, settings.lr, settings.epochs * STEPS_PER_EPOCH, WEIGHT_DECAY)
-    done = descent.go_on_from(progress)
-    yield descent.epoch(done, [], processes)
-    for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number, processes.rank)
-        steps = []
-        for _ in counted(range(STEPS_PER_EPOCH), f"{what} {number}/{settings.epochs}, steps", STEPS_PER_EPOCH):
-            steps.append(descent.step(losses(*feed.draw(batch))))
-        yield descent.epoch(number, steps, processes)
+    from kit.training import Descent, train_epochs
+
+    batch = math.ceil(model.settings.batch / processes.count)
+    descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
+    yield from train_epochs(descent, lambda number: feed.batches(batch, STEPS_PER_EPOCH), progress, name)

@@ -35,19 +35,30 @@ from kit.files import (
     is_unfinished,
     kept_epochs,
     refuse_inside,
+    single_file,
     write_atomically,
     write_text,
 )
-from kit.images import read_image
-from kit.inspection import Inspection, detector_fingerprint, findings_folder, judge_new, sentence
-from kit.measuring import as_text, judge_tests, left_to_measure, measure, readable_tests, report
-from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.images import read_image, to_tensor
+from kit.inspection import findings_folder, judge_new, sentence
+from kit.measuring import (
+    Inspection,
+    detector_fingerprint,
+    figure_text,
+    judge_tests,
+    left_to_measure,
+    measure,
+    readable_tests,
+    report,
+)
+from kit.processes import Processes, join_processes, pick_device
 from kit.settings import LEAST_IMAGES
-from kit.single import single_file
 from kit.verdict import Thresholds, basis
 from kit.watching import watch
+from kit.windows import keep_freed_memory
 from methods import load
 from methods.nearest import alike_among
+from methods.stages import stages_of
 
 COMPARED = 100  # good images, to measure how another precision changes scores
 
@@ -66,7 +77,9 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
         figures = measure(judged)
         label = "/".join(folder_of(file.resolve()).parts[-2:])
         epoch = epoch_of(file)
-        print(f"{label}, epoch {epoch}: {', '.join(f'{name} {as_text(figures[name])}' for name in lines)}", flush=True)
+        print(
+            f"{label}, epoch {epoch}: {', '.join(f'{name} {figure_text(figures[name])}' for name in lines)}", flush=True
+        )
         for name in lines:
             if figures[name] is not None:
                 lines[name].setdefault(label, []).append((epoch, figures[name]))
@@ -116,8 +129,8 @@ def explain(work: Inspection, path: Path) -> None:
     """Draw how an image is processed, step by step, into the file `work.out`."""
     model = work.model
     image = read_image(path, model.shape)
-    images = torch.from_numpy(image).permute(2, 0, 1)[None]
-    stages = [(name, values.cpu().numpy()) for name, values in model.stages(images)]
+    images = to_tensor(image[None])
+    stages = [(name, values.cpu().numpy()) for name, values in stages_of(model, images)]
     with torch.no_grad():
         maps, scores = model(images)
     limits = work.limits
@@ -125,7 +138,7 @@ def explain(work: Inspection, path: Path) -> None:
     photo = draw.dimmed(Image.fromarray(draw.as_bytes(image)), model.roi)
     draw.save_picture(work.out, draw.explanation(photo, path.name, stages, as_drawn, limits))
     verdict = model.inspect(path, work.false_alarm)  # the same, but its boxes are in the photograph's own pixels
-    height, width = verdict.heat.shape
+    height, width = verdict.anomaly_map.shape
     print(f"{path}, {width} x {height}, judged at {model.shape[1]} x {model.shape[0]}: {sentence(verdict)}")
     print(f"wrote {work.out}")
 
@@ -151,7 +164,7 @@ def export(model: Detector, file: Path) -> None:
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
-    print(f"thresholds: {limits.score:.4f} for the score, {limits.heat:.4f} for the map")
+    print(f"thresholds: {limits.score:.4f} for the score, {limits.anomaly_map:.4f} for the map")
 
 
 def exported_limits(model: Detector) -> Thresholds:
@@ -179,14 +192,14 @@ def exported_limits(model: Detector) -> Thresholds:
     before = scores_and_peaks(model, some)
     exported = copy.deepcopy(model)
     exported.for_export()
-    score_ratio, heat_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
-    return replace(limits, score=float(limits.score * score_ratio), heat=float(limits.heat * heat_ratio))
+    score_ratio, map_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
+    return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
 
 
 @torch.no_grad()
 def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
     """(2, n): the scores of these images, and the maxima of their maps."""
-    parts = [model.scores(model.judge(images)) for images in data.batches(files, model.shape)]
+    parts = [model.scores(model.energies_in_windows(images)) for images in data.batches(files, model.shape)]
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
@@ -204,7 +217,7 @@ def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thre
         "height": str(height),
         "width": str(width),
         "score_threshold": repr(limits.score),
-        "map_threshold": repr(limits.heat),
+        "map_threshold": repr(limits.anomaly_map),
         "false_alarm": repr(model.settings.false_alarm),
         "category": model.settings.category,
     }

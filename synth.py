@@ -4,6 +4,7 @@ Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sour
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
 
 import math
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,7 +15,7 @@ from kit.errors import run_script
 from kit.images import foreground
 
 LATTICE = 64  # gradients per side; beyond them the lattice repeats
-REACH = 6  # radius in pixels of the filter that softens a mask's edge
+MARGIN = 6  # radius in pixels of the filter that softens a mask's edge
 
 
 def synthesize(
@@ -65,8 +66,8 @@ def around(mask: np.ndarray) -> tuple[slice, slice]:
     """The part of an image around a mask (H, W) bool, with the margin that `opacity` needs."""
     y0, x0, y1, x1 = bounding_box(mask)
     height, width = mask.shape
-    rows = slice(max(0, y0 - REACH), min(height, y1 + REACH))
-    columns = slice(max(0, x0 - REACH), min(width, x1 + REACH))
+    rows = slice(max(0, y0 - MARGIN), min(height, y1 + MARGIN))
+    columns = slice(max(0, x0 - MARGIN), min(width, x1 + MARGIN))
     return rows, columns
 
 
@@ -209,14 +210,7 @@ def displaced(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.roll(image, np.round(reach).astype(int), axis=(0, 1))
 
 
-# ---------------------------------------------------------------- a sheet of synthetic defects, before any training
-
-
-def main(arguments: list[str] | None = None) -> None:
-    from kit.demo import draw_sheet  # imported here: training does not need it
-
-    draw_sheet(synthesize, foreground, arguments)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    from kit.demo import draw_sheet  # here: nothing else needs it
+
+    run_script(partial(draw_sheet, synthesize))

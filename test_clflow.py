@@ -16,7 +16,8 @@ from kit import rows as kit_rows
 from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
-from kit.rows import Feed, Rows, codes, good_rows, origins, painted_rows, spread, touches
+from kit.rows import Feed, GoodRows, Rows, codes, good_rows, origins, painted_rows, spread, touches
+from kit.search import residuals_as_new
 from kit.settings import CLFlowSettings
 
 
@@ -370,9 +371,9 @@ def test_a_row_is_seen_from_its_nearest_prototype_on_the_scale_there(model):
     for row in rows:
         nearest = (bank - row).norm(dim=1).argmin()
         expected.append((row - bank[nearest]) / spacing[nearest])
-    assert torch.allclose(model.relative(rows), torch.stack(expected), atol=1e-4)
+    assert torch.allclose(model.residual(rows), torch.stack(expected), atol=1e-4)
     model.settings = replace(model.settings, local=False)
-    assert torch.equal(model.relative(rows), rows)
+    assert torch.equal(model.residual(rows), rows)
 
 
 def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, model):
@@ -380,13 +381,13 @@ def test_every_position_keeps_its_place_from_features_to_energies(monkeypatch, m
     x = features(3)
     monkeypatch.setattr(model, "features", lambda images: x)
     code = model.encode(torch.empty(3, 3, 64, 64))
-    flow, distance, odds = model.experts(code)
+    flow, distance, odds = model.expert_energies(code)
     assert flow.shape == distance.shape == odds.shape == (3, 8, 8) and flow.std() > 0.01
     for image, y, column in itertools.product(range(3), range(8), range(8)):
-        relative = model.relative(x[image, :, y, column][None])
-        row = model.whitening(relative)
+        r = model.residual(x[image, :, y, column][None])
+        row = model.whitening(r)
         assert torch.allclose(code[image, :-1, y, column], row[0], atol=1e-3)
-        assert torch.allclose(distance[image, y, column], relative.norm(), atol=1e-3)
+        assert torch.allclose(distance[image, y, column], r.norm(), atol=1e-3)
         alone = clflow.tamed(clflow.energy(*model.latents(row)))
         assert torch.allclose(flow[image, y, column], alone[0], atol=1e-3)
         assert torch.allclose(odds[image, y, column], model.log_odds(row)[0], atol=1e-3)
@@ -405,7 +406,7 @@ def test_the_map_has_the_experts_that_there_are(local, classifies, shares):
     """Flow; distance, if there are prototypes; classifier, if a loss trains it."""
     weight = float(classifies)
     model = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=weight, contrast_weight=weight))
-    energies = model.experts(torch.randn(2, CHANNELS // 2 + 1, 8, 8))
+    energies = model.expert_energies(torch.randn(2, CHANNELS // 2 + 1, 8, 8))
     assert model.shares == shares and len(energies) == len(model.levels) == len(shares)
     one_sided = clflow.CLFlow(replace(SETTINGS, local=local, classification_weight=0.0))
     assert one_sided.classifier is not None  # the contrast trains it
@@ -422,31 +423,31 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
         others = origin != image
         nearest = (bank[others] - row).norm(dim=1).argmin()
         expected.append((row - bank[others][nearest]) / spacing[others][nearest])
-    seen = torch.cat(list(model.as_new(rows, images)))
+    seen = torch.cat(list(residuals_as_new(model, rows, images)))
     assert torch.allclose(seen, torch.stack(expected), atol=1e-3)
-    with_own = model.relative(rows)
+    with_own = model.residual(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
     with pytest.raises(InputError, match="copies of one"):
-        list(model.as_new(rows, torch.zeros(len(rows), dtype=torch.long)))
+        list(residuals_as_new(model, rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
     """It equals the map of the image itself without its own prototypes. It is zero outside the region of interest."""
     model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of the eight columns count
     x = features(5)
-    rows, inside = spread(iter(x.split(2)), 5, model, 64, torch.Generator().manual_seed(0), torch.half)
+    rows, inside = spread(iter(x.half().split(2)), 5, model, 64, torch.Generator().manual_seed(0))
     copies = features(5).permute(0, 2, 3, 1)[:, 0, 2:].flatten(0, 1).half()  # six rows of each
     images = torch.cat((origins(rows, range(5)), origins(copies, range(5))))
-    normal = Rows(torch.cat((rows, copies)), images, inside, originals=len(rows))
+    normal = GoodRows(torch.cat((rows, copies)), images, len(rows), inside)
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
-        code = feed.code(number)
+        code = feed.code_map(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
-    some, inside = spread([x], 5, model, 40, torch.Generator(), torch.half)  # 40 of 48 positions
-    part = Feed(model, Rows(some, origins(some, range(5)), inside), Rows(rows[:4], torch.arange(4)))
-    assert len(some) == 5 * 40 and part.code(0) is None
+    some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48
+    part = Feed(model, GoodRows(some, origins(some, range(5)), len(some), inside), Rows(rows[:4], torch.arange(4)))
+    assert len(some) == 5 * 40 and part.code_map(0) is None
 
 
 def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
@@ -480,7 +481,7 @@ class Painted:
         for number in (1, 0):
             yield torch.full((1, 3, 64, 64), number + 2.0), mask, np.array([number])
 
-    def file_number(self, number):
+    def image_index(self, number):
         return number % 2
 
 
@@ -489,14 +490,14 @@ def test_feed_gives_rows_of_good_images_their_copies_and_defects(monkeypatch, mo
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     monkeypatch.setattr(kit_rows, "ROWS", 101)  # so fifty rows per image
     normal = good_rows(model, Painted())
-    assert normal.images.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # copies give about a quarter as many
+    assert normal.image_indices.tolist() == 50 * [0] + 50 * [1] + 11 * [0] + 11 * [1]  # copies: a quarter
     assert torch.isin(normal.y[100:], as_rows(x[1:2]).half()).all()  # copies have the features of image 1 here
     feed = Feed(model, normal, painted_rows(model, Painted(), 300))
     assert len(feed.normal) == 122 and feed.normal.dtype == torch.float16
 
     # The rows of defects are ordered by image. Each is computed without the prototypes of its own image.
     three_of_each = torch.cat([x[number + 2, :, 0, :3].T for number in (0, 1)])
-    expected = codes(model, three_of_each, torch.tensor([0, 0, 0, 1, 1, 1])).float()
+    expected = codes(model, Rows(three_of_each, torch.tensor([0, 0, 0, 1, 1, 1]))).float()
     assert torch.allclose(feed.anomalous.float(), expected, rtol=1e-2, atol=1e-2)
     for normal, anomalous in (feed.draw(30) for _ in range(5)):
         assert normal.shape == (30, CHANNELS // 2) and len(anomalous) == 8

@@ -43,11 +43,12 @@ from kit.files import (
 )
 from kit.good import Defect, GoodImages, held_out_count, split
 from kit.images import read_region
-from kit.processes import Processes, join_processes, keep_freed_memory, pick_device
+from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import CALIBRATION_IMAGES
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
+from kit.windows import keep_freed_memory
 from methods import METHODS, load
 
 
@@ -95,8 +96,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if line := shapes.told(run.files, model.shape):
         print(line)
-    if others := shapes.others_among(run.files, model.shape):
-        print(shapes.others_told(others, len(run.files), model.shape))
+    shapes.print_others(run.files, model.shape)
     if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     if progress is None:
@@ -108,7 +108,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         if epoch.losses:
             seconds = time.perf_counter() - started
             print_epoch(epoch, run.settings.epochs, seconds)
-            log.append({"epoch": epoch.number, **rounded(epoch.losses), "seconds": round(seconds, 2)})
+            losses = {name: round(value, 5) for name, value in epoch.losses.items()}
+            log.append({"epoch": epoch.number, **losses, "seconds": round(seconds, 2)})
         if processes.first:
             keep(epoch, model, log, run, args.keep_epochs)
         started = time.perf_counter()
@@ -150,10 +151,6 @@ def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: 
     write_atomically(own.claim(STATE), lambda to: model.save(to, progress))
     if keep_epochs and epoch.number > 0:
         write_atomically(own.claim(epoch_file(epoch.number)), model.save)
-
-
-def rounded(losses: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 5) for name, value in losses.items()}
 
 
 def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:
@@ -349,7 +346,7 @@ def measured(run: Run) -> dict | None:
     path = run.out / "metrics.json"
     if not path.exists() or is_unfinished(run.out):
         return None
-    from kit.inspection import detector_fingerprint  # see `evaluate_run`
+    from kit.measuring import detector_fingerprint  # see `evaluate_run`
 
     metrics = json.loads(path.read_text())
     detector = detector_fingerprint(read_checkpoint(run.out / MODEL)["state"])
@@ -359,8 +356,7 @@ def measured(run: Run) -> dict | None:
 
 def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or this has been done."""
-    from kit.inspection import Inspection  # imported here: training alone does not need it
-    from kit.measuring import report
+    from kit.measuring import Inspection, report  # imported here: training alone does not need it
 
     if data.has_tests(run.category) and measured(run) is None:
         checkpoint = run.out / MODEL

@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,17 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
+from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
-from kit.rows import COPIED, Feed, Rows, candidates, origins, painted_rows  # noqa: E402
-from kit.search import CANDIDATES  # noqa: E402
+from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from methods.nearest import scaled_distances  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 LIKELIHOOD = {"classification_weight": 0.0, "contrast_weight": 0.0}
 VARIANTS = {
@@ -63,7 +66,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
-    painter = Painter(GoodImages([], files), clflow.paint, model)
+    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    painter = Painter(GoodImages([], files), paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
 
     def features(files: list[Path]) -> Tensor:
@@ -76,7 +80,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
         "copies": copies,
         "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
-        "painted_on": painted.images,
+        "painted_on": painted.image_indices,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
         "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.shape)) for test in tests]),
@@ -96,8 +100,8 @@ def measure(maps: Tensor, kept: dict[str, Tensor]) -> dict[str, float]:
 @torch.no_grad()
 def judged(model: clflow.CLFlow, held_out: Tensor, tests: Tensor) -> list[list[Tensor]]:
     """The experts' energies of the test images, batch by batch, after a calibration on the held-out ones."""
-    model.calibrate(model.experts(model.code_map(x.float())) for x in held_out.split(8))
-    return [model.experts(model.code_map(x.float())) for x in tests.split(8)]
+    model.calibrate(model.expert_energies(model.code_map(x.float())) for x in held_out.split(8))
+    return [model.expert_energies(model.code_map(x.float())) for x in tests.split(8)]
 
 
 @torch.no_grad()
@@ -108,11 +112,11 @@ def joined_maps(model: clflow.CLFlow, energies: list[list[Tensor]]) -> Tensor:
 @torch.no_grad()
 def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
     """The maps of methods/nearest.py on the same prototypes."""
-    energies = (model.prototypes.energies(batch.float(), local, model.dtype) for batch in x.split(8))
+    energies = (scaled_distances(model.prototypes, batch.float(), local, model.dtype) for batch in x.split(8))
     return torch.cat([anomaly_map(e, model.shape) for e in energies])
 
 
-def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows, Rows]:
+def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[GoodRows, Rows]:
     """Rows of the good images that are trained on, and of the defects that are painted on these."""
     good = as_rows(kept["good"][trained_on])
     copies = as_rows(kept["copies"][trained_on])[::COPIED]
@@ -124,7 +128,7 @@ def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[Rows,
     painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
     images = origins(good, range(len(trained_on)))
-    normal = Rows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), everywhere, originals=len(good))
+    normal = GoodRows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), len(good), everywhere)
     return normal, painted
 
 
@@ -137,7 +141,7 @@ def experiment(kept: dict[str, Tensor], settings: CLFlowSettings, device: str, i
     trained_on = sorted(trained_on)
     normal, painted = training_rows(kept, trained_on)
     started = time.perf_counter()
-    model.fit(*candidates(normal, GoodImages([], []), settings.seed, CANDIDATES), int(normal.inside.sum()))
+    model.fit(*candidates(model, normal, GoodImages([], trained_on)), int(normal.inside.sum()))
     for _ in clflow.epochs(model, Feed(model, normal, painted), ALONE):
         pass
     seconds = round(time.perf_counter() - started, 1)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,15 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from clflow import CLFlow  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
 from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.real_defects import defect_rows  # noqa: E402
 from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
-from kit.search import CANDIDATES  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
+from synth import synthesize  # noqa: E402
 
 UNKNOWN = ("screw", "tire", "magnetic_tile")  # categories in which each kind of defect is left out in turn
 COUNTS = (1, 3, 10)
@@ -99,9 +101,10 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    painter = Painter(good, clflow.paint, model)
+    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    painter = Painter(good, paint, model)
     normal = good_rows(model, painter)
-    model.fit(*candidates(normal, good, settings.seed, CANDIDATES), int(normal.inside.sum()))
+    model.fit(*candidates(model, normal, good), int(normal.inside.sum()))
     feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))
 
     def maps(paths: list[Path]) -> list[Tensor]:
@@ -119,12 +122,12 @@ def tasks(tests: list[data.LabelledImage], unknown: bool) -> Iterator[Task]:
     good = [number for number, test in enumerate(tests) if not test.anomalous]
     defects = [number for number, test in enumerate(tests) if test.anomalous]
     with_masks = [False, True] if all(tests[number].mask for number in defects) else [False]
-    kinds = sorted({tests[number].kind for number in defects}) if unknown else [None]
+    kinds = sorted({tests[number].defect_type for number in defects}) if unknown else [None]
     for draw in range(DRAWS):
         for kind in kinds:
-            known = [number for number in defects if tests[number].kind != kind]
+            known = [number for number in defects if tests[number].defect_type != kind]
             drawn = np.random.default_rng(draw).permutation(known)[: max(COUNTS)].tolist()
-            rest = defects if kind is None else [number for number in defects if tests[number].kind == kind]
+            rest = defects if kind is None else [number for number in defects if tests[number].defect_type == kind]
             measured = good + [number for number in rest if number not in drawn]
             yield Task(draw, kind, [], False, measured)
             for count in (max(COUNTS),) if unknown else COUNTS:
@@ -151,7 +154,7 @@ class Trainings:
 
     def calibrate(self) -> None:
         model = self.common.model
-        model.calibrate(model.experts(w.float()) for w in self.common.held_out)
+        model.calibrate(model.expert_energies(w.float()) for w in self.common.held_out)
 
     def without_defects(self, draw: int) -> None:
         model = self.common.model
@@ -174,7 +177,7 @@ class Trainings:
     @torch.no_grad()
     def figures(self, measured: list[int]) -> dict[str, float]:
         model = self.common.model
-        scores = [model.score(model.maps(model.experts(w.float()))) for w in self.common.test_maps]
+        scores = [model.score(model.maps(model.expert_energies(w.float()))) for w in self.common.test_maps]
         scores = torch.cat(scores).cpu().numpy()[measured]
         labels = np.array([self.common.tests[number].anomalous for number in measured])
         shares = metrics.shares_at(model.thresholds().score, labels, scores)

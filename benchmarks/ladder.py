@@ -28,8 +28,8 @@ import clflow  # noqa: E402
 import train  # noqa: E402
 from kit import data  # noqa: E402
 from kit.files import MODEL, resumable  # noqa: E402
-from kit.processes import keep_freed_memory  # noqa: E402
 from kit.settings import CLFlowSettings, PaperSettings  # noqa: E402
+from kit.windows import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
 SMALL, LARGE = PaperSettings.size, CLFlowSettings.size

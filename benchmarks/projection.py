@@ -28,7 +28,7 @@ def draw_projection(model: Autoencoder, files: list[Path], to: Path) -> None:
         projected = model.project(x)[0].permute(1, 2, 0).clamp(0, 1).numpy()
         maps, _ = model(x)
         panels = [np.uint8(255 * pixels) for pixels in (image, corrupted, projected)]
-        panels.append(draw.heat_colours(maps[0].numpy(), model.thresholds().heat))
+        panels.append(draw.heat_colours(maps[0].numpy(), model.thresholds().anomaly_map))
         rows.append(draw.beside_each_other(panels))
     draw.save_picture(to, draw.below_each_other(rows))
 

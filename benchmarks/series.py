@@ -26,8 +26,9 @@ from kit.good import GoodImages, split  # noqa: E402
 from kit.images import read_image  # noqa: E402
 from kit.measuring import judge_tests  # noqa: E402
 from kit.metrics import image_metrics  # noqa: E402
-from kit.processes import ALONE, keep_freed_memory  # noqa: E402
+from kit.processes import ALONE  # noqa: E402
 from kit.verdict import threshold  # noqa: E402
+from kit.windows import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
 DRAWN = 50

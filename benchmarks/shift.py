@@ -103,7 +103,7 @@ def chosen_tests(category: Path, count: int) -> list[LabelledImage]:
 @torch.no_grad()
 def judged(model: Detector, images: np.ndarray) -> tuple[np.ndarray, list[list[torch.Tensor]]]:
     """Scores (N,) of images (N, H, W, 3), and their energies, batch by batch."""
-    energies = [model.judge(batch) for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(8)]
+    energies = [model.energies_in_windows(batch) for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(8)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies])
     return scores.cpu().numpy(), energies
 

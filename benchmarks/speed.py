@@ -25,8 +25,8 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from kit import data, metrics  # noqa: E402
-from kit.processes import keep_freed_memory  # noqa: E402
 from kit.settings import Shape  # noqa: E402
+from kit.windows import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
 SIZE = 256  # pixels a side, for the comparison with anomalib

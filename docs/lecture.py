@@ -80,6 +80,7 @@ from kit.processes import ALONE
 from kit.settings import CLFlowSettings, NearestSettings
 from methods import nearest
 from methods.nearest import Nearest
+from methods.stages import stages_of
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
@@ -128,11 +129,11 @@ files = data.list_images(data.good_folder(folder))
 good = GoodImages(*split(files, seed=SEED))
 tests = data.labelled_images(folder)
 labels = np.array([test.anomalous for test in tests])
-kind_of_test = np.array([test.kind for test in tests])
+kind_of_test = np.array([test.defect_type for test in tests])
 print(f"{len(good.trained_on)} images to train on, {len(good.held_out)} held out")
 print(f"{len(tests)} images to test, {labels.sum()} of them defective")
 
-one_of_each = {test.kind: test for test in tests}
+one_of_each = {test.defect_type: test for test in tests}
 show({kind: read_image(test.path, (256, 256)) for kind, test in one_of_each.items()}, columns=6)
 
 # %% [markdown]
@@ -164,8 +165,8 @@ show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 5)}
 # **Camera copies.** If a detector learned from painted defects alone, it would take anything unlike a training image
 # for a defect: a little noise, another focus, another file format. So `kit.camera` makes a copy of each good image, as
 # a slightly worse camera would see it: with blur, noise and JPEG compression, each of a random strength. These copies
-# count as normal. Half of the x⁻ become camera copies, too (`clflow.paint`). So noise and blur say nothing about
-# defects. Part 7 tests whether this works.
+# count as normal. Half of the x⁻ become camera copies, too (`kit.camera.with_camera_copies`). So noise and blur say
+# nothing about defects. Part 7 tests whether this works.
 
 # %%
 seen_small = read_image(files[0], (SIZE, SIZE))
@@ -296,7 +297,8 @@ def two_kinds(count):
 def distances_of(prototypes, new, local):
     """d / σ_p (N,), or d over the mean of all σ_p, of rows (N, CHANNELS), by what they are."""
     as_maps = {kind: rows.T[None, :, None] for kind, rows in new.items()}  # (1, CHANNELS, 1, N): one line of positions
-    return {kind: prototypes.energies(y, local, torch.float32).flatten() for kind, y in as_maps.items()}
+    found = {kind: nearest.scaled_distances(prototypes, y, local, torch.float32) for kind, y in as_maps.items()}
+    return {kind: distances.flatten() for kind, distances in found.items()}
 
 
 def found_at_one_percent(distances):
@@ -332,7 +334,7 @@ two_banks.spacing = floored
 # extremely close together, and the noise of another camera would be many spacings away. The floor bounds this. It has
 # a price, too: it only keeps the scale local while at least half of the prototypes are of the smooth kind (exercise 4).
 #
-# From here on, everything sees a row relative to its prototype, in units of the spacing (`bank.Prototypes.relative`):
+# From here on, everything sees a row relative to its prototype, in units of the spacing (`bank.Prototypes.residual`):
 #
 # r = (y − p) / σ_p
 #
@@ -519,7 +521,7 @@ def auroc(scores, kind=None):
 @torch.no_grad()
 def test_scores(model):
     """Scores (N,) of the test images: of each of the model's experts by itself, and of all together."""
-    batches = [model.judge(images) for images in data.batches(paths, model.shape)]
+    batches = [model.energies_in_windows(images) for images in data.batches(paths, model.shape)]
     found = {}
     if len(model.levels) > 1:
         for number, (expert, level) in enumerate(zip(EXPERTS, model.levels, strict=False)):
@@ -769,7 +771,7 @@ plt.show()
 # joined map: its colours are those of all verdicts.
 
 # %%
-stages = [(name, values.numpy()) for name, values in model.stages(data.read_batch([crack.path], model.shape))]
+stages = [(name, values.numpy()) for name, values in stages_of(model, data.read_batch([crack.path], model.shape))]
 number = tests.index(crack)
 as_judged = model.verdict(float(judged.scores[number]), judged.maps[number], model.shape, threshold)
 photo = Image.fromarray(draw.as_bytes(read_image(crack.path, model.shape)))
@@ -803,7 +805,7 @@ def scores_with_noise(detector, strength):
     rng = np.random.default_rng(0)
     scores = []
     for test in tests:
-        if test.kind == "good":
+        if test.defect_type == "good":
             button = read_image(test.path, (256, 256))
             button = button + strength * rng.standard_normal(button.shape, dtype=np.float32)
             scores.append(detector.inspect(button.clip(0, 1)).score)

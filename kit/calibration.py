@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +15,28 @@ from kit.camera import camera_copy, usual_of
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles
-from kit.good import GoodImages, to_tensor
-from kit.images import load_image, photograph, read_image
+from kit.good import GoodImages
+from kit.images import load_image, photograph, read_image, to_tensor
 from kit.processes import counted
 from kit.real_defects import fingerprint
-from kit.rows import Feed
+from kit.rows import Feed, HeldOut, learn_anew
 from kit.settings import LEAST_IMAGES
+from kit.training import Epoch
 from kit.verdict import drift, odd_ones
 
 FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
-FEW = 20  # with fewer images, a series cannot be recognised
+SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 COPIES = 30  # camera copies of held-out images, on which the threshold is tested
 SHOWN = 12  # suspects at most
 SUSPECTS = "suspects.png"
-TENTHS = 10
 ASKED = 40  # images at most that `alike_in_order` examines
+
+
+def calibrate_on(model: Detector, files: list[Path]) -> None:
+    """Calibrate a detector on good images that its training has not seen."""
+    model.calibrate((model.energies_in_windows(images) for images in data.batches(files, model.shape)), files)
 
 
 class AsNew:
@@ -39,19 +44,19 @@ class AsNew:
     not only the held-out ones. This is cross-validation. It resembles CV+ (Barber, Candes, Ramdas, Tibshirani, arXiv
     1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
-    `numbers` are the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images into
-    FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained without
-    its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the frames
-    of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor, and
-    scores too high). The images of a series count as fewer `different` ones."""
+    `indices` belong to the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images
+    into FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained
+    without its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the
+    frames of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor,
+    and scores too high). The images of a series count as fewer `different` ones."""
 
     def __init__(self, good: GoodImages, seed: int, alike: float):
         self.good = good
         count = len(good.trained_on)
-        self.numbers = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
+        self.indices = sorted(np.random.default_rng(seed).permutation(count)[:LIMIT].tolist())
         self.fold = blocks(good.trained_on, FOLDS)
         self.fifth = blocks(good.trained_on, 5)
-        self.is_series = alike >= ALIKE and count >= FEW
+        self.is_series = is_series(alike, count)
         self.different = max(1, round(count / alike)) if self.is_series else count
         if self.is_series and self.different < LEAST_IMAGES:
             raise InputError(
@@ -70,51 +75,40 @@ class AsNew:
                     f"torchrun started {count} processes, too many for {len(self.fold)} training images; start fewer"
                 )
 
-    def left_out(self, number: int) -> Tensor:
-        """The numbers of the images whose prototypes do not count when this image is judged."""
+    def left_out(self, index: int) -> Tensor:
+        """The indices of the images whose prototypes do not count when this image is judged."""
         if self.is_series:
-            return torch.nonzero(self.fifth == self.fifth[number])[:, 0]
-        return torch.tensor([number])
-
-    def all_scores(
-        self,
-        model: Detector,
-        fit_without: Callable[[int], None] = lambda fold: None,
-        known: Callable[[int], list[Tensor] | None] = lambda number: None,
-    ) -> dict[int, Tensor]:
-        """The `scores` of all blocks, one after the other. `fit_without` trains the model without the images of a
-        block; methods without training need none."""
-        scores = {}
-        for fold in range(FOLDS):
-            fit_without(fold)
-            scores |= self.scores(model, fold, known)
-        return scores
+            return torch.nonzero(self.fifth == self.fifth[index])[:, 0]
+        return torch.tensor([index])
 
     @torch.no_grad()
-    def scores(
-        self, model: Detector, fold: int, known: Callable[[int], list[Tensor] | None] = lambda number: None
-    ) -> dict[int, Tensor]:
-        """The score and the map's maximum (2,) of each judged image of a block, by number. Each process judges its
-        part. `known` may return the energies of an image; the file is then not read."""
+    def scores(self, model: Detector, fold: int, feed: Feed | None = None) -> dict[int, Tensor]:
+        """The score and the map's maximum (2,) of each judged image of a block, by index. Each process judges its
+        part."""
         processes = self.good.processes
-        numbers = [number for number in self.numbers if self.fold[number] == fold]
-        parts = [[n for n in numbers if n % processes.count == rank] for rank in range(processes.count)]
+        indices = [index for index in self.indices if self.fold[index] == fold]
+        parts = [[n for n in indices if n % processes.count == rank] for rank in range(processes.count)]
         mine = parts[processes.rank]
         columns = [torch.empty(2, 0, device=model.device)]
-        for number in counted(mine, "judging good images", len(mine)):
-            energies = known(number)
-            if energies is None:
-                images = data.read_batch([self.good.trained_on[number]], model.shape)
-                energies = model.judge(images, self.left_out(number))
-            columns.append(model.scores(energies))
+        for index in counted(mine, "judging good images", len(mine)):
+            columns.append(model.scores(self.energies(model, index, feed)))
         together = processes.concatenated(torch.cat(columns, dim=1).T)
         return dict(zip(itertools.chain(*parts), together, strict=True))
 
+    def energies(self, model: Detector, index: int, feed: Feed | None) -> list[Tensor]:
+        """The energies of an image as if it were new, from its file. If a `feed` has all rows of the image, they come
+        from there: they were computed without the image's own prototypes, too. In a series more has to be left out."""
+        code = feed.code_map(index) if feed and not self.is_series else None
+        if code is not None:
+            return model.expert_energies(code)
+        images = data.read_batch([self.good.trained_on[index]], model.shape)
+        return model.energies_in_windows(images, self.left_out(index))
+
     def settle(self, model: Detector, scores: dict[int, Tensor]) -> None:
-        """Set the threshold from these scores, by number, and those of the held-out images. In a series the held-out
+        """Set the threshold from these scores, by index, and those of the held-out images. In a series the held-out
         images have near copies among the others and do not count; then a line is printed."""
-        columns = torch.stack([scores[number] for number in self.numbers], dim=1)
-        judged = [(self.good.trained_on[number], self.left_out(number)) for number in self.numbers]
+        columns = torch.stack([scores[index] for index in self.indices], dim=1)
+        judged = [(self.good.trained_on[index], self.left_out(index)) for index in self.indices]
         different = min(self.different, columns.shape[1])
         if not self.is_series:
             columns = torch.cat((model.normal, columns), dim=1)
@@ -124,62 +118,71 @@ class AsNew:
         model.different = torch.tensor(different, device=model.device)
         model.calibrated_on = judged
         if self.is_series:
-            print(
-                f"these {len(self.fold)} images look like a series (neighbours in name order are near copies): they "
-                f"count as about {different} different images. Add good images from other days for a more reliable "
-                "threshold."
-            )
+            print_series(len(self.fold), different)
 
 
-def calibrate_as_new(
-    model: Detector,
-    feed: Feed,
-    as_new: AsNew,
-    learn_anew: Callable[[Feed, int, str], None],
-    calibrate: Callable[[], None],
-) -> None:
-    """The calibration on all good images, third by third. Each third is judged by a flow and a classifier that were
-    trained on the other two. `learn_anew(feed, number, what)` trains them and calibrates on the held-out images;
-    `calibrate()` is that calibration alone."""
+def judge_by_thirds(model: Detector, good: GoodImages, rows: Tensor, image_indices: Tensor) -> AsNew:
+    """`AsNew` for a CL-Flow, given some rows y (N, C) of good images and the images' indices (N,). Raises InputError if
+    the images are too few, or too few for the number of processes."""
+    alike = 1.0
+    if model.settings.local:
+        alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, rows, image_indices)
+    as_new = AsNew(good, model.settings.seed, alike)
+    as_new.check_processes()
+    return as_new
+
+
+def calibrate_as_new(as_new: AsNew, feed: Feed, held_out: HeldOut, epochs: Callable[..., Iterator[Epoch]]) -> None:
+    """The calibration of a CL-Flow on all good images, third by third. Each third is judged by a flow and a classifier
+    that were trained on the other two. `epochs(feed=feed, name=name)` trains the model's flow and classifier."""
+    print("calibrating: each third of the good images is judged by a model trained on the other two", flush=True)
+    model = held_out.model
     trained = model.flow, model.classifier
-
-    def known(number: int) -> list[Tensor] | None:
-        """The energies of a good image from its kept rows, which were computed without its own prototypes, too."""
-        code = None if as_new.is_series else feed.code(number)
-        return None if code is None else model.experts(code)
-
-    def fit_without(fold: int) -> None:
-        learn_anew(feed.only(as_new.fold != fold), fold, f"third {fold + 1}, epoch")
-
-    scores = as_new.all_scores(model, fit_without, known)
+    scores = {}
+    for fold in range(FOLDS):
+        training = epochs(feed=feed.only(as_new.fold != fold), name=f"third {fold + 1}, epoch")
+        learn_anew(held_out, training, fold)
+        scores |= as_new.scores(model, fold, feed)
     model.flow, model.classifier = trained
-    calibrate()
+    held_out.calibrate()
     as_new.settle(model, scores)
 
 
 @torch.no_grad()
 def alike_in_order(
-    prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, images: Tensor
+    prototypes: nn.Module, dtype: torch.dtype, files: Sequence[Path], rows: Tensor, image_indices: Tensor
 ) -> float:
     """How much more alike good images are if they are neighbours in the order of names.
 
     The nearest prototypes of an image, without its own, come from some tenth of the `files`. The result says how many
     times as often as by chance this is the image's own tenth; it is about 1 if the order of names means nothing. It is
-    measured on some of the images, from their rows y (N, C), where `images` (N,) is each row's image number.
-    `prototypes` is a `bank.Prototypes`."""
-    tenth = blocks(files, TENTHS)
+    measured on some of the images, from their rows y (N, C), which come from the images with these indices
+    (N,). `prototypes` is a `bank.Prototypes`."""
+    tenth = blocks(files, 10)
     origin = prototypes.origin.cpu()
     found, expected = 0.0, 0.0
-    for number in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
-        mine = rows[(images == number).to(rows.device)].float()
+    for image in range(0, len(tenth), math.ceil(len(tenth) / ASKED)):
+        mine = rows[(image_indices == image).to(rows.device)].float()
         if not len(mine):  # with very many images, some have no rows here
             continue
-        index = prototypes.nearest(mine, 1, dtype, torch.tensor([number])).cpu()
-        is_near = tenth[origin] == tenth[number]
-        others = origin != number
+        index = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), image)).cpu()
+        is_near = tenth[origin] == tenth[image]
+        others = origin != image
         found += float(is_near[index].float().mean())
         expected += float((is_near & others).sum() / others.sum().clamp(min=1))
     return found / max(expected, 1e-6)
+
+
+def is_series(alike: float, images: int) -> bool:
+    """Whether this many images are a series, given their `alike_in_order`."""
+    return alike >= ALIKE and images >= SERIES
+
+
+def print_series(images: int, different: int) -> None:
+    print(
+        f"these {images} images look like a series (neighbours in name order are near copies): they count as about "
+        f"{different} different images. Add good images from other days for a more reliable threshold."
+    )
 
 
 def blocks(files: list[Path], count: int) -> Tensor:
@@ -214,18 +217,14 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
     """Set the scale and the thresholds of `model` from these new good images. `alike` is the result of `alike_in_order`
     for them. Raises InputError if they are too few."""
     different = len(files)
-    is_series = alike >= ALIKE and len(files) >= FEW
-    if is_series:
+    if is_series(alike, len(files)):
         different = round(len(files) / alike)
-        print(
-            f"these {len(files)} images look like a series (neighbours in name order are near copies): they count as "
-            f"about {different} different images. Add good images from other days for a more reliable threshold."
-        )
+        print_series(len(files), different)
     if different < LEAST_IMAGES:
         raise InputError(
             f"--recalibrate: only {different} different new images; give at least {LEAST_IMAGES}, better 50"
         )
-    energies = [model.judge(images) for images in data.batches(files, model.shape)]
+    energies = [model.energies_in_windows(images) for images in data.batches(files, model.shape)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
     if drift(scores, model.normal[0].cpu().numpy()) == "lower":
         print(
@@ -245,7 +244,7 @@ def count_camera_copies(model: Detector, files: Sequence[Path]) -> None:
     for number in range(COPIES):
         rng = np.random.default_rng([model.settings.seed, number])
         copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
-        columns.append(model.scores(model.judge(to_tensor(copy[None]))))
+        columns.append(model.scores(model.energies_in_windows(to_tensor(copy[None]))))
     copies = torch.cat(columns, dim=1)
     before = model.thresholds().score
     if model.LEARNS_CAMERA_COPIES:
@@ -269,9 +268,10 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
     names, pictures = [], []
     for index in suspects[:SHOWN]:
         path, without = model.calibrated_on[index]
-        heat = model.maps(model.judge(data.read_batch([path], model.shape), without))[0].cpu().numpy()
+        energies = model.energies_in_windows(data.read_batch([path], model.shape), without)
+        anomaly_map = model.maps(energies)[0].cpu().numpy()
         photo = draw.dimmed(photograph(load_image(path), draw.LARGE), model.roi)
-        verdict = model.verdict(float(scores[index]), heat, (photo.height, photo.width), limits)
+        verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)
         names.append(path.name)
         pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
     draw.save_picture(own.claim(SUSPECTS), draw.below_each_other(pictures))

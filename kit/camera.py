@@ -5,7 +5,7 @@ images. Images are numpy arrays (H, W, 3) float32 RGB in [0, 1]."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,19 @@ def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 2 / 3:
         copy = compressed(copy, int(rng.uniform(*QUALITY)))
     return copy
+
+
+def with_camera_copies(paint: Callable) -> Callable:
+    """The function `paint` of (x+, rng, other image, region), which returns (x-, mask, box), but every second x- is a
+    camera copy of itself. So noise and blur tell nothing about defects."""
+
+    def painted(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
+        anomalous, mask, box = paint(image, rng, other, roi)
+        if rng.random() < 0.5:
+            anomalous = camera_copy(anomalous, rng)
+        return anomalous, mask, box
+
+    return painted
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:

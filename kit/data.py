@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kit.errors import InputError
-from kit.images import SUFFIXES, read_image
+from kit.images import SUFFIXES, read_image, to_tensor
 from kit.settings import Shape
 from kit.windows import at_once
 
@@ -29,8 +29,8 @@ class LabelledImage:
     mask: Path | None
 
     @property
-    def kind(self) -> str:
-        """The kind of its defect, or "good": its folder's name."""
+    def defect_type(self) -> str:
+        """The type of its defect, or "good": its folder's name."""
         return self.path.parent.name
 
 
@@ -148,8 +148,7 @@ def test_folders(data: Path) -> list[Path]:
 
 def read_batch(files: list[Path], shape: Shape) -> torch.Tensor:
     """(len(files), 3, *shape) float32 in [0, 1]."""
-    images = np.stack([read_image(path, shape) for path in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return to_tensor(np.stack([read_image(path, shape) for path in files]))
 
 
 def batches(files: list[Path], shape: Shape) -> Iterator[torch.Tensor]:

@@ -8,12 +8,11 @@ import numpy as np
 from PIL import Image
 
 from kit import data, draw
-from kit.command_line import Parser
-from kit.files import OwnFiles, refuse_inside
-from kit.images import read_image
+from kit.errors import Parser
+from kit.files import OwnFiles, refuse_inside, single_file
+from kit.images import foreground, read_image
 from kit.settings import Shape, as_shape
 from kit.shapes import check_size, input_size, parsed_size, told
-from kit.single import single_file
 
 SHEET_ROWS = 8
 BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # white margin around a panel
@@ -25,18 +24,18 @@ COUNTS = {
     "test/stain": 10,
     "test/blocked": 10,
 }
-SIDE = 256  # pixels
+BUTTON_SIDE = 256  # pixels
 SHADES = {"stain": 0.75, "crack": 0.45, "blocked": 1.5}  # of the defect, as a factor
 
 
 def draw_button(rng: np.random.Generator, defect: str) -> tuple[np.ndarray, np.ndarray]:
     """A four-hole button on cloth, (256, 256, 3) uint8, and the mask of its `defect`, (256, 256) bool. For "good" the
     mask is empty."""
-    y, x = np.mgrid[:SIDE, :SIDE] - SIDE // 2 - rng.uniform(-8, 8, 2)[:, None, None]
+    y, x = np.mgrid[:BUTTON_SIDE, :BUTTON_SIDE] - BUTTON_SIDE // 2 - rng.uniform(-8, 8, 2)[:, None, None]
     turn, reach, extent = rng.uniform((0, 35, 7), (2 * np.pi, 75, 16))  # of the button; of the defect
     u = x * np.cos(turn) + y * np.sin(turn)
     v = y * np.cos(turn) - x * np.sin(turn)
-    noise = rng.normal(0, 0.01, (SIDE, SIDE))
+    noise = rng.normal(0, 0.01, (BUTTON_SIDE, BUTTON_SIDE))
     radius = np.hypot(u, v)
     disc = radius < 94
 
@@ -95,9 +94,7 @@ def holds(path: Path, pixels: np.ndarray) -> bool:
 # ---------------------------------------------------------------- a sheet of synthetic defects, before any training
 
 
-def sheet(
-    files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable, foreground: Callable
-) -> Image.Image:
+def sheet(files: list[Path], shape: Shape, rng: np.random.Generator, synthesize: Callable) -> Image.Image:
     """For each image four panels: the image, its foreground, a mask, the synthetic defect. Wide panels are stacked."""
     blocks = []
     for path in files:
@@ -112,8 +109,8 @@ def sheet(
     return draw.below_each_other(blocks)
 
 
-def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] | None = None) -> None:
-    """The command line of `python synth.py FOLDER`, given the functions that paint defects and find the object."""
+def draw_sheet(synthesize: Callable, arguments: list[str] | None = None) -> None:
+    """The command line of `python synth.py FOLDER`, given the function that paints defects."""
     parser = Parser(description="Draw synthetic defects on good images: image, foreground, mask, defect.")
     parser.add_argument("folder", type=Path, help="folder of good images, or folder with train/good")
     out_help = "picture file to write (default: synthetic.png, synthetic-2.png, ...)"
@@ -129,7 +126,7 @@ def draw_sheet(synthesize: Callable, foreground: Callable, arguments: list[str] 
     refuse_inside(out, folder)
     chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]
     shape = as_shape(input_size(args.size, files))
-    draw.save_picture(out, sheet(chosen, shape, rng, synthesize, foreground))
+    draw.save_picture(out, sheet(chosen, shape, rng, synthesize))
     if line := told(files, shape):
         print(line)
     print(f"wrote {out}: image, foreground, mask, synthetic defect")

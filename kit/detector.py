@@ -19,9 +19,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 from kit import quantized
 from kit.backbone import Backbone
-from kit.camera import MEASURES
 from kit.errors import InputError
-from kit.images import AnyImage, read_any, resized
+from kit.images import AnyImage, read_any, resized, to_tensor
 from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
@@ -105,13 +104,13 @@ class Detector(nn.Module):
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
-    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise,
-    sharpness and compression of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
+    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise, sharpness and compression
+    of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
 
-    def __init__(self, settings: Settings, backbone: Backbone | None, experts: int):
+    def __init__(self, settings: Settings, backbone: Backbone | None, expert_count: int):
         super().__init__()
         self.settings = settings
         self.shape = as_shape(settings.size)
@@ -120,24 +119,24 @@ class Detector(nn.Module):
         self.pixels = math.prod(self.shape)  # of the region of interest
         self.is_precision_told = False  # whether `precision_warning` was shown
         self.full_precision = False  # for export: float32, even where bfloat16 is faster
-        self.shares = [1 / experts] * experts  # of each expert in the map
-        self.register_buffer("levels", torch.zeros(experts))
-        self.register_buffer("units", torch.ones(experts))
+        self.shares = [1 / expert_count] * expert_count  # of each expert in the map
+        self.register_buffer("levels", torch.zeros(expert_count))
+        self.register_buffer("units", torch.ones(expert_count))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("copies", torch.zeros(2, 0))
-        self.register_buffer("camera", torch.full((2, len(MEASURES)), torch.nan))
+        self.register_buffer("camera", torch.full((2, 4), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
-        self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, numbers left out; of this training only
+        self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, images left out; of this training only
 
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         """The energies (B, h, w) of each of S experts, for images (B, 3, ...) of any shape; high is anomalous. This
-        defines a method. Whatever a method stores of the training images with the numbers `without` (n,) must not
+        defines a method. Whatever a method stores of the training images with the indices `without` (n,) must not
         count."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def judge(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+    def energies_in_windows(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
         """`energies`; for large images in overlapping windows, so that memory does not grow with the image."""
         return self.in_windows(lambda part: self.energies(part, without), images)
 
@@ -154,11 +153,6 @@ class Detector(nn.Module):
         with self.autocast():
             (found,) = self.in_windows(lambda part: [self.backbone.features(part)], images)
         return found
-
-    @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        return [(f"expert {i}", e[0]) for i, e in enumerate(self.judge(images), start=1)]
 
     def look_within(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
@@ -223,7 +217,7 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,). Images do not influence each other."""
-        maps = self.maps(self.judge(images))
+        maps = self.maps(self.energies_in_windows(images))
         return maps, self.score(maps)
 
     def maps(self, energies: list[Tensor]) -> Tensor:
@@ -283,12 +277,12 @@ class Detector(nn.Module):
             warnings.warn(line, stacklevel=2)
             self.is_precision_told = True
         small, shape = read_any(image, self.shape)
-        maps, scores = self(torch.from_numpy(small).permute(2, 0, 1)[None])
+        maps, scores = self(to_tensor(small[None]))
         return self.verdict(scores.item(), maps[0].cpu().numpy(), shape, self.thresholds(false_alarm))
 
-    def verdict(self, score: float, heat: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:
+    def verdict(self, score: float, anomaly_map: np.ndarray, shape: tuple[int, int], limits: Thresholds) -> Verdict:
         """The verdict on an image of `shape`, from its score and its map."""
-        return decide(score, resized(heat[..., None], *shape)[..., 0], limits)
+        return decide(score, resized(anomaly_map[..., None], *shape)[..., 0], limits)
 
     def save(self, to: Path, progress: dict | None = None) -> None:
         """Write one self-contained checkpoint; `progress` is the additional state of an unfinished training."""

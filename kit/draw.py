@@ -1,6 +1,11 @@
-"""Pictures: heat colours, the verdict on an image, charts, sheets. This file only draws; it decides nothing."""
+"""Pictures: heat colours, the verdict on an image, charts, sheets; and report.html, the page that shows all images.
+This file only draws; it decides nothing."""
 
+import hashlib
+import json
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from kit.files import write_atomically
+from kit.files import OwnFiles, write_atomically, write_text
 from kit.verdict import Thresholds, Verdict
 
 WIDTH = 960  # pixels, of charts and sheets
@@ -17,11 +22,11 @@ GAP = 6  # pixels between panels
 RED = (255, 25, 25)
 
 
-def heat_colours(heat: np.ndarray, limit: float) -> np.ndarray:
+def heat_colours(anomaly_map: np.ndarray, limit: float) -> np.ndarray:
     """(H, W) -> (H, W, 3) uint8: black at 0, red at `limit`, yellow at twice that, the same in all images."""
     stops = limit * np.array([0, 0.5, 1, 1.5, 2])
     colours = np.array([(0, 0, 0), (82, 18, 110), (186, 54, 84), (250, 140, 10), (252, 255, 164)])
-    channels = [np.interp(heat, stops, channel) for channel in colours.T]
+    channels = [np.interp(anomaly_map, stops, channel) for channel in colours.T]
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
@@ -34,9 +39,9 @@ def outline(found: np.ndarray) -> np.ndarray:
 def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A verdict's anomaly map (H, W) and the outline of its regions (H, W, 1) bool, for pictures of this size (W, H),
     which may be smaller than the image."""
-    heat = np.asarray(Image.fromarray(verdict.heat.astype(np.float32)).resize(size))
+    anomaly_map = np.asarray(Image.fromarray(verdict.anomaly_map.astype(np.float32)).resize(size))
     found = np.asarray(Image.fromarray(verdict.found).resize(size))
-    return heat, outline(found)
+    return anomaly_map, outline(found)
 
 
 def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:
@@ -53,10 +58,10 @@ def verdict_picture(
     """A `photograph` and its anomaly map, both with outlines of the regions; the true mask, if known; a colour bar; a
     line of text."""
     width, height = photo.size
-    heat, line = heat_and_line(verdict, photo.size)
+    anomaly_map, line = heat_and_line(verdict, photo.size)
     panels = {
         "input": np.where(line, np.uint8(RED), np.asarray(photo)),
-        "anomaly map": np.where(line, np.uint8(255), heat_colours(heat, limits.heat)),
+        "anomaly map": np.where(line, np.uint8(255), heat_colours(anomaly_map, limits.anomaly_map)),
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
@@ -76,10 +81,10 @@ def verdict_picture(
     for (left, top), (label, panel) in zip(places, panels.items(), strict=True):
         sheet.paste(Image.fromarray(panel), (left, top))
         draw.text((left + 3, top + height + 0.1 * unit), label, "black", font)
-    highest = 2 * limits.heat  # of the colour bar
+    highest = 2 * limits.anomaly_map  # of the colour bar
     falling = np.linspace(highest, 0, bottom - unit)[:, None].repeat(unit, axis=1)
-    sheet.paste(Image.fromarray(heat_colours(falling, limits.heat)), (right + GAP, unit))
-    for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.heat:.2f} limit"), (1, "0")):
+    sheet.paste(Image.fromarray(heat_colours(falling, limits.anomaly_map)), (right + GAP, unit))
+    for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.anomaly_map:.2f} limit"), (1, "0")):
         draw.text((right + GAP + 1.2 * unit, unit + share * (bottom - 2 * unit)), label, "black", font)
     return sheet
 
@@ -103,7 +108,7 @@ def explanation(
         panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
     said = "anomalous" if verdict.anomalous else "normal"
     line = outline(verdict.found)
-    joint = np.where(line, np.uint8(255), heat_colours(verdict.heat, limits.heat))
+    joint = np.where(line, np.uint8(255), heat_colours(verdict.anomaly_map, limits.anomaly_map))
     panels.append(
         (f"combined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
     )
@@ -173,3 +178,81 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(temporary, "PNG", compress_level=4)  # a third of the time of level 6, with 2 % more bytes
 
     write_atomically(path, write, durable=False)
+
+
+# ---------------------------------------------------------------- report.html: opens from the disk, loads nothing
+
+
+PAGE = Path(__file__).with_name("report.html")  # the page with DATA in place of its data
+THUMBNAIL = 192  # pixels; the longer side
+VIEWS = ("outline", "photo", "heat", "mask")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image on the page. `anomalous` is its label, None if unknown; `is_trained_on` marks good training images."""
+
+    name: str
+    kind: str
+    anomalous: bool | None
+    score: float
+    path: Path
+    is_trained_on: bool = False
+
+
+def picture(name: str, view: str) -> str:
+    """The path, below the page's folder, of a view of the image with this name. The name is hashed, since a file name
+    with a suffix added may be too long."""
+    return f"report_files/{key(name)}.{view}.jpg"
+
+
+def key(name: str) -> str:
+    return hashlib.sha1(os.fsencode(name)).hexdigest()[:16]
+
+
+def views_of(
+    photo: Image.Image, verdict: Verdict, limits: Thresholds, mask: np.ndarray | None = None
+) -> dict[str, Image.Image]:
+    """The pictures of an image for the page, by name: the `photograph`, the same with the regions outlined, the heat
+    map, the true mask (H', W') bool, if there is one, and a thumbnail."""
+    anomaly_map, line = heat_and_line(verdict, photo.size)
+    views = {"photo": photo, "heat": Image.fromarray(heat_colours(anomaly_map, limits.anomaly_map))}
+    thumbnail = photo.copy()
+    if verdict.found.any():
+        views["outline"] = Image.fromarray(np.where(line, np.uint8(RED), np.asarray(photo)))
+        thumbnail = views["outline"].copy()
+    if mask is not None and mask.any():
+        views["mask"] = Image.fromarray(mask).convert("L").resize(photo.size)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    return views | {"thumb": thumbnail}
+
+
+def save_views(own: OwnFiles, name: str, views: dict[str, Image.Image]) -> None:
+    """Save the `views_of` the image with this name."""
+    own.remove([picture(name, view) for view in VIEWS if view not in views])  # of an earlier image of this name
+    for view, shown in views.items():
+        save_jpeg(own.claim(picture(name, view)), shown)
+
+
+def save_jpeg(path: Path, shown: Image.Image) -> None:
+    def write(temporary: Path) -> None:
+        shown.save(temporary, "JPEG", quality=85)
+
+    write_atomically(path, write, durable=False)
+
+
+def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:
+    """Write report.html, with `facts` at its top. The views of the images have been saved in the same folder before."""
+    images = []
+    for entry in entries:
+        views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
+        shown = [printable(entry.name), printable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name)]
+        images.append([*shown, views, str(entry.path.resolve()), entry.is_trained_on])
+    found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
+    text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script
+    write_text(own.claim("report.html"), PAGE.read_text(encoding="utf-8").replace("DATA", text, 1))
+
+
+def printable(name: str) -> str:
+    """A file name, which may not be UTF-8, as text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,5 +1,6 @@
 """How a script ends on bad input: one line on standard error, exit code 2, no traceback."""
 
+import argparse
 import contextlib
 import os
 import signal
@@ -12,6 +13,13 @@ AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 
 class InputError(Exception):
     """An error that only the user can fix. Its text names the file or the flag, and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser. A wrong command line raises InputError: one line, without the usage block."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
 
 
 def one_line(error: BaseException) -> str:

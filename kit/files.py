@@ -1,16 +1,19 @@
 """Files that this program writes: safe writing (a failure or a power cut loses no earlier file, and tables survive a
-kill); a list of the program's own files in a folder; and the folder of a run."""
+kill); a list of the program's own files in a folder; which files a call may replace; and the folder of a run."""
 
 import contextlib
 import csv
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+
+import torch
 
 from kit.detector import read_checkpoint
 from kit.errors import InputError
@@ -207,7 +210,7 @@ class OwnFiles:
             self.refuse_foreign(name)
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / LIST, "a", encoding="utf-8") as file:
-                file.write(line(self.kind, name))
+                file.write(list_entry(self.kind, name))
             self.listed.add((self.kind, name))
         return self.folder / name
 
@@ -232,7 +235,7 @@ class OwnFiles:
             remove_inside(self.folder, name)
         self.listed = read_list(self.folder) - gone
         if self.listed:
-            write_text(self.folder / LIST, "".join(line(*entry) for entry in sorted(self.listed)))
+            write_text(self.folder / LIST, "".join(list_entry(*entry) for entry in sorted(self.listed)))
         else:
             remove_inside(self.folder, LIST)
 
@@ -253,7 +256,7 @@ def is_listed(path: Path) -> bool:
     return False
 
 
-def line(kind: str, name: str) -> str:
+def list_entry(kind: str, name: str) -> str:
     return json.dumps([kind, name]) + "\n"  # in ASCII: file names need not be UTF-8
 
 
@@ -285,6 +288,48 @@ def remove_inside(folder: Path, name: str) -> None:
     while parent != folder and parent.is_dir() and not any(parent.iterdir()):
         parent.rmdir()
         parent = parent.parent
+
+
+# ---------------------------------------------------------------- single files that a call writes
+
+
+def single_file(named: Path | None, default: Path, flag: str, inputs: Iterable[Path] = ()) -> Path:
+    """The path of the one file that a call writes: `named`, which the user gave with this `flag`; else `default`, or
+    the first of default-2, default-3, ... that does not exist.
+
+    A file that the user names is overwritten. Raises InputError if it is one of the `inputs` that are read, a
+    checkpoint, a folder, or a file that this program lists as part of a run or of earlier results."""
+    if named is None:
+        numbered = (default.with_stem(f"{default.stem}-{number}") for number in itertools.count(2))
+        return next(path for path in itertools.chain([default], numbered) if not path.exists())
+    reason = ""
+    if named.is_dir():
+        reason = "is a folder"
+    elif any(is_same(named, path) for path in inputs):
+        reason = "is one of the files that are read"
+    elif is_checkpoint(named):
+        reason = "is a checkpoint"
+    elif is_listed(named):
+        reason = "belongs to a run or to earlier results"
+    if reason:
+        raise InputError(f"{flag} {named}: {reason}; give another file")
+    return named
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, also through links."""
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of a detector, of any version."""
+    if not path.is_file():
+        return False
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # other files can fail in many ways inside the unpickler
+        return False
+    return isinstance(found, dict) and {"format", "settings", "state"} <= set(found)
 
 
 # ---------------------------------------------------------------- the run folder

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kit.camera import camera_copy
 from kit.detector import Detector
-from kit.images import read_image
+from kit.images import read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
 from kit.settings import UNIT
 from kit.windows import at_once, part_shape
@@ -97,8 +97,8 @@ class Painter:
         whole = self.cache[path] if path in self.cache else self.read_lately(path)
         return whole[place].astype(np.float32)
 
-    def file_number(self, number: int | np.ndarray) -> int | np.ndarray:
-        """The number of the file that x- with this number is painted on."""
+    def image_index(self, number: int | np.ndarray) -> int | np.ndarray:
+        """The index of the good image that x- with this number is painted on."""
         return number % len(self.files)
 
     def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
@@ -112,12 +112,12 @@ class Painter:
 
     def untouched(self, number: int) -> np.ndarray:
         """x+ of this number, (H, W, 3)."""
-        return self.image(self.files[self.file_number(number)], self.place(number))
+        return self.image(self.files[self.image_index(number)], self.place(number))
 
     def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int, int, int]]:
         """x+ and x- of this number, (H, W, 3), the mask (H, W) of where they differ, and the box around it."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
-        path, place = self.files[self.file_number(number)], self.place(number)
+        path, place = self.files[self.image_index(number)], self.place(number)
         image = self.image(path, place)
         use_texture = self.textures and rng.random() < 0.5
         sources = self.textures if use_texture else self.files
@@ -140,7 +140,7 @@ class Painter:
         of good images do not."""
         _, painted, changed, _ = self.anomalous(number)
         place, around = self.place(number), self.surroundings(number)
-        anomalous = self.image(self.files[self.file_number(number)], around).copy()
+        anomalous = self.image(self.files[self.image_index(number)], around).copy()
         patch = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(place, around, strict=True))
         mask = np.zeros(anomalous.shape[:2], dtype=bool)
         anomalous[patch], mask[patch] = painted, changed
@@ -245,6 +245,29 @@ class Pairs(Dataset):
         return np.stack(normal + painted), np.float32(masks)[..., None], np.array(boxes)
 
 
+class PairLoader:
+    """Random batches of `Pairs`, epoch by epoch, as tensors on the detector's `device`."""
+
+    def __init__(self, painter: Painter, images_per_epoch: int, batch: int, device: torch.device):
+        self.painter = painter
+        self.device = device
+        self.loader = loader(Pairs(painter, images_per_epoch), batch, shuffle=True)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of this epoch: images (B + A, 3, H, W), masks (A, 1, H, W) and boxes (A, 4); see `Pairs`."""
+        self.painter.epoch = number
+        drawn = iter(self.loader)  # draws the order of the images at once
+        return map(self.as_tensors, drawn)
+
+    def as_tensors(self, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+        images, masks, boxes = batch
+        parts = to_tensor(images), to_tensor(masks), torch.from_numpy(boxes)
+        return tuple(part.to(self.device) for part in parts)
+
+
 def within(middle: int, length: int, limit: int) -> slice:
     """A part of this `length` of an axis of `limit` pixels, centred at `middle` as far as possible."""
     start = min(max(0, int(middle) - length // 2), limit - length)
@@ -270,8 +293,3 @@ def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
     return DataLoader(
         dataset, batch, shuffle=shuffle, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
     )
-
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """(B, H, W, C) array -> (B, C, H, W) tensor."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from kit.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no others: a PostScript file called .png would start Ghostscript
-LEAST = 32  # pixels per side
+LEAST_SIDE = 32  # pixels per side
 
 AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
 
@@ -90,12 +90,17 @@ def to_rgb(image: Image.Image | np.ndarray | torch.Tensor, shape: tuple[int, int
     else:
         values, white = array_and_white(image)
     height, width, channels = values.shape
-    if min(height, width) < LEAST:
-        raise InputError(f"image of {width}x{height} pixels: too small; give at least {LEAST}x{LEAST}")
+    if min(height, width) < LEAST_SIDE:
+        raise InputError(f"image of {width}x{height} pixels: too small; give at least {LEAST_SIDE}x{LEAST_SIDE}")
     if shape:
         values = resized(values, *shape)
     values = values.astype(np.float32, copy=False) / white
     return np.repeat(values, 3, axis=-1) if channels == 1 else values
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """(B, H, W, C) array -> (B, C, H, W) tensor."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def photograph(image: Image.Image, longest: int) -> Image.Image:

@@ -3,8 +3,6 @@
 A row belongs to one image: a name, with the size and the time of its file. It replaces an earlier row on the same image
 by the same detector. No other row is ever removed."""
 
-import functools
-import hashlib
 import itertools
 import json
 import os
@@ -18,6 +16,7 @@ from PIL import Image
 
 from kit import camera, data, draw, shapes
 from kit.detector import Detector
+from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
@@ -33,9 +32,9 @@ from kit.files import (
     write_rows,
     write_text,
 )
-from kit.images import load_image, named, photograph, shape_of, turned
-from kit.processes import ALONE, Processes, clear, counted
-from kit.report import Entry, save_views, write_page
+from kit.images import load_image, named, photograph, shape_of, to_tensor, turned
+from kit.measuring import Inspection
+from kit.processes import clear, counted
 from kit.verdict import Thresholds, Verdict, basis, drift
 from kit.windows import at_once
 
@@ -50,38 +49,6 @@ PAGE = "report.html"
 ABOUT = "judged.json"  # says which images the results are about
 
 Stamp = tuple[int, int]  # size in bytes, time of the last change in ns
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """One call of evaluate.py: a detector and its checkpoint, the folder for the results, and the accepted false-alarm
-    rate."""
-
-    model: Detector
-    checkpoint: Path
-    out: Path
-    false_alarm: float
-    skip_bad: bool = False
-    processes: Processes = ALONE
-
-    @property
-    def limits(self) -> Thresholds:
-        return self.model.thresholds(self.false_alarm)
-
-    @functools.cached_property
-    def detector(self) -> str:
-        """The fingerprint of the detector."""
-        return detector_fingerprint(self.model.state_dict())
-
-
-def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """Twelve hexadecimal digits that identify a detector: a hash of weights, bank and calibration, the "state" of a
-    checkpoint. A copy of a checkpoint has the same fingerprint."""
-    found = hashlib.sha1()
-    for name, values in state.items():
-        found.update(f"{name} {tuple(values.shape)}".encode())
-        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- where results go
@@ -198,7 +165,7 @@ class Judgements:
         try:
             picture = draw.verdict_picture(photo, name, verdict, self.limits)
             draw.save_picture(self.own.claim(f"{fitting(name)}.png"), picture)
-            save_views(self.own, name, photo, verdict, self.limits)
+            save_views(self.own, name, views_of(photo, verdict, self.limits))
         except InputError as error:
             self.complaints.append(str(error))
         for row in regions_rows(name, verdict):
@@ -260,8 +227,7 @@ def judge_new(work: Inspection, images: Path) -> None:
     files = new_images(images, out)
     root = root_of(images)
     print(basis(work.limits))
-    if others := shapes.others_among(files, work.model.shape):
-        print(shapes.others_told(others, len(files), work.model.shape))
+    shapes.print_others(files, work.model.shape)
     complaints = []
     with held(out):
         check_findings(out, images, work.detector, watch=False)
@@ -373,11 +339,11 @@ def judge_files(
     """Each file, decoded, and the verdict on it. For each unreadable file a line is added to `complaints`, which is
     complete after the last file."""
     for batch in data.ahead(decoded_batches(files, model, complaints)):
-        images = torch.from_numpy(np.stack([image.pixels for image in batch])).permute(0, 3, 1, 2)
+        images = to_tensor(np.stack([image.pixels for image in batch]))
         with torch.no_grad():
             maps, scores = model(images)
-        for image, heat, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
-            yield image, model.verdict(score, heat, image.shape, limits)
+        for image, anomaly_map, score in zip(batch, maps.cpu().numpy(), scores.tolist(), strict=True):
+            yield image, model.verdict(score, anomaly_map, image.shape, limits)
 
 
 def scores_row(name: str, verdict: Verdict) -> list:

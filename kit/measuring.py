@@ -1,5 +1,7 @@
 """Measuring on a labelled test set: judging, metrics, pictures; and the table over categories and seeds."""
 
+import functools
+import hashlib
 import json
 import math
 import time
@@ -12,13 +14,12 @@ import torch.distributed as dist
 
 from kit import data, draw, metrics, shapes
 from kit.detector import Detector
+from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
-from kit.inspection import Inspection
-from kit.processes import Processes, counted
+from kit.processes import ALONE, Processes, counted
 from kit.real_defects import is_among
-from kit.report import Entry, save_views, write_page
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once
@@ -27,6 +28,38 @@ KEPT = 250_000_000  # pixels of the maps of all test images together: 1 GB
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One call of evaluate.py: a detector and its checkpoint, the folder for the results, and the accepted false-alarm
+    rate."""
+
+    model: Detector
+    checkpoint: Path
+    out: Path
+    false_alarm: float
+    skip_bad: bool = False
+    processes: Processes = ALONE
+
+    @property
+    def limits(self) -> Thresholds:
+        return self.model.thresholds(self.false_alarm)
+
+    @functools.cached_property
+    def detector(self) -> str:
+        """The fingerprint of the detector."""
+        return detector_fingerprint(self.model.state_dict())
+
+
+def detector_fingerprint(state: dict[str, torch.Tensor]) -> str:
+    """Twelve hexadecimal digits that identify a detector: a hash of weights, bank and calibration, the "state" of a
+    checkpoint. A copy of a checkpoint has the same fingerprint."""
+    found = hashlib.sha1()
+    for name, values in state.items():
+        found.update(f"{name} {tuple(values.shape)}".encode())
+        found.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -96,7 +129,7 @@ def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[da
     InputError if none is left."""
     seen = [test for test in tests if is_among(test.path, model.settings.taught)]
     if seen:
-        names = ", ".join(f"{test.kind}/{test.path.name}" for test in seen)
+        names = ", ".join(f"{test.defect_type}/{test.path.name}" for test in seen)
         print(f"left out {len(seen)} test images, since the detector was trained with them: {names}")
     left = [test for test in tests if test not in seen]
     if not left:
@@ -114,8 +147,7 @@ def report(work: Inspection, category: Path) -> None:
         return  # its part is done
     limits = work.limits
     print(basis(limits))
-    if others := shapes.others_among([test.path for test in judged.tests], model.shape):
-        print(shapes.others_told(others, len(judged.tests), model.shape))
+    shapes.print_others([test.path for test in judged.tests], model.shape)
     if missing := unmasked(judged):
         print(f"pixel metrics are n/a: {missing} defective images have no mask or an empty one")
     settings = model.settings
@@ -138,12 +170,12 @@ def report(work: Inspection, category: Path) -> None:
         **metrics.shares_at(limits.score, judged.labels, judged.scores),
     }
     for name, value in figures.items():
-        print(f"{name:14} {as_text(value)}")
+        print(f"{name:14} {figure_text(value)}")
     figures["operating_points"] = operating_points(model, judged)
     for point in figures["operating_points"]:
-        shares = ", ".join(f"{name} {as_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
-        print(f"with --false-alarm {point['false_alarm']}: threshold {as_text(point['threshold'])}, {shares}")
-    facts = {name: as_text(figures[name]) for name in REPORTED}
+        shares = ", ".join(f"{name} {figure_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
+        print(f"with --false-alarm {point['false_alarm']}: threshold {figure_text(point['threshold'])}, {shares}")
+    facts = {name: figure_text(figures[name]) for name in REPORTED}
     with held(out):
         own = OwnFiles(out, "measured")
         draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
@@ -166,10 +198,10 @@ def refuse_other_figures(work: Inspection, category: Path) -> None:
 
 def size_of(settings: Settings) -> int | str:
     """The value that --size would take."""
-    return settings.size if isinstance(settings.size, int) else shapes.as_text(settings.size)
+    return settings.size if isinstance(settings.size, int) else shapes.size_text(settings.size)
 
 
-def as_text(value: object) -> str:
+def figure_text(value: object) -> str:
     if value is None:
         return "n/a"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
@@ -191,20 +223,20 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
     own.remove_all()
     entries = []
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
-    for test, score, heat, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
-        name = f"{test.kind}/{test.path.name}"
+    for test, score, anomaly_map, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
+        name = f"{test.defect_type}/{test.path.name}"
         image = turned(load_image(test.path))
-        verdict = model.verdict(float(score), heat, shape_of(image), limits)
+        verdict = model.verdict(float(score), anomaly_map, shape_of(image), limits)
         photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
         try:
             picture = draw.verdict_picture(photo, title, verdict, limits, mask)
             draw.save_picture(own.claim(f"pictures/{fitting(name)}.png"), picture)
-            save_views(own, name, photo, verdict, limits, mask)
+            save_views(own, name, views_of(photo, verdict, limits, mask))
         except InputError as error:  # a single picture must not cost the metrics
             print(f"{name}: its picture could not be written: {error}", flush=True)
-        entries.append(Entry(name, test.kind, test.anomalous, float(score), test.path))
+        entries.append(Entry(name, test.defect_type, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
 

@@ -1,11 +1,10 @@
-"""Several processes, started by torchrun, that share the work; the device of each; memory; and the progress line on a
+"""Several processes, started by torchrun, that share the work; the device of each; and the progress line on a
 terminal."""
 
-import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -84,28 +83,6 @@ def pick_device(name: str | None, local_rank: int) -> str:
     return name
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the large blocks that tensors free. Getting new ones from the system takes a fifth longer."""
-    mallopt = glibc("mallopt")
-    if mallopt is None:
-        return
-    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-
-
-def return_freed_memory() -> None:
-    """Return kept memory to the system after a large computation: the next one might not fit into the free blocks."""
-    malloc_trim = glibc("malloc_trim")
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def glibc(name: str) -> Callable | None:
-    """A function of glibc; None on other systems."""
-    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
-
-
 # ---------------------------------------------------------------- the progress line
 
 
@@ -132,13 +109,13 @@ def counted(items: Iterable[Item], what: str, total: int, each: int = 1) -> Iter
             now = time.monotonic()
             if now - shown > SHOW_EVERY:
                 shown = now
-                sys.stderr.write(CLEAR + line(what, done, total, now - started))
+                sys.stderr.write(CLEAR + progress_line(what, done, total, now - started))
                 sys.stderr.flush()
     finally:
         clear()
 
 
-def line(what: str, done: int, total: int, seconds: float) -> str:
+def progress_line(what: str, done: int, total: int, seconds: float) -> str:
     rate = done / seconds
     return f"{what}: {done} of {total}, {rate:.3g} per second, {(total - done) / rate:.0f} s left"
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from kit import data
 from kit.detector import Detector, side_of
 from kit.errors import InputError
-from kit.good import Defect, to_tensor
-from kit.images import read_image, read_mask
+from kit.good import Defect
+from kit.images import read_image, read_mask, to_tensor
 from kit.processes import counted
 from kit.rows import touches
 
@@ -122,9 +122,9 @@ def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarra
     if defect.mask:
         return read_mask(defect.mask, model.shape) & roi
     maps, _ = model(to_tensor(image[None]))
-    heat = np.where(roi, maps[0].cpu().numpy(), -np.inf)
+    anomaly_map = np.where(roi, maps[0].cpu().numpy(), -np.inf)
     count = max(1, round(side_of(model.pixels) ** 2 / 1000))
-    return (heat >= np.sort(heat, axis=None)[-count]) & roi
+    return (anomaly_map >= np.sort(anomaly_map, axis=None)[-count]) & roi
 
 
 # ---------------------------------------------------------------- corrections.json: what a person ticked on the page

@@ -16,7 +16,8 @@ from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
-from kit.search import NOTHING_ELSE
+from kit.search import CANDIDATES, NOTHING_ELSE, residuals_as_new
+from kit.training import Epoch, seed_epoch
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
 COPIED = 4  # one row of a camera copy for every four rows of its original
@@ -29,49 +30,52 @@ HELD_OUT_BYTES = 1e9  # kept maps of held-out images: 1,100 images of 384 x 384,
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows y (N, C) in float16, and the numbers (N,) of the good images that they come from.
-
-    Good images also have `inside` (h, w) bool: the positions of a map that their rows come from, or are drawn from. The
-    first `originals` rows come from the images themselves (all rows if it is None). Rows of camera copies follow, with
-    the numbers of their originals."""
+    """Rows y (N, C) in float16, and the indices (N,) of the good images that they come from."""
 
     y: Tensor
-    images: Tensor
-    inside: Tensor | None = None
-    originals: int | None = None
+    image_indices: Tensor
 
 
-def good_rows(model: Detector, painter: Painter) -> Rows:
+@dataclass(frozen=True)
+class GoodRows(Rows):
+    """The first `originals` rows come from the images themselves. Rows of camera copies follow, with the indices of
+    their originals. `inside` (h, w) bool are the positions of a map that rows come from, or are drawn from."""
+
+    originals: int
+    inside: Tensor
+
+
+def good_rows(model: Detector, painter: Painter) -> GoodRows:
     """Rows of this process's good images, and of a camera copy of each.
 
     All processes together keep at most ROWS rows of the images themselves, spread over all images."""
     mine = painter.processes.part(range(len(painter.files)))
     per_image = max(1, ROWS // len(painter.files))
     generator = torch.Generator().manual_seed(model.settings.seed)
-    maps = map(model.features, painter.normal())
-    rows, is_inside = spread(maps, len(mine), model, per_image, generator, torch.half)
+    maps = (model.features(images).half() for images in painter.normal())
+    rows, is_inside = spread(maps, len(mine), model, per_image, generator)
     if per_image < is_inside.sum():
         print(f"keeping {per_image} feature vectors of each image, chosen at random (limit: {ROWS} in total)")
     every = math.ceil(COPIED * int(is_inside.sum()) * len(mine) / len(rows))
-    copied, copied_images = copied_rows(model, painter, is_inside, every)
-    images = torch.cat((origins(rows, mine), copied_images))
-    return Rows(torch.cat((rows, copied)), images, is_inside, originals=len(rows))
+    copied, copied_indices = copied_rows(model, painter, is_inside, every)
+    image_indices = torch.cat((origins(rows, mine), copied_indices))
+    return GoodRows(torch.cat((rows, copied)), image_indices, len(rows), is_inside)
 
 
 def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """Rows y (N, C) of a camera copy of each of this process's good images, and the numbers (N,) of the images.
+    """Rows y (N, C) of a camera copy of each of this process's good images, and the images' indices (N,).
 
     Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the image alone, so
     several processes choose the same ones as one process."""
     mine = painter.processes.part(range(len(painter.files)))
-    rows, images = [], []
+    rows, image_indices = [], []
     for x in map(model.features, painter.copies()):
         for features in x:
-            number = mine[len(rows)]
+            index = mine[len(rows)]
             inside = as_rows(features[None])[is_inside.flatten()]
-            rows.append(inside[number % every :: every].half())
-            images.append(torch.full((len(rows[-1]),), number))
-    return torch.cat(rows), torch.cat(images)
+            rows.append(inside[index % every :: every].half())
+            image_indices.append(torch.full((len(rows[-1]),), index))
+    return torch.cat(rows), torch.cat(image_indices)
 
 
 def spread(
@@ -80,16 +84,16 @@ def spread(
     model: Detector,
     count: int,
     generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Rows (N, C) of this many `images`, from their maps (B, C, h, w), batch by batch. Each image gives `count` random
-    positions in the region of interest, in their order, or all of them. Also returns that region, (h, w) bool."""
+    """Rows (N, C) of this many `images`, from their maps (B, C, h, w), batch by batch, in the maps' dtype. Each image
+    gives `count` random positions in the region of interest, in their order, or all of them. Also returns that region,
+    (h, w) bool."""
     kept, filled = torch.empty(0), 0
     for x in maps:
         is_inside = model.inside(x.shape[2:])
         inside = is_inside.flatten().nonzero()[:, 0]
         if not filled:  # allocated once: concatenation at the end would need twice the memory
-            kept = x.new_empty(images * min(count, len(inside)), x.shape[1], dtype=dtype)
+            kept = x.new_empty(images * min(count, len(inside)), x.shape[1])
         for features in x:
             chosen = torch.randperm(len(inside), generator=generator)[:count].sort().values
             kept[filled : filled + len(chosen)] = as_rows(features[None])[inside[chosen.to(inside.device)]]
@@ -97,9 +101,10 @@ def spread(
     return kept, is_inside
 
 
-def origins(rows: Tensor, images: Sequence[int]) -> Tensor:
-    """The image numbers (N,) of rows (N, C) that come from these images in this order, the same number from each."""
-    return torch.as_tensor(images).repeat_interleave(len(rows) // len(images))
+def origins(rows: Tensor, indices: Sequence[int]) -> Tensor:
+    """The image indices (N,) of rows (N, C) that come from the images with these indices in this order, as many from
+    one as from another."""
+    return torch.as_tensor(indices).repeat_interleave(len(rows) // len(indices))
 
 
 def check_rows(count: int, model: Detector) -> None:
@@ -112,39 +117,43 @@ def check_rows(count: int, model: Detector) -> None:
         )
 
 
-def check_different(normal: Rows) -> None:
+def check_different(normal: GoodRows) -> None:
     """Raises InputError if all good images are copies of one: nothing would tell how much good images differ. Their
     camera copies would hide that."""
-    images = normal.images[: normal.originals]
-    first = normal.y[: normal.originals][images == images[0]]
-    for number in images.unique()[1:]:
-        another = normal.y[: normal.originals][images == number]
+    originals = normal.y[: normal.originals]
+    image_indices = normal.image_indices[: normal.originals]
+    first = originals[image_indices == image_indices[0]]
+    for index in image_indices.unique()[1:]:
+        another = originals[image_indices == index]
         if not torch.allclose(another, first, atol=0.01):
             return
-    if len(images.unique()) > 1:
+    if len(image_indices.unique()) > 1:
         raise InputError(NOTHING_ELSE)
 
 
-def candidates(normal: Rows, good: GoodImages, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Random rows y (N, C) of all processes, `count` in total, with the numbers (N,) of their images."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(count / good.processes.count)]
-    return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.images[chosen])
+def candidates(model: Detector, normal: GoodRows, good: GoodImages) -> tuple[Tensor, Tensor]:
+    """Random rows y (N, C) of all processes, CANDIDATES in total, with the indices (N,) of their images. Raises
+    InputError if bank and whitening cannot be fitted to rows of these images: see `check_rows`, `check_different`."""
+    check_rows(len(good.trained_on) * int(normal.inside.sum()), model)
+    check_different(normal)
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    chosen = torch.randperm(len(normal.y), generator=generator)[: math.ceil(CANDIDATES / good.processes.count)]
+    return good.processes.concatenated(normal.y[chosen]), good.processes.concatenated(normal.image_indices[chosen])
 
 
 def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
     """Rows of synthetic defects, which are painted on this many images."""
-    anomalous, origin = [], []
+    anomalous, image_indices = [], []
     for after, mask, numbers in painter.painted(images):
         x = model.features(after)
         touched = touches(mask.to(model.device), x.shape[2:])  # painted defects lie in the region of interest
         anomalous.append(x.permute(0, 2, 3, 1)[touched].half())
-        files = torch.from_numpy(painter.file_number(numbers))
-        origin.append(files.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
-    origin = torch.cat(origin)
-    order = origin.argsort(stable=True)
+        painted_on = torch.from_numpy(painter.image_index(numbers))
+        image_indices.append(painted_on.repeat_interleave(touched.cpu().flatten(1).sum(dim=1)))
+    image_indices = torch.cat(image_indices)
+    order = image_indices.argsort(stable=True)
     rows = torch.cat(anomalous)[order.to(model.device)]
-    return Rows(rows, origin[order])
+    return Rows(rows, image_indices[order])
 
 
 def touches(mask: Tensor, shape: torch.Size) -> Tensor:
@@ -179,10 +188,25 @@ class HeldOut:
         for images in data.batches(files, model.shape):
             yield from model.in_windows(lambda part: [model.encode(part).half()], images)
 
+    def calibrate(self) -> None:
+        """Calibrate the model, with its present flow and classifier, on these images."""
+        self.model.calibrate((self.model.expert_energies(code.float()) for code in self), self.files)
+
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.codes
         kept_images = sum(len(code) for code in self.codes)
         yield from self.encoded(self.files[kept_images:])
+
+
+def learn_anew(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
+    """Train new experts in place of the model's present ones, in this `training`, then calibrate. `number` chooses
+    their random seed."""
+    model = held_out.model
+    seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
+    model.renew_experts()
+    for _ in training:
+        pass
+    held_out.calibrate()
 
 
 class Feed:
@@ -193,16 +217,18 @@ class Feed:
     A batch has as many normal rows as it is large, and a quarter as many anomalous ones. They are drawn with
     replacement, so that few defects will do. With rows of real defects, half of the anomalous ones are real."""
 
-    def __init__(self, model: Detector, normal: Rows, painted: Rows | None):
+    def __init__(self, model: Detector, normal: GoodRows, painted: Rows | None):
         self.device = model.device
-        self.normal = codes(model, normal.y, normal.images)
-        self.anomalous, painted_images = self.normal[:0], normal.images[:0]
+        self.normal = codes(model, normal)
+        self.normal_images = normal.image_indices
+        self.anomalous = self.normal[:0]
+        self.anomalous_images = normal.image_indices[:0]
         if painted is not None:
-            self.anomalous, painted_images = codes(model, painted.y, painted.images), painted.images
+            self.anomalous = codes(model, painted)
+            self.anomalous_images = painted.image_indices
         self.real = None
-        self.images = normal.images, painted_images
         self.inside = normal.inside
-        self.originals = len(normal.y) if normal.originals is None else normal.originals
+        self.originals = normal.originals
         # The rows that `draw` may choose: all of them.
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
@@ -216,16 +242,15 @@ class Feed:
     def only(self, allowed: Tensor) -> "Feed":
         """The same with only the rows of those images that are `allowed` (n,) bool."""
         part = copy(self)
-        normal, anomalous = self.images
-        part.normal_index = where(allowed[normal])
-        part.anomalous_index = where(allowed[anomalous])
+        part.normal_index = where(allowed[self.normal_images])
+        part.anomalous_index = where(allowed[self.anomalous_images])
         return part
 
-    def code(self, number: int) -> Tensor | None:
-        """The code (1, K + 1, h, w) of the good image with this number, zero outside the region of interest.
+    def code_map(self, index: int) -> Tensor | None:
+        """The codes (1, K + 1, h, w) of the good image with this index, zero outside the region of interest.
 
         None if some of its rows are missing."""
-        mine = torch.nonzero(self.images[0][: self.originals] == number)[:, 0]
+        mine = torch.nonzero(self.normal_images[: self.originals] == index)[:, 0]
         rows = self.normal[mine].float().to(self.device)
         if len(rows) < self.inside.sum():
             return None
@@ -244,6 +269,11 @@ class Feed:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
         return self.normal[normal][:, :-1].float().to(self.device), anomalous[:, :-1].float().to(self.device)
 
+    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This many random batches; see `draw`."""
+        for _ in range(count):
+            yield self.draw(size)
+
 
 def where(is_allowed: Tensor) -> Tensor:
     """The indices of the allowed rows."""
@@ -256,11 +286,11 @@ def drawn(index: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def codes(model: Detector, rows: Tensor, images: Tensor) -> Tensor:
-    """Rows y (N, C) of images with these numbers (N,) -> codes (N, K + 1) in float16."""
+def codes(model: Detector, rows: Rows) -> Tensor:
+    """Rows y (N, C) -> codes (N, K + 1) in float16."""
     width = model.whitening.out_features + 1
-    found, filled = rows.new_empty(len(rows), width, dtype=torch.half), 0
-    for part in model.as_new(rows, images):
-        found[filled : filled + len(part)] = model.code_of(part)
-        filled += len(part)
+    found, filled = rows.y.new_empty(len(rows.y), width, dtype=torch.half), 0
+    for r in residuals_as_new(model, rows.y, rows.image_indices):
+        found[filled : filled + len(r)] = model.code_of(r)
+        filled += len(r)
     return found

@@ -6,7 +6,7 @@ parts. The buffers belong to the bank: `prototypes` is a `bank.Prototypes` here.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ SKETCH = 64  # random directions onto which rows are projected to choose the ban
 FARTHEST = 1024  # rows among which the next ones for the bank are chosen at once
 CHUNK = 4096  # rows that are compared with the whole bank at once, to save memory
 GROUP = 32  # prototypes per group; the best group is found first
-SEEN = 2**14  # rows that are searched at once in cells
+ROWS_AT_ONCE = 2**14  # rows that are searched at once in cells
 CELL = 128  # prototypes per cell on average
 LOOKED_INTO = 4  # cells that a row searches
 LOOKED_INTO_IF_FAR = 16  # cells that a row searches if it is far from all prototypes in the first few
@@ -32,7 +32,7 @@ NOTHING_ELSE = "--data: the good images are copies of one image; give different 
 # ---------------------------------------------------------------- the nearest prototype
 
 
-def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype, without: Tensor | None) -> Tensor:
+def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype, excluded: Tensor | None) -> Tensor:
     """`bank.Prototypes.nearest` for many rows (N, C) and a large bank: (N,). bfloat16 is precise enough: it may only
     confuse nearly equal distances.
 
@@ -40,7 +40,7 @@ def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype,
     other: rows of defects are far from all cells, so the order of the nearest cells means little. Elsewhere all
     rows search the whole bank, in this many equal `parts`."""
     queries = F.pad((rows - prototypes.centre).to(dtype), (0, 2), value=1.0)
-    out = None if without is None else left_out(prototypes.origin, without, len(rows))
+    out = None if excluded is None else left_out(prototypes.origin, excluded)
     exports = torch.compiler.is_compiling()
     if exports:
         keys = keys_of(prototypes.bank, dtype)  # an export has no cache
@@ -50,7 +50,7 @@ def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype,
     if exports or rows.device.type != "cpu":
         return among_all(in_equal_parts(queries, parts), keys, out)
     found = among_cells(prototypes, queries, keys, out, LOOKED_INTO)
-    is_far = prototypes.away(rows, found).norm(dim=1) > prototypes.spacing[found]
+    is_far = prototypes.difference(rows, found).norm(dim=1) > prototypes.spacing[found]
     if is_far.any():
         out = None if out is None else out.of(is_far)
         found[is_far] = among_cells(prototypes, queries[is_far], keys, out, LOOKED_INTO_IF_FAR)
@@ -70,14 +70,14 @@ class LeftOut:
         return LeftOut(self.is_out, self.kind[rows])
 
 
-def left_out(origin: Tensor, without: Tensor, rows: int) -> LeftOut:
-    """The prototypes, with these origins (P,), that do not count for this many rows; see `bank.Prototypes.nearest`.
-    Raises InputError if none would count."""
-    kinds, kind = without.to(origin.device).view(-1, without.shape[-1]).unique(dim=0, return_inverse=True)
+def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
+    """The prototypes, with these origins (P,), that come from the images `excluded` (N, n) for each of N rows. Raises
+    InputError if none is left."""
+    kinds, kind = excluded.to(origin.device).unique(dim=0, return_inverse=True)
     is_out = (origin == kinds[:, :, None]).any(dim=1)
     if is_out.all(dim=1).any():
         raise InputError(NOTHING_ELSE)
-    return LeftOut(is_out, kind.expand(rows))
+    return LeftOut(is_out, kind)
 
 
 class Keys:
@@ -103,6 +103,15 @@ def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ---------------------------------------------------------------- in cells
+
+
+def divide(prototypes: nn.Module) -> None:
+    """Divide the bank into cells: each prototype belongs to the nearest of the `centres` (K, C). The bank is sorted by
+    cell; the first `sizes[0]` prototypes belong to the first cell."""
+    order, prototypes.centres, prototypes.sizes = cells_of(prototypes.bank)
+    prototypes.bank = prototypes.bank[order]
+    prototypes.spacing = prototypes.spacing[order]
+    prototypes.origin = prototypes.origin[order]
 
 
 def cells_of(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,9 +198,15 @@ def search_parts(height: int, width: int) -> int:
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
 
 
-def seen_at_once(device: torch.device) -> int:
-    """The number of rows that are searched at once."""
-    return SEEN if device.type == "cpu" else CHUNK  # a GPU holds all products with the bank at once
+def residuals_as_new(model: nn.Module, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
+    """Residuals r (n, C), some at a time, of rows y (N, C) that come from the training images (N,). `model` is a
+    `clflow.CLFlow` here.
+
+    Each is computed without the prototypes of its own image, since a new image has none in the bank. In a series the
+    prototypes of similar images stay, so there these rows lie nearer to the bank than those of a new image."""
+    count = ROWS_AT_ONCE if rows.device.type == "cpu" else CHUNK  # a GPU holds all products with the bank at once
+    for part, own in zip(rows.split(count), image_indices.split(count), strict=True):
+        yield model.residual(part.float(), excluded=own[:, None])
 
 
 # ---------------------------------------------------------------- the choice of a bank

@@ -50,14 +50,16 @@ def check_size(size: Size) -> None:
         for side in size:
             if side % UNIT or not UNIT <= side <= LONGEST:
                 raise InputError(
-                    f"--size {as_text(size)}: {side} is not possible; give sides that are multiples of {UNIT}, from "
+                    f"--size {size_text(size)}: {side} is not possible; give sides that are multiples of {UNIT}, from "
                     f"{UNIT} to {LONGEST}"
                 )
         if math.prod(size) < SIDES[0] ** 2:
-            raise InputError(f"--size {as_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give longer sides")
+            raise InputError(
+                f"--size {size_text(size)}: has fewer pixels than {SIDES[0]}x{SIDES[0]}; give longer sides"
+            )
 
 
-def as_text(size: Size) -> str:
+def size_text(size: Size) -> str:
     """A size in the form that --size takes."""
     return f"{size[0]}x{size[1]}" if isinstance(size, tuple) else str(size)
 
@@ -99,16 +101,16 @@ def input_size(size: Size, files: list[Path]) -> int | Shape:
     height, width = usual_shape(files) or (1, 1)
     side = math.sqrt(height * width) if size == NATIVE else size
     stretch = math.sqrt(height / width)
-    shape = (rounded(side * stretch), rounded(side / stretch))
+    shape = (whole_units(side * stretch), whole_units(side / stretch))
     if math.prod(shape) < SIDES[0] ** 2 or max(shape) > LONGEST:
         raise InputError(
-            f"--size {as_text(size)}: would resize these images to {as_text(shape)}, which has too few pixels or too "
-            "long a side; give HEIGHTxWIDTH"
+            f"--size {size_text(size)}: would resize these images to {size_text(shape)}, which has too few pixels or "
+            "too long a side; give HEIGHTxWIDTH"
         )
     return shape[0] if shape[0] == shape[1] else shape
 
 
-def rounded(side: float) -> int:
+def whole_units(side: float) -> int:
     return max(UNIT, round(side / UNIT) * UNIT)
 
 
@@ -126,7 +128,7 @@ def told(files: list[Path], shape: Shape) -> str:
         f"a {SPOT}-pixel defect {change} to {SPOT * shrinks:.0f} pixels"
     )
     if shrinks < 1:
-        line += f"; use --size {as_text(native)} for full resolution"
+        line += f"; use --size {size_text(native)} for full resolution"
     return line
 
 
@@ -143,6 +145,12 @@ def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
         f"{len(others)} of {images} images have another aspect ratio than {judged_in[1]} x {judged_in[0]}, for example "
         f"{name} ({width} x {height}): they will be stretched to this shape"
     )
+
+
+def print_others(files: list[Path], judged_in: Shape) -> None:
+    """Print `others_told`, if there are others among the files."""
+    if others := others_among(files, judged_in):
+        print(others_told(others, len(files), judged_in))
 
 
 def others_among(files: list[Path], judged_in: Shape) -> dict[str, Shape]:

@@ -1,5 +1,6 @@
-"""The part that all training loops share: the optimizer step, and the record of an epoch."""
+"""The training loop that all methods share: the epochs, the optimizer step, and the record of an epoch."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from kit.errors import InputError
-from kit.processes import Processes
+from kit.processes import Processes, counted
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,26 @@ class Epoch:
 
 
 class Descent:
-    """Adam with clipped gradients and a one-cycle learning rate over all `steps` of a training."""
+    """Adam with clipped gradients and a one-cycle learning rate over all steps of a training.
 
-    def __init__(self, losses: nn.Module, lr: float, steps: int, weight_decay: float):
-        self.parameters = [p for p in losses.parameters() if p.requires_grad]
+    `losses` is a module: `losses(*batch)` returns the losses of a batch by name, and "loss" is minimised.
+    `losses.model` is the detector; its settings give the number of epochs and the learning rate."""
+
+    def __init__(self, losses: nn.Module, steps_per_epoch: int, weight_decay: float, processes: Processes):
+        self.settings = losses.model.settings
+        self.steps_per_epoch = steps_per_epoch
+        self.processes = processes
+        self.losses = shared(losses, processes)
+        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        lr = self.settings.lr
         self.adam = optim.Adam(self.parameters, lr, weight_decay=weight_decay, fused=True)
+        steps = self.settings.epochs * steps_per_epoch
         self.cycle = optim.lr_scheduler.OneCycleLR(self.adam, lr, steps, pct_start=0.11)
 
-    def step(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """One step on losses["loss"]. Returns the values of all losses. Raises InputError if training diverges."""
+    def step(self, batch: Iterable[Tensor]) -> dict[str, float]:
+        """One step down the loss of a batch. Returns the values of all losses. Raises InputError if training
+        diverges."""
+        losses = self.losses(*batch)
         loss = losses["loss"]
         if not loss.isfinite():
             raise InputError(f"--lr: training diverged (the loss is {loss.item()}); try a lower learning rate")
@@ -51,17 +63,39 @@ class Descent:
         self.cycle.load_state_dict(progress["cycle"])
         return progress["epoch"]
 
-    def epoch(self, number: int, steps: list[dict[str, float]], processes: Processes) -> Epoch:
+    def epoch(self, number: int, steps: list[dict[str, float]]) -> Epoch:
         """The record of an epoch with these steps: the means over the steps and over all processes. Each process has
         seen its part of every batch."""
         progress = self.state() | {"epoch": number}
         if not steps:
             return Epoch(number, {}, progress)
         means = torch.tensor([list(step.values()) for step in steps]).mean(dim=0)
-        if processes.count > 1:
-            means = means / processes.count
+        if self.processes.count > 1:
+            means = means / self.processes.count
             dist.all_reduce(means)
         return Epoch(number, dict(zip(steps[0], means.tolist(), strict=True)), progress)
+
+
+def train_epochs(
+    descent: Descent,
+    batches: Callable[[int], Iterable],
+    progress: dict | None = None,
+    name: str = "epoch",
+) -> Iterator[Epoch]:
+    """Train for all epochs. Yields before the first step and after each epoch. `batches(number)` returns the batches of
+    an epoch; what it draws when it is called, such as the order of the images, is the same in all processes. With the
+    `progress` of an earlier epoch, training continues from there. `name` names an epoch on the progress line."""
+    settings, rank = descent.settings, descent.processes.rank
+    done = descent.go_on_from(progress)
+    yield descent.epoch(done, [])
+    for number in range(done + 1, settings.epochs + 1):
+        seed_epoch(settings.seed, number)
+        drawn = batches(number)
+        if rank:  # the noise differs between processes
+            seed_epoch(settings.seed, number, rank)
+        what = f"{name} {number}/{settings.epochs}, steps"
+        steps = [descent.step(batch) for batch in counted(drawn, what, descent.steps_per_epoch)]
+        yield descent.epoch(number, steps)
 
 
 def shared(losses: nn.Module, processes: Processes) -> nn.Module:

@@ -10,8 +10,8 @@ from kit.settings import LEAST_IMAGES
 
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
 FEW = 10  # good images: with fewer, `basis` warns that the threshold is unreliable
-LEAST = 1e-6  # lowest score before the logarithm is taken
-REACH = 1.5  # robust standard deviations
+LEAST_SCORE = 1e-6  # lowest score before the logarithm is taken
+CLIPPED_AT = 1.5  # robust standard deviations
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
 TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
@@ -26,7 +26,7 @@ class Thresholds:
     normal images exceeds the score threshold."""
 
     score: float
-    heat: float
+    anomaly_map: float
     images: int
     at_most: float
 
@@ -42,7 +42,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of a detector on one image. `heat` (H, W) is the anomaly map, in the image's own pixels.
+    """The verdict of a detector on one image. `anomaly_map` (H, W) is in the image's own pixels.
 
     `regions` are the locations of the defect, highest peak first; a normal image has none."""
 
@@ -50,7 +50,7 @@ class Verdict:
     threshold: float
     anomalous: bool
     regions: list[Region]
-    heat: np.ndarray
+    anomaly_map: np.ndarray
     found: np.ndarray  # (H, W) bool: all regions together
 
 
@@ -99,10 +99,10 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     detector, so the threshold tends to be cautious.
 
     For fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
-    logarithms. Two measures make it robust. Values more than REACH deviations from the median are clipped to that
+    logarithms. Two measures make it robust. Values more than CLIPPED_AT deviations from the median are clipped to that
     distance, so that the highest of a few values does not decide. And s is pooled with USUAL, the deviation measured on
     other categories, which has the weight of BELIEVED images."""
-    logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST))
+    logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST_SCORE))
     images = len(logs) if different is None else different
     if images < LEAST_IMAGES:
         raise InputError(
@@ -114,7 +114,7 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
         return float(np.sort(values)[-k])
     middle = np.median(logs)
     first_guess = believed(np.median(np.abs(logs - middle)) / stats.norm.ppf(0.75), images)
-    clipped = np.clip(logs, middle - REACH * first_guess, middle + REACH * first_guess)
+    clipped = np.clip(logs, middle - CLIPPED_AT * first_guess, middle + CLIPPED_AT * first_guess)
     deviation = believed(clipped.std(ddof=1) / CLIPPED_DEVIATION, images)
     t = stats.t.ppf(1 - rate, images - 1 + BELIEVED)
     return float(np.exp(clipped.mean() + t * np.sqrt(1 + 1 / images) * deviation))
@@ -132,7 +132,7 @@ def clipped_deviation(reach: float) -> float:
     return float(np.sqrt(variance))
 
 
-CLIPPED_DEVIATION = clipped_deviation(REACH)
+CLIPPED_DEVIATION = clipped_deviation(CLIPPED_AT)
 
 
 def odd_ones(values: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def odd_ones(values: np.ndarray) -> np.ndarray:
     do not change. Fewer than five values have no outliers."""
     if len(values) < 5:
         return np.array([], dtype=int)
-    logs = np.log(np.maximum(values, LEAST))
+    logs = np.log(np.maximum(values, LEAST_SCORE))
     away = logs - np.median(logs)
     deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # for copies of one image it would be zero
     odd = np.flatnonzero(away > ODD * deviation)
@@ -162,23 +162,26 @@ def drift(scores: np.ndarray, normal: np.ndarray) -> str:
     return "lower" if high < normal_low else ""
 
 
-def decide(score: float, heat: np.ndarray, limits: Thresholds) -> Verdict:
+def decide(score: float, anomaly_map: np.ndarray, limits: Thresholds) -> Verdict:
     """The verdict on an image with this score and map (H, W)."""
     anomalous = bool(score > limits.score)
-    found = np.zeros(heat.shape, dtype=bool)
+    found = np.zeros(anomaly_map.shape, dtype=bool)
     if anomalous:
-        found = heat >= (limits.heat if heat.max() >= limits.heat else np.quantile(heat, 0.999))
-    return Verdict(float(score), limits.score, anomalous, regions_of(heat, found), heat, found)
+        limit = limits.anomaly_map
+        if anomaly_map.max() < limit:
+            limit = np.quantile(anomaly_map, 0.999)
+        found = anomaly_map >= limit
+    return Verdict(float(score), limits.score, anomalous, regions_of(anomaly_map, found), anomaly_map, found)
 
 
-def regions_of(heat: np.ndarray, found: np.ndarray) -> list[Region]:
-    """The connected parts of `found` (H, W) bool, highest peak of `heat` first."""
+def regions_of(anomaly_map: np.ndarray, found: np.ndarray) -> list[Region]:
+    """The connected parts of `found` (H, W) bool, highest peak of `anomaly_map` first."""
     labels, count = ndimage.label(found)
     if count == 0:
         return []
     regions = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        values = heat[rows, columns][labels[rows, columns] == number]
+        values = anomaly_map[rows, columns][labels[rows, columns] == number]
         box = (columns.start, rows.start, columns.stop, rows.stop)
         regions.append(Region(box, len(values), float(values.max())))
     return sorted(regions, key=lambda region: -region.peak)

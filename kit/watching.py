@@ -13,7 +13,6 @@ from kit import data, shapes
 from kit.errors import InputError
 from kit.files import held, plain_cell, refuse_inside
 from kit.inspection import (
-    Inspection,
     Judgements,
     Stamp,
     check_findings,
@@ -23,6 +22,7 @@ from kit.inspection import (
     print_drift,
     stamp_of,
 )
+from kit.measuring import Inspection
 from kit.verdict import basis
 
 LOOK_EVERY = 1.0  # seconds
@@ -75,8 +75,9 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
                 judgements.add(name_below(folder, path), image.photo, verdict, now[path])
                 measures.append(image.measures)
                 is_page_old = True
-                if not is_told and shapes.is_other(verdict.heat.shape, judgements.model.shape):
-                    print(shapes.others_told({path.name: verdict.heat.shape}, 1, judgements.model.shape), flush=True)
+                shape, judged_in = verdict.anomaly_map.shape, judgements.model.shape
+                if not is_told and shapes.is_other(shape, judged_in):
+                    print(shapes.others_told({path.name: shape}, 1, judged_in), flush=True)
                     is_told = True  # once is enough: a camera makes many such images
         for complaint in complaints:
             print(f"not judged: {complaint}", flush=True)

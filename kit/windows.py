@@ -1,15 +1,18 @@
-"""Large images in overlapping windows, so that the memory of a network does not grow with the image."""
+"""Large images in overlapping windows, so that the memory of a network does not grow with the image; and what happens
+to memory that is freed."""
 
+import ctypes
 import math
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kit.processes import return_freed_memory
 from kit.settings import UNIT, Shape
 
 PIXELS = 2**21  # processed at once, of all images of a batch together: two million
+STRIP = 2**15  # of a map, that networks on single positions process at once
 CORE = 1024  # maximum side of a window in pixels, without the margin around it
 
 
@@ -70,3 +73,35 @@ def in_windows(
         lines.append([torch.cat(parts, dim=-1) for parts in zip(*line, strict=True)])
     return_freed_memory()
     return [torch.cat(parts, dim=-2) for parts in zip(*lines, strict=True)]
+
+
+def in_strips(function: Callable[[Tensor], list[Tensor]], maps: Tensor) -> list[Tensor]:
+    """`function` of maps (B, C, h, w): maps (B, h, w), in which each position depends on itself alone. Large maps are
+    processed in horizontal strips."""
+    parts = [function(part) for part in maps.split(max(1, STRIP // maps.shape[3]), dim=2)]
+    return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+
+
+# ---------------------------------------------------------------- freed memory
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the large blocks that tensors free. Getting new ones from the system takes a fifth longer."""
+    mallopt = glibc("mallopt")
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max = -1, -4  # names of glibc's malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Return kept memory to the system after a large computation: the next one might not fit into the free blocks."""
+    malloc_trim = glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def glibc(name: str) -> Callable | None:
+    """A function of glibc; None on other systems."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

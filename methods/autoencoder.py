@@ -16,16 +16,17 @@ from torchvision.transforms.functional import gaussian_blur
 from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES
+from kit.calibration import calibrate_on
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
-from kit.processes import counted
+from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import origins, spread
 from kit.search import prototype_count
 from kit.settings import AutoencoderSettings, as_shape
-from kit.shapes import as_text
-from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.shapes import size_text
+from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
+from methods.nearest import scaled_distances
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks
@@ -33,9 +34,9 @@ BRANCH = 64  # channels of one dilated convolution
 DILATIONS = (1, 2, 4, 8)
 CONTEXT = BRANCH * len(DILATIONS)
 FOLDED = 12  # channels of an image folded 2x2
-SEEN = 1.5  # factor by which images are enlarged for the backbone
+ENLARGED = 1.5  # factor by which images are enlarged for the backbone
 FITTED = 200  # normal images at most, from which the bank is chosen
-CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
+BANK_CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
 LAMBDA = 0.9  # of the loss, inferred: the corrupted region is small, and its error large
 IMAGES_PER_EPOCH = 1000
 WEIGHT_DECAY = 0
@@ -110,14 +111,14 @@ class Autoencoder(Detector):
         shape = as_shape(settings.size)
         if math.prod(shape) > PIXELS:  # it processes the whole image at once
             raise InputError(
-                f"--size {as_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels; "
+                f"--size {size_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels; "
                 "give a smaller --size"
             )
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=1)
+        super().__init__(settings, backbone, expert_count=1)
         self.projection = projection
-        self.seen = round(SEEN * shape[0]), round(SEEN * shape[1])
+        self.enlarged = round(ENLARGED * shape[0]), round(ENLARGED * shape[1])
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
@@ -129,7 +130,7 @@ class Autoencoder(Detector):
     @torch.no_grad()
     def phi(self, images: Tensor) -> Tensor:
         """The backbone's features (B, C, h, w) of the enlarged images."""
-        large = F.interpolate(images, self.seen, mode="bilinear", antialias=True)
+        large = F.interpolate(images, self.enlarged, mode="bilinear", antialias=True)
         return self.features(large.clamp(0, 1))
 
     @torch.no_grad()
@@ -140,27 +141,14 @@ class Autoencoder(Detector):
 
     @torch.no_grad()
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return [self.prototypes.energies(self.moved(images), True, self.dtype, without)]
-
-    @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        images = images.to(self.device)
-        projected = self.project(images)
-        moved = self.phi(projected) - self.phi(images)
-        return [
-            ("f(x), brightness", projected[0].mean(dim=0)),
-            ("|f(x) - x|, pixels", (projected - images)[0].norm(dim=0)),
-            ("|d|, features", moved[0].norm(dim=0)),
-            ("E, compared with the bank", self.prototypes.energies(moved, True, self.dtype)[0]),
-        ]
+        return [scaled_distances(self.prototypes, self.moved(images), True, self.dtype, without)]
 
     @torch.no_grad()
     def fit(self, good: GoodImages) -> None:
         """Choose the bank from the changes d of the present f on good images, at most FITTED of them."""
         files = good.trained_on[:FITTED]
         generator = torch.Generator().manual_seed(self.settings.seed)
-        per_image = math.ceil(CANDIDATES / len(files))
+        per_image = math.ceil(BANK_CANDIDATES / len(files))
         maps = map(self.moved, data.batches(files, self.shape))
         rows, is_inside = spread(maps, len(files), self, per_image, generator)
         count = prototype_count(self.settings, int(is_inside.sum()))
@@ -193,13 +181,14 @@ class Losses(nn.Module):
     painted (`synthesize`) or bent in x-. The x+ without an x-, half of a batch, are not used.
 
     `forward(images, mask)`: B images x+, then A <= B images x- that were made from the first A of them; mask (A, 1, H,
-    W). Returns the losses of the batch by name; training minimises "loss"."""
+    W). The boxes around the defects are not used. Returns the losses of the batch by name; training minimises
+    "loss"."""
 
     def __init__(self, model: Autoencoder):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, mask: Tensor, boxes: Tensor | None = None) -> dict[str, Tensor]:
         clean, painted = images[: len(mask)], images[-len(mask) :]
         corrupted, mask = bend(painted, mask, self.model.roi)
         self.model.train()  # batch norms use the batch's statistics here, and the running ones elsewhere
@@ -222,29 +211,10 @@ def train(model: Autoencoder, good: GoodImages, progress: dict | None = None) ->
     """Train a model with ImageNet weights to undo what is painted on good images. A generator: it yields after each
     epoch, and once before the first step; bank and calibration then belong to the present f. With the `progress` of an
     earlier call's epoch, and its model, training continues from there."""
-    settings = model.settings
     painter = Painter(good, synthesize, model)
-    batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
-
-    def ready() -> None:
+    pairs = PairLoader(painter, IMAGES_PER_EPOCH, model.settings.batch, model.device)
+    descent = Descent(Losses(model), len(pairs), WEIGHT_DECAY, good.processes)
+    for epoch in train_epochs(descent, pairs.epoch, progress):
         model.fit(good)
-        held_out = data.batches(good.held_out, model.shape)
-        model.calibrate((model.judge(images) for images in held_out), good.held_out)
-
-    losses = shared(Losses(model), good.processes)
-    descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
-    done = descent.go_on_from(progress)
-    ready()
-    yield descent.epoch(done, [], good.processes)
-    for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number)
-        painter.epoch = number
-        steps = []
-        painted = iter(batches)  # draws the order of the images, the same in all processes
-        if good.processes.rank:
-            seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks, _ in counted(painted, f"epoch {number}/{settings.epochs}, steps", len(batches)):
-            batch = (to_tensor(images).to(model.device), to_tensor(masks).to(model.device))
-            steps.append(descent.step(losses(*batch)))
-        ready()
-        yield descent.epoch(number, steps, good.processes)
+        calibrate_on(model, good.held_out)
+        yield epoch

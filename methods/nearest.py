@@ -11,13 +11,13 @@ from torch import Tensor
 
 from bank import Prototypes
 from kit import data
-from kit.backbone import BACKBONES
-from kit.calibration import AsNew, alike_in_order
+from kit.backbone import BACKBONES, as_rows
+from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
 from kit.rows import origins, spread
-from kit.search import CANDIDATES, prototype_count
+from kit.search import CANDIDATES, prototype_count, search_parts
 from kit.settings import NearestSettings
 from kit.training import Epoch
 from kit.windows import at_once
@@ -35,7 +35,7 @@ class Nearest(Detector):
 
     def __init__(self, settings: NearestSettings):
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, experts=1)
+        super().__init__(settings, backbone, expert_count=1)
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
@@ -45,7 +45,21 @@ class Nearest(Detector):
 
     def energies_of(self, x: Tensor, without: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> E (B, h, w)."""
-        return self.prototypes.energies(x, self.settings.local, self.dtype, without)
+        return scaled_distances(self.prototypes, x, self.settings.local, self.dtype, without)
+
+
+def scaled_distances(
+    prototypes: Prototypes, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None
+) -> Tensor:
+    """E = d / spacing (B, h, w) of features (B, C, h, w), where d is the distance to the nearest prototype. If `local`,
+    the spacing is that of this prototype, else the bank's mean. The prototypes of the training images with the indices
+    `without` (n,) do not count."""
+    rows = as_rows(x)
+    batch, _, height, width = x.shape
+    excluded = None if without is None else without.expand(len(rows), -1)
+    index = prototypes.nearest(rows, search_parts(height, width), dtype, excluded)
+    spacing = prototypes.spacing[index] if local else prototypes.spacing.mean()
+    return (prototypes.difference(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 
 
 @torch.no_grad()
@@ -61,12 +75,14 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     origin = origins(candidates, range(images))
     if progress is None:
         model.prototypes.fit(candidates, origin, prototype_count(model.settings, int(is_inside.sum())), generator)
-    held_out = data.batches(good.held_out, model.shape)
-    model.calibrate((model.judge(images) for images in held_out), good.held_out)
+    calibrate_on(model, good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
     alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
     as_new = AsNew(good, model.settings.seed, alike)
-    as_new.settle(model, as_new.all_scores(model))
+    scores = {}
+    for fold in range(FOLDS):
+        scores |= as_new.scores(model, fold)
+    as_new.settle(model, scores)
 
 
 @torch.no_grad()

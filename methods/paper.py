@@ -18,14 +18,14 @@ from clflow import classification_loss, energy, info_nce, tamed
 from flows import Flow2D
 from kit import data
 from kit.backbone import BACKBONES, as_rows
+from kit.calibration import calibrate_on
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter, Pairs, loader, to_tensor
-from kit.processes import counted
+from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import touches
 from kit.settings import PaperSettings, Shape, as_shape
-from kit.shapes import as_text
-from kit.training import Descent, Epoch, seed_epoch, shared
+from kit.shapes import size_text
+from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from synth import synthesize
 
@@ -70,10 +70,11 @@ class Paper(Detector):
     def __init__(self, settings: PaperSettings):
         if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
             raise InputError(
-                f"--size {as_text(settings.size)}: --method paper takes at most {PIXELS} pixels; give a smaller --size"
+                f"--size {size_text(settings.size)}: --method paper takes at most {PIXELS} pixels; "
+                "give a smaller --size"
             )
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
-        super().__init__(settings, backbone, experts=len(STRIDES))
+        super().__init__(settings, backbone, expert_count=len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)
         self.flows = nn.ModuleList(
             Flow2D(channels, settings.steps, kernel_sizes=(3,), hidden_ratio=1.0) for channels in backbone.widths
@@ -100,18 +101,6 @@ class Paper(Detector):
         found = [tamed(energy(z, log_det)) for z, log_det in self.latents(images)]
         finest = found[0].shape[1:]
         return [F.interpolate(e[:, None], finest, mode="bilinear")[:, 0] for e in found]
-
-    @torch.no_grad()
-    def stages(self, images: Tensor) -> list[tuple[str, Tensor]]:
-        """For a figure: the steps from one image (1, 3, H, W) to its energies, as (title, map (h, w))."""
-        steps = []
-        for stride, x, norm, flow in zip(STRIDES, self.scales(images), self.norms, self.flows, strict=True):
-            x = norm(x)
-            with self.autocast():
-                z, log_det = flow(x)
-            steps.append((f"|x|, stride {stride}", x[0].norm(dim=0)))
-            steps.append((f"tamed E, stride {stride}", tamed(energy(z, log_det))[0]))
-        return steps
 
     @torch.no_grad()
     def fit(self, good: GoodImages) -> None:
@@ -252,33 +241,12 @@ def train(model: Paper, good: GoodImages, progress: dict | None = None) -> Itera
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
-    settings = model.settings
     painter = Painter(good, synthesize, model)
-    batches = loader(Pairs(painter, IMAGES_PER_EPOCH), settings.batch, shuffle=True)
+    pairs = PairLoader(painter, IMAGES_PER_EPOCH, model.settings.batch, model.device)
     if progress is None:
         model.fit(good)
-
-    losses = shared(Losses(model), good.processes)
-    descent = Descent(losses, settings.lr, settings.epochs * len(batches), WEIGHT_DECAY)
-    done = descent.go_on_from(progress)
-    calibrate(model, good)
-    yield descent.epoch(done, [], good.processes)
-    for number in range(done + 1, settings.epochs + 1):
-        seed_epoch(settings.seed, number)
-        painter.epoch = number
-        steps = []
-        pairs = iter(batches)  # draws the order of the images, the same in all processes
-        if good.processes.rank:
-            seed_epoch(settings.seed, number, good.processes.rank)
-        for images, masks, boxes in counted(pairs, f"epoch {number}/{settings.epochs}, steps", len(batches)):
-            batch = to_tensor(images), to_tensor(masks), torch.from_numpy(boxes)
-            steps.append(descent.step(losses(*(part.to(model.device) for part in batch))))
-        calibrate(model, good)
-        yield descent.epoch(number, steps, good.processes)
-
-
-def calibrate(model: Paper, good: GoodImages) -> None:
-    """Calibrate on the held-out images. To judge the other good images as if they were new, the flows would have to be
-    trained three more times."""
-    held_out = data.batches(good.held_out, model.shape)
-    model.calibrate((model.judge(images) for images in held_out), good.held_out)
+    descent = Descent(Losses(model), len(pairs), WEIGHT_DECAY, good.processes)
+    for epoch in train_epochs(descent, pairs.epoch, progress):
+        # To judge the other good images as if they were new, the flows would have to be trained three more times.
+        calibrate_on(model, good.held_out)
+        yield epoch

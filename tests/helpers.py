@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 import evaluate
+from kit.demo import draw_sheet
 from kit.errors import run_script
 from kit.files import LIST
 from methods import load
+from synth import synthesize
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
@@ -24,6 +26,11 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 def call(main, *arguments: object) -> None:
     """Call a script's `main` in this process, as from the command line."""
     main([str(argument) for argument in arguments])
+
+
+def draw_synthetic(arguments: list[str]) -> None:
+    """`python synth.py` with these arguments."""
+    draw_sheet(synthesize, arguments)
 
 
 def refuse(main, capsys, *arguments: object, words: list) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -193,10 +194,13 @@ class Scored(Detector):
     """The energies of an image are its grey value plus the number of images that are left out."""
 
     def __init__(self):
-        super().__init__(NearestSettings(images=30, held_out=2, size=64), None, experts=1)
+        super().__init__(NearestSettings(images=30, held_out=2, size=64), None, expert_count=1)
 
     def energies(self, images, without=None):
         return [torch.full((len(images), 8, 8), float(images.mean()) + len(without))]
+
+    def expert_energies(self, code):
+        return [code]
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -225,7 +229,8 @@ def test_an_image_whose_energies_are_known_is_not_read(tmp_path):
     as_new = calibration.AsNew(good, 0, alike=1.0)
     found = {}
     for fold in range(calibration.FOLDS):
-        found |= as_new.scores(Scored(), fold, known=lambda number: [torch.full((1, 8, 8), 10.0 + number)])
+        feed = SimpleNamespace(code_map=lambda number: torch.full((1, 8, 8), 10.0 + number))
+        found |= as_new.scores(Scored(), fold, feed)
     assert {number: round(score.item()) for number, (score, _) in found.items()} == {0: 10, 1: 11, 2: 12}
 
 

@@ -27,7 +27,7 @@ def touch(folder, *names: str) -> None:
 def test_masks_are_matched_by_stem(tmp_path):
     touch(tmp_path, "test/ok/0.bmp", "test/ko/1.bmp", "test/ko/2.png", "test/ko/3.jpg")
     touch(tmp_path, "ground_truth/ko/1.png", "ground_truth/ko/2_mask.bmp")
-    found = {t.path.name: (t.kind, t.anomalous, t.mask and t.mask.name) for t in labelled_images(tmp_path)}
+    found = {t.path.name: (t.defect_type, t.anomalous, t.mask and t.mask.name) for t in labelled_images(tmp_path)}
     assert found == {
         "0.bmp": ("ok", False, None),
         "1.bmp": ("ko", True, "1.png"),

@@ -18,7 +18,7 @@ from kit.detector import read_checkpoint
 from kit.good import Defect
 from kit.images import read_image, read_mask
 from kit.real_defects import copies, list_defects
-from kit.rows import Feed, Rows, good_rows
+from kit.rows import Feed, GoodRows, Rows, good_rows
 from methods import load
 
 
@@ -39,7 +39,7 @@ def pixel_box(position: int, pixels: int, positions: int) -> slice:
 def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, category, monkeypatch):
     """Computed position by position, from the pixels of the mask."""
     monkeypatch.setattr(real_defects, "COPIES", 1)
-    (test,) = [t for t in data.labelled_images(category) if t.kind == "crack"][:1]
+    (test,) = [t for t in data.labelled_images(category) if t.defect_type == "crack"][:1]
     roi = torch.zeros(192, 192, dtype=torch.bool)
     mask = read_mask(test.mask, (192, 192))
     rows, columns = np.nonzero(mask)
@@ -81,8 +81,8 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
         distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
         maps, _ = model(torch.from_numpy(image).permute(2, 0, 1)[None])
-        heat = maps[0].numpy()
-        assert found.sum() == 37 and heat[found].min() > heat[~found].max()  # a thousandth of 192 x 192
+        anomaly_map = maps[0].numpy()
+        assert found.sum() == 37 and anomaly_map[found].min() > anomaly_map[~found].max()  # a thousandth of 192 x 192
         assert np.median(distances) < 12  # pixels: a position and a half
     model.look_within(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
     found = real_defects.whereabouts(model, Defect(test.path, None), image)
@@ -92,10 +92,11 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
 def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(model):
     channels = model.backbone.channels
     generator = torch.Generator().manual_seed(0)
-    normal = Rows(
+    normal = GoodRows(
         torch.rand(60, channels, generator=generator).half(),
         torch.arange(3).repeat_interleave(20),
-        torch.ones(4, 5).bool(),
+        originals=60,
+        inside=torch.ones(4, 5).bool(),
     )
     painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
     real = torch.full((2, model.whitening.out_features + 1), 99.0).half()

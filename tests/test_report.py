@@ -12,11 +12,10 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.draw import LARGE
+from kit.draw import LARGE, Entry, picture, save_views, views_of, write_page
 from kit.files import OwnFiles
 from kit.images import photograph
 from kit.real_defects import read_corrections
-from kit.report import Entry, picture, save_views, write_page
 from kit.verdict import Thresholds, decide
 from methods import load
 
@@ -38,14 +37,14 @@ def test_no_file_name_becomes_a_part_of_the_page(tmp_path):
 
 def test_views_show_where_it_is(tmp_path):
     """A wide image that is larger than the page's pictures, with a defect in its lower right."""
-    heat = np.zeros((500, 1500), np.float32)
-    heat[400:450, 1200:1300] = 3
-    verdict = decide(2.0, heat, Thresholds(1.0, 1.0, 9, 0.2))
+    anomaly_map = np.zeros((500, 1500), np.float32)
+    anomaly_map[400:450, 1200:1300] = 3
+    verdict = decide(2.0, anomaly_map, Thresholds(1.0, 1.0, 9, 0.2))
     mask = np.zeros((64, 64), bool)
     mask[51:57, 51:55] = True
     photo = photograph(Image.new("RGB", (1500, 500), "#808080"), LARGE)
     own = OwnFiles(tmp_path, "judged")
-    save_views(own, "a/b.png", photo, verdict, verdict_limits(), mask)
+    save_views(own, "a/b.png", views_of(photo, verdict, verdict_limits(), mask))
     views = {view: Image.open(tmp_path / picture("a/b.png", view)) for view in ("outline", "photo", "heat", "mask")}
     assert {view.size for view in views.values()} == {(900, 300)}
     assert Image.open(tmp_path / picture("a/b.png", "thumb")).size == (192, 64)
@@ -54,7 +53,8 @@ def test_views_show_where_it_is(tmp_path):
     assert 235 <= rows.min() <= rows.max() <= 275 and 715 <= columns.min() <= columns.max() <= 785
     assert np.asarray(views["heat"].convert("L"))[255, 750] > 200 > np.asarray(views["heat"].convert("L"))[20, 20]
     assert np.asarray(views["mask"].convert("L"))[253, 745] > 200
-    save_views(own, "a/b.png", Image.new("RGB", (50, 50)), decide(0.5, heat, verdict_limits()), verdict_limits())
+    limits = verdict_limits()
+    save_views(own, "a/b.png", views_of(Image.new("RGB", (50, 50)), decide(0.5, anomaly_map, limits), limits))
     assert not any((tmp_path / picture("a/b.png", view)).exists() for view in ("outline", "mask"))
 
 

@@ -6,7 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call, check_export, refuse
+from helpers import LITE, call, check_export, draw_synthetic, refuse
 from PIL import Image
 
 import evaluate
@@ -30,7 +30,7 @@ def test_what_stands_behind_size(text, size):
         with pytest.raises(argparse.ArgumentTypeError, match=text):
             shapes.parsed_size(text)
     else:
-        assert shapes.parsed_size(text) == size and shapes.as_text(size) == text
+        assert shapes.parsed_size(text) == size and shapes.size_text(size) == text
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_only_the_region_of_interest_counts(strips, strips_run, tmp_path):
     for verdict in right:
         (x0, y0, x1, y1) = verdict.regions[0].box
         assert x0 < 258 and x1 > 250 and y0 < 36 and y1 > 28
-    assert all((verdict.heat[:, :152] == 0).all() for verdict in left)  # outside, except near the border
+    assert all((verdict.anomaly_map[:, :152] == 0).all() for verdict in left)  # outside, except near the border
     call(evaluate.main, strips_run, "--images", strips / "test" / "left", "--out", tmp_path / "found")
     shown = np.asarray(Image.open(tmp_path / "found" / "0.png.png").convert("L"), dtype=float)
     assert shown[40:80, 100:140].mean() < 0.5 * shown[40:80, 200:240].mean()  # dimmed
@@ -195,5 +195,5 @@ def test_strips_are_exported_explained_and_measured(strips, strips_run, tmp_path
     assert sheet.width == 960 and sheet.height > 9 * 42 + 9 * 180  # nine stacked panels, each 1 : 5
     call(evaluate.main, strips_run, "--out", tmp_path / "elsewhere", "--data", strips)
     assert '"size": "64x320"' in (tmp_path / "elsewhere" / "metrics.json").read_text()
-    call(synth.main, strips, "--size", 143, "--out", tmp_path / "sheet.png")
+    call(draw_synthetic, strips, "--size", 143, "--out", tmp_path / "sheet.png")
     assert "20-pixel defect" not in capsys.readouterr().out  # they are not resized

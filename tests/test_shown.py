@@ -2,26 +2,26 @@
 
 import numpy as np
 import torch
-from helpers import ROOT, call, refuse
+from helpers import ROOT, call, draw_synthetic, refuse
 from PIL import Image
 
 import evaluate
-import synth
 from kit import data
 from methods import load
+from methods.stages import stages_of
 
 
 def test_a_sheet_of_synthetic_defects(category, tmp_path, capsys):
-    call(synth.main, category, "--out", tmp_path / "sheet.png", "--size", 64)
+    call(draw_synthetic, category, "--out", tmp_path / "sheet.png", "--size", 64)
     rows = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
     assert rows.shape[1] == 960 and rows.shape[0] > 8 * 200
     before, mask, after = rows[:, 5:235], rows[:, 485:715, 0], rows[:, 725:955]
     changed = np.abs(after - before).sum(axis=-1)
     assert changed[mask > 200].mean() > 5 * changed[mask < 50].mean()
     again = tmp_path / "again.png"
-    call(synth.main, category, "--out", again, "--size", 64)
+    call(draw_synthetic, category, "--out", again, "--size", 64)
     assert (np.asarray(Image.open(again)) == np.asarray(Image.open(tmp_path / "sheet.png"))).all()
-    refuse(synth.main, capsys, tmp_path / "none", words=["FOLDER", "no such folder"])
+    refuse(draw_synthetic, capsys, tmp_path / "none", words=["FOLDER", "no such folder"])
 
 
 def test_explanation_of_an_image(run, category, tmp_path, capsys):
@@ -32,9 +32,9 @@ def test_explanation_of_an_image(run, category, tmp_path, capsys):
     region = model.inspect(chip).regions[0]
     assert Image.open(chip).width != model.shape[1] and f"box {region.box}" in capsys.readouterr().out
     images = data.read_batch([chip], model.shape)
-    stages = dict(model.stages(images))
+    stages = dict(stages_of(model, images))
     with torch.no_grad():
-        flow, distance, odds = model.experts(model.encode(images))
+        flow, distance, odds = model.expert_energies(model.encode(images))
     found = [stages[name] for name in stages if name.startswith("tamed E") or name.startswith("log-odds")]
     assert torch.allclose(found[0], flow[0], atol=1e-3) and torch.allclose(found[1], odds[0], atol=1e-3)
     (seen,) = [stages[name] for name in stages if name.startswith("|r|")]

@@ -521,7 +521,7 @@ def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
     """There are as many prototypes as candidates. Each is its own nearest prototype, except for other images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "CANDIDATES", 100)
-        patch.setattr(clflow, "CANDIDATES", 100)
+        patch.setattr("kit.rows.CANDIDATES", 100)
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
     assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()

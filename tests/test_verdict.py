@@ -110,9 +110,9 @@ def test_drift_is_said_of_a_folder_that_moved_but_not_of_one_full_of_defects():
 
 
 def test_verdict_lists_all_regions_highest_peak_first():
-    heat = np.zeros((40, 60), dtype=np.float32)
-    heat[5:10, 20:30], heat[30:33, 50:52] = 0.8, 0.9
-    verdict = decide(0.7, heat, Thresholds(score=0.6, heat=0.5, images=9, at_most=0.2))
+    anomaly_map = np.zeros((40, 60), dtype=np.float32)
+    anomaly_map[5:10, 20:30], anomaly_map[30:33, 50:52] = 0.8, 0.9
+    verdict = decide(0.7, anomaly_map, Thresholds(score=0.6, anomaly_map=0.5, images=9, at_most=0.2))
     assert verdict.anomalous and verdict.found.sum() == 56
     assert [(r.box, r.area, r.peak) for r in verdict.regions] == [
         ((50, 30, 52, 33), 6, pytest.approx(0.9)),
@@ -120,10 +120,10 @@ def test_verdict_lists_all_regions_highest_peak_first():
     ]
 
 
-def test_anomalous_image_below_the_heat_limit_shows_where_it_is_highest():
-    heat = np.zeros((40, 60), dtype=np.float32)
-    heat[30:33, 50:52] = 0.4
-    assert decide(0.7, heat, Thresholds(0.6, 0.5, 9, 0.2)).regions[0].box == (50, 30, 52, 33)
+def test_anomalous_image_below_the_map_s_limit_shows_where_it_is_highest():
+    anomaly_map = np.zeros((40, 60), dtype=np.float32)
+    anomaly_map[30:33, 50:52] = 0.4
+    assert decide(0.7, anomaly_map, Thresholds(0.6, 0.5, 9, 0.2)).regions[0].box == (50, 30, 52, 33)
 
 
 def test_normal_image_has_no_regions():

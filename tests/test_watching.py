@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, refuse
 
 import evaluate
-from kit import data, inspection, watching
+from kit import data, inspection, measuring, watching
 from kit.detector import read_checkpoint
 
 
@@ -156,7 +156,7 @@ def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path):
     assert "4 images judged so far" in watch_until(5)
     after = rows_of(out)
     assert after[:4] == before and after[4]["file"] == "new.png"
-    assert after[4]["detector"] == inspection.detector_fingerprint(saved["state"]) != before[0]["detector"]
+    assert after[4]["detector"] == measuring.detector_fingerprint(saved["state"]) != before[0]["detector"]
     assert (out / f"report-{before[0]['detector']}.html").read_bytes() == page
 
 

@@ -85,7 +85,7 @@ def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monk
     compared = 0
     for after, mask, (number,) in painter.painted(12):
         rows, columns = painter.surroundings(number)
-        whole = painter.image(painter.files[painter.file_number(number)]).copy()
+        whole = painter.image(painter.files[painter.image_index(number)]).copy()
         whole[rows, columns] = after[0].permute(1, 2, 0)
         expected = model.features(kit.good.to_tensor(whole[None]))
         expected = expected[:, :, rows.start // 8 : rows.stop // 8, columns.start // 8 : columns.stop // 8]
@@ -125,7 +125,7 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, mon
     parts = []
     energies = model.energies
     monkeypatch.setattr(model, "energies", lambda *args: parts.append(args[0].shape) or energies(*args))
-    monkeypatch.setattr("clflow.POSITIONS", 100)
+    monkeypatch.setattr("kit.windows.STRIP", 100)
     in_parts = model(images)
     assert len(parts) == 4
     for one, other in zip(whole, in_parts, strict=True):
