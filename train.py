@@ -44,7 +44,7 @@ from kit.files import (
 from kit.good import Defect, GoodImages, held_out_count, split
 from kit.images import read_region
 from kit.processes import Processes, join_processes, pick_device
-from kit.quantized import CALIBRATION_IMAGES
+from kit.quantized import CALIBRATION_IMAGES, is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
@@ -396,6 +396,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--backbone {options['backbone']}: unknown backbone; choose from {', '.join(BACKBONES)}")
     processes = join_processes()
     args.device = pick_device(args.device, processes.local_rank)
+    if args.int8 and not is_fast(torch.device(args.device)):
+        raise InputError(f"--int8: this device ({args.device}) is not fast at 8-bit integers (VNNI); leave it out")
     out = args.out or Path("runs", "demo" if args.is_demo else data.category_name(args.data))
     if args.is_demo:
         from kit.demo import draw_demo

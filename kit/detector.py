@@ -177,6 +177,7 @@ class Detector(nn.Module):
         good images, on which it is measured: see kit/quantized.py."""
         wanted = getattr(self.settings, "int8", False)  # only some methods have this option
         if wanted and self.backbone.can_round and quantized.is_fast(self.device):
+            print("the backbone computes in int8 (8-bit integers)")
             self.backbone.measure_rounding(batches)
 
     def for_export(self) -> None:

@@ -52,7 +52,7 @@ class CLFlowSettings(Settings):
     defect_masks: str | None = None
     corrections: str | None = None  # file
     backbone: str = "resnet18"
-    int8: bool = False  # the backbone
+    int8: bool = True  # the backbone, on CPUs that are fast at it
     bank: int = 16000
     local: bool = True
     steps: int = 2  # of the flow
@@ -74,7 +74,7 @@ class NearestSettings(Settings):
     method: str = "nearest"
     size: int | Shape = 384
     backbone: str = "resnet18"
-    int8: bool = False  # the backbone
+    int8: bool = False
     bank: int = 16000
     local: bool = True
 

@@ -77,6 +77,21 @@ def test_a_convolution_in_int8_is_the_sum_of_integers():
     assert zero_out == 0 and expected.max() > 200
 
 
+def test_corrected_biases_reduce_the_error(weights):
+    torch.manual_seed(0)
+    backbone, images = BACKBONES["resnet18"](), torch.rand(8, 3, 96, 128)
+    backbone.load_imagenet(str(weights))
+    inputs = backbone.normalised(images)
+    exact = [x.clone() for x in backbone.net(inputs).values()]
+    scales = quantized.scales_of(backbone.net, [inputs])
+    errors = []
+    for _ in range(2):
+        rounded = quantized.as_int8(backbone.net, scales)(inputs).values()
+        errors.append(sum(((x - y) ** 2).sum() for x, y in zip(rounded, exact, strict=True)))
+        quantized.correct_biases(backbone.net, scales, inputs)
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_features_in_int8_are_close_to_float32_and_depend_on_the_image_alone(weights):
     backbone, images = BACKBONES["resnet18"](), torch.rand(4, 3, 96, 128)
     backbone.load_imagenet(str(weights))
@@ -116,7 +131,10 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
     assert (exported / scores - 1).abs().max() < 0.05
 
 
-def test_int8_has_no_effect_on_other_backbones(category, tmp_path, capsys):
+def test_int8_without_effect_is_refused(category, tmp_path, monkeypatch, capsys):
     options = ["--method", "nearest", "--backbone", "efficientnet_lite0", "--data", category, "--out", tmp_path / "run"]
     refuse(train.main, capsys, *options, "--int8", words=["--int8", "efficientnet_lite0"])
     refuse(train.main, capsys, *options, "--method", "paper", "--int8", words=["--int8", "--method paper"])
+    monkeypatch.setattr(train, "is_fast", lambda device: False)
+    options[3] = "resnet18"
+    refuse(train.main, capsys, *options, "--int8", words=["--int8", "cpu", "VNNI"])
