@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth             # ours
 python benchmarks/speed.py mvtec/bottle mvtec/screw --weights resnet18.pth --rivals    # and anomalib's, 256x256
+python benchmarks/speed.py mvtec/screw --weights resnet18.pth --stages                 # each stage of judging
 
 Milliseconds per image are medians over a batch of the category's test images; the column `one, ms` has the same images
 one by one. `beyond` is everything after the backbone. Images that are far from normal take longer to judge, so real
@@ -24,7 +25,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from clflow import CLFlow, energy  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.backbone import as_rows  # noqa: E402
+from kit.search import search_parts  # noqa: E402
 from kit.settings import Shape  # noqa: E402
 from kit.windows import keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
@@ -116,6 +120,48 @@ def ours(category: Path, options: list[str], folder: Path, batch: int, device: s
     return found | {"decoding": decoding_ms(category, model.shape)}
 
 
+@torch.no_grad()
+def stages(model: CLFlow, images: Tensor) -> dict[str, float]:
+    """Milliseconds an image of each stage of judging a batch."""
+    x = model.features(images)
+    rows, parts = as_rows(x), search_parts(*x.shape[2:])
+    r = model.residual(rows, parts)
+    code = model.code_map(x)
+    w = code[:, :-1]
+    energies = model.expert_energies(code)
+    maps = model.maps(energies)
+    runs = {
+        "backbone": lambda: model.features(images),
+        "search for the nearest prototypes": lambda: model.residual(rows, parts),
+        "whitening": lambda: model.code_of(r),
+        "flow": lambda: energy(*model.latents(w)),
+        "classifier": lambda: model.log_odds(as_rows(w)),
+        "map": lambda: model.maps(energies),
+        "score": lambda: model.score(maps),
+    }
+    return {name: median_ms(lambda _, run=run: run(), [images], "cpu") for name, run in runs.items()}
+
+
+def print_stages(category: Path, weights: list[str], batch: int) -> None:
+    """Train CL-Flow, and print the milliseconds of each stage with one thread and with all of them."""
+    tests = data.labelled_images(category)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, "train.py", "--data", str(category), "--out", str(out), "--device", "cpu", *weights]
+        run_measured(command, Path(folder) / "log.txt")
+        model = load(out / "model.pt")
+    images = data.read_batch([tests[i * len(tests) // batch].path for i in range(batch)], model.shape)
+    several = torch.get_num_threads()
+    found = {}
+    for threads in (1, several):
+        torch.set_num_threads(threads)
+        found[threads] = stages(model, images)
+    print(f"| {category.name}, {'int8' if model.has_int8 else 'float32'} | 1 thread, ms | {several} threads, ms |")
+    print("|---|---|---|")
+    for name in found[1]:
+        print(f"| {name} | {found[1][name]:.2f} | {found[several][name]:.2f} |", flush=True)
+
+
 def rival(name: str, category: Path, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     log = folder / "log.txt"
     command = [sys.executable, "benchmarks/rivals.py", name, str(category), "--weights", args.weights]
@@ -144,6 +190,7 @@ def main() -> None:
     add("--weights", required=True, help="file with ResNet18's ImageNet weights")
     add("--autoencoder", action="store_true", help="also the autoencoder, which takes 15 minutes per category")
     add("--rivals", action="store_true", help="also anomalib's FastFlow and PatchCore, and ours at 256x256")
+    add("--stages", action="store_true", help="only the time of each stage of CL-Flow's judging, on the CPU")
     add("--batch", type=int, default=8, help="batch size in images (default: 8)")
     add("--device", default="cpu")
     args = parser.parse_args()
@@ -151,6 +198,7 @@ def main() -> None:
     weights = ["--backbone", "resnet18", "--weights", args.weights]
     variants = {
         "CL-Flow, 384": weights,
+        "CL-Flow, 384, float32": [*weights, "--no-int8"],
         "nearest, 384": ["--method", "nearest", *weights],
     }
     if args.autoencoder:
@@ -166,6 +214,10 @@ def main() -> None:
             "--bank",
             "2000",
         ]
+    if args.stages:
+        for category in args.categories:
+            print_stages(category, weights, args.batch)
+        return
     print(f"| | | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
     for category in args.categories:
         for name, options in variants.items():
