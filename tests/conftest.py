@@ -9,24 +9,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import kit  # noqa: F401 (first, before PyTorch is imported)
 
 # isort: split
+import contextlib
 import shutil
 from pathlib import Path
 
 import pytest
-from helpers import LITE, SMALL, call
+from helpers import LITE, NEAREST, SMALL, TINY, call, take_few_steps
 
-import clflow
 import train
 from kit.demo import draw_demo
-from methods import autoencoder
+from methods import autoencoder, paper
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_synthetic_defects():
-    """Fewer painted defects and half of the steps, to save time. Real processes use the full numbers."""
+def few_steps():
+    """Fewer painted defects and few steps: most tests look at what a training writes, and not at how well it learns.
+    Real processes use the full numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clflow, "PAINTED", 64)
-        patch.setattr(clflow, "STEPS_PER_EPOCH", 50)
+        take_few_steps(patch, painted=32, steps=10)
         yield
 
 
@@ -35,6 +35,14 @@ def category(tmp_path_factory) -> Path:
     """A drawn category in MVTec AD layout. Tests must not change it."""
     data = tmp_path_factory.mktemp("small")
     draw_demo(data, SMALL)
+    return data
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A drawn category with fewer images. Tests must not change it."""
+    data = tmp_path_factory.mktemp("tiny")
+    draw_demo(data, TINY)
     return data
 
 
@@ -51,15 +59,26 @@ def train_blind(category: Path, out: Path, *options: object) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(category, tmp_path_factory) -> Path:
     """A CL-Flow run. Tests must not change it; they change a copy."""
-    return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, "--epochs", 3, "--size", 192, "--batch", 1024)
+    options = [*LITE, "--epochs", 3, "--size", 192, "--batch", 512]
+    with pytest.MonkeyPatch.context() as patch:
+        take_few_steps(patch, painted=64, steps=50)
+        return train_blind(category, tmp_path_factory.mktemp("run"), *options)
+
+
+@pytest.fixture(scope="session")
+def nearest_run(category, tmp_path_factory) -> Path:
+    """A run of the nearest prototype. Beside it, said.txt has what the training printed."""
+    out = tmp_path_factory.mktemp("nearest") / "run"
+    with open(out.with_name("said.txt"), "w") as said, contextlib.redirect_stdout(said):
+        return train_blind(category, out, *NEAREST)
 
 
 @pytest.fixture(scope="session")
 def projecting_run(category, tmp_path_factory) -> Path:
     """A run of the autoencoder."""
-    options = ["--method", "autoencoder", *LITE, "--size", 128, "--epochs", 5, "--lr", 0.005]
+    options = ["--method", "autoencoder", *LITE, "--size", 96, "--epochs", 3, "--batch", 4, "--lr", 0.005]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(autoencoder, "IMAGES_PER_EPOCH", 350)  # a third: to save time
+        patch.setattr(autoencoder, "IMAGES_PER_EPOCH", 216)  # to save time
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
 
 
@@ -67,7 +86,9 @@ def projecting_run(category, tmp_path_factory) -> Path:
 def paper_run(category, tmp_path_factory) -> Path:
     """A run of CL-Flow in the paper's own form."""
     options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 3, "--steps", 4]
-    return train_blind(category, tmp_path_factory.mktemp("paper"), *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "IMAGES_PER_EPOCH", 144)  # to save time
+        return train_blind(category, tmp_path_factory.mktemp("paper"), *options)
 
 
 @pytest.fixture

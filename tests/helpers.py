@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clflow
 import evaluate
 from kit.demo import draw_sheet
 from kit.errors import run_script
@@ -18,9 +19,17 @@ from synth import synthesize
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
+NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--batch", 64]
 SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
+TINY = {"train/good": 12, "test/good": 5, "test/chip": 3}  # for tests that do not look at how well it learns
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+
+
+def take_few_steps(patch: pytest.MonkeyPatch, painted: int, steps: int) -> None:
+    """CL-Flow paints this many defects, and has this many steps per epoch, to save time."""
+    patch.setattr(clflow, "PAINTED", painted)
+    patch.setattr(clflow, "STEPS_PER_EPOCH", steps)
 
 
 def call(main, *arguments: object) -> None:
@@ -40,6 +49,18 @@ def refuse(main, capsys, *arguments: object, words: list) -> None:
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
     assert all(str(word) in stderr for word in words), stderr
+
+
+def start(*arguments: object, folder: Path = ROOT) -> subprocess.Popen:
+    """A real process, started in this folder."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """A real process at its end."""
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def script(*arguments: object, **options) -> subprocess.CompletedProcess:

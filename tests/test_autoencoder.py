@@ -19,6 +19,7 @@ from kit.images import read_image
 from methods import autoencoder, load
 from synth import synthesize
 
+SHAPE = (96, 96)  # of the images of projecting_run
 EVERYWHERE = torch.ones(64, 64, dtype=torch.bool)
 
 
@@ -95,7 +96,7 @@ def test_skips_are_convex_combinations_of_encoder_and_decoder():
 
 def test_projection_repairs_and_is_idempotent(projecting_run, category):
     model, moves, distances = load(projecting_run / "model.pt"), [], []
-    for i, image in enumerate(read_image(p, (128, 128)) for p in data.list_images(category / "test" / "good")):
+    for i, image in enumerate(read_image(p, SHAPE) for p in data.list_images(category / "test" / "good")):
         rng = np.random.default_rng(i)
         corrupted, mask, _ = synthesize(image, rng)
         clean, x = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, corrupted))
@@ -113,7 +114,7 @@ def test_dilated_layers_take_part_in_the_repair(projecting_run, category):
     """In an earlier version they died in training unnoticed, because a skip connection bypassed them: f was the same
     without them."""
     model, outputs = load(projecting_run / "model.pt"), []
-    images = [read_image(p, (128, 128)) for p in data.list_images(category / "test" / "good")]
+    images = [read_image(p, SHAPE) for p in data.list_images(category / "test" / "good")]
     corrupted = [synthesize(image, np.random.default_rng(i))[0] for i, image in enumerate(images)]
     x = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
     for _ in range(2):
@@ -135,14 +136,14 @@ def test_projection_puts_the_mean_colour_back():
 def test_energy_is_the_distance_to_the_nearest_movement_of_a_normal_image(projecting_run, category):
     model = load(projecting_run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "crack"), (128, 128))
-    large = torch.nn.functional.interpolate(torch.cat((model.project(images), images)), (192, 192), mode="bilinear",
+    images = data.read_batch(data.list_images(category / "test" / "crack"), SHAPE)
+    large = torch.nn.functional.interpolate(torch.cat((model.project(images), images)), (144, 144), mode="bilinear",
                                             antialias=True).clamp(0, 1)  # fmt: skip
     after, before = model.backbone.features(large).chunk(2)
     rows = (after - before).permute(0, 2, 3, 1).reshape(-1, after.shape[1])
     bank = model.prototypes.bank + model.prototypes.centre
     distance, index = torch.cdist(rows, bank, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
-    expected = (distance / model.prototypes.spacing[index]).view(len(images), 24, 24)
+    expected = (distance / model.prototypes.spacing[index]).view(len(images), 18, 18)
     is_equal = (model.energies(images)[0] - expected).abs() < 1e-3 * expected.max()
     assert is_equal.float().mean() > 0.99 and expected.std() > 0.1  # only some cells of the bank are searched
 
@@ -152,7 +153,7 @@ def test_the_bank_is_of_the_present_projection(projecting_run, category):
     seed alone."""
     model = load(projecting_run / "model.pt")
     files = data.list_images(category / "train" / "good")
-    images = data.read_batch(files, (128, 128))
+    images = data.read_batch(files, SHAPE)
     banks = []
     for shift in (0.0, 0.0, 0.1):
         model.projection.out.bias.data += shift
@@ -173,7 +174,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
-    images = data.read_batch(data.list_images(category / "test" / "good")[:3], (128, 128))
+    images = data.read_batch(data.list_images(category / "test" / "good")[:3], SHAPE)
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(projection.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960

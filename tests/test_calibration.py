@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, QUICK, call, refuse
+from helpers import LITE, NEAREST, QUICK, call, refuse
 from PIL import Image
 
 import evaluate
@@ -23,8 +23,6 @@ from kit.images import read_image
 from kit.processes import Processes
 from kit.settings import LEAST_IMAGES, OPTIONS, NearestSettings
 from methods import load
-
-NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 
 
 def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category, tmp_path, capsys):
@@ -66,14 +64,10 @@ def test_of_many_images_some_are_drawn(run, tmp_path, monkeypatch, capsys):
     assert load(run / "recalibrated.pt").normal.shape == (2, 10)
 
 
-@pytest.mark.parametrize("method", ["clflow", "nearest", "autoencoder"])
-def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, capsys, method):
-    if method == "nearest":
-        call(train.main, "--data", category, "--out", tmp_path / "run", *NEAREST)
-    else:
-        fixture = "finished_run" if method == "clflow" else "projecting_run"
-        shutil.copytree(request.getfixturevalue(fixture), tmp_path / "run")
+@pytest.mark.parametrize("trained", ["finished_run", "nearest_run", "projecting_run"])
+def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, capsys, trained):
     run, good = tmp_path / "run", category / "train/good"
+    shutil.copytree(request.getfixturevalue(trained), run)
     words = ["--recalibrate", "0 new images", "give at least 5"]
     refuse(evaluate.main, capsys, run, "--recalibrate", good, words=words)
     mixed = draw_buttons(tmp_path / "mixed", 12, day=2)
@@ -89,8 +83,8 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
     assert flagged / 16 <= model.thresholds().at_most
 
 
-def test_altered_copies_of_the_training_are_warned_of(category, tmp_path, capsys):
-    call(train.main, "--data", category, "--out", tmp_path / "run", *NEAREST)
+def test_altered_copies_of_the_training_are_warned_of(category, nearest_run, tmp_path, capsys):
+    shutil.copytree(nearest_run, tmp_path / "run")
     for path in data.list_images(category / "train/good"):  # the same pixels in another file format
         (tmp_path / "copies").mkdir(exist_ok=True)
         Image.open(path).save(tmp_path / "copies" / f"{path.stem}.bmp")
@@ -133,7 +127,7 @@ def test_training_asks_for_enough_images(tmp_path, capsys, method, least):
 @pytest.mark.parametrize("method", ["clflow", "nearest"])
 def test_a_detector_of_the_fewest_images_keeps_its_promise(tmp_path, capsys, method):
     few = draw_buttons(tmp_path / "few", LEAST_IMAGES, day=5)
-    options = NEAREST if method == "nearest" else [*LITE, "--epochs", 2, "--size", 192, "--batch", 1024]
+    options = NEAREST if method == "nearest" else [*LITE, "--epochs", 2, "--size", 192, "--batch", 256]
     call(train.main, "--data", few, "--out", tmp_path / "run", *options)
     model = load(tmp_path / "run" / "model.pt")
     assert model.normal.shape == (2, LEAST_IMAGES)
@@ -254,9 +248,10 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
     assert (scores > model.thresholds(0.02).score).mean() <= 0.06
 
 
-def test_independent_images_are_no_series(category, tmp_path, capsys):
-    call(train.main, "--data", category, "--out", tmp_path, *NEAREST)
-    assert "a series" not in capsys.readouterr().out and load(tmp_path / "model.pt").different == 24
+def test_independent_images_are_no_series(nearest_run):
+    said = nearest_run.with_name("said.txt").read_text()
+    assert "reading 24 good images" in said and "a series" not in said
+    assert load(nearest_run / "model.pt").different == 24
 
 
 @pytest.mark.parametrize("learns", [False, True])

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, call, check_export, refuse, visible
+from helpers import LITE, NEAREST, call, check_export, refuse, visible
 from scipy.spatial import distance
 
 import evaluate
@@ -225,15 +226,8 @@ def test_features_join_two_strides_position_by_position(monkeypatch):
     assert x[0, 2].mean().item() == pytest.approx(coarse.mean().item(), abs=1e-5)  # 2x2: the mean everywhere
 
 
-@pytest.fixture(scope="module")
-def bank_run(category, tmp_path_factory):
-    out = tmp_path_factory.mktemp("nearest")
-    call(train.main, "--data", category, "--out", out, "--method", "nearest", *LITE, "--size", 128, "--bank", 400)
-    return out
-
-
-def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_median_of_these(bank_run):
-    model = load(bank_run / "model.pt")
+def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_median_of_these(nearest_run):
+    model = load(nearest_run / "model.pt")
     assert model.prototypes.bank.shape == (400, 40 + 112)
     between = np.sort(distance.cdist(model.prototypes.bank, model.prototypes.bank), axis=1)
     mean = between[:, 1:6].mean(axis=1)
@@ -241,9 +235,9 @@ def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_med
     assert np.allclose(expected, model.prototypes.spacing, rtol=1e-3) and mean.min() < 0.9 * expected.min()
 
 
-def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
+def test_a_training_image_is_judged_as_by_a_bank_without_it(nearest_run, category):
     """Only its own prototypes do not count. With them it would score far too low."""
-    model = load(bank_run / "model.pt")
+    model = load(nearest_run / "model.pt")
     held_out, trained_on = split(data.list_images(category / "train/good"), seed=0)
     assert model.normal.shape == (2, 24)
     number = 5
@@ -262,20 +256,21 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(bank_run, category):
     assert torch.cdist(kept, rows).min(dim=1).values.max() < 0.1 * kept.norm(dim=1).mean()
 
 
-def test_it_goes_through_the_same_scripts(bank_run, category, tmp_path):
-    assert visible(bank_run) == ["model.pt"]
-    call(evaluate.main, bank_run)
-    metrics = json.loads((bank_run / "metrics.json").read_text())
+def test_it_goes_through_the_same_scripts(nearest_run, category, tmp_path):
+    assert visible(nearest_run) == ["model.pt"]
+    run = shutil.copytree(nearest_run, tmp_path / "run")
+    call(evaluate.main, run)
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.85 and metrics["pixel_auroc"] > 0.9
     images = data.read_batch(data.list_images(category / "test" / "chip")[:3], (128, 128))
-    check_export(bank_run, images, tmp_path / "model.pt2", tolerance=1e-3)
+    check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 
-def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category, tmp_path, monkeypatch):
+def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(nearest_run, category, tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    command = ["--data", category, "--out", tmp_path, "--method", "nearest", *LITE, "--size", 128, "--bank", 400]
+    command = ["--data", category, "--out", tmp_path, *NEAREST]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "finish", stop)
         call(train.main, *command)
@@ -283,7 +278,7 @@ def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(bank_run, category
     monkeypatch.setattr(Prototypes, "fit", stop)  # the bank must not be chosen again
     call(train.main, *command, "--resume")
     assert visible(tmp_path) == ["model.pt"]
-    whole, parts = (load(run / "model.pt").state_dict() for run in (bank_run, tmp_path))
+    whole, parts = (load(run / "model.pt").state_dict() for run in (nearest_run, tmp_path))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 

@@ -5,22 +5,27 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, ROOT, TORCHRUN, call, script
+from helpers import LITE, QUICK, ROOT, TORCHRUN, call, ended, script, start, take_few_steps
 
-import clflow
 import evaluate
 import train
 from kit.detector import read_checkpoint
 from kit.processes import ALONE, join_processes
 from methods import load
 
-PAINTED, STEPS_PER_EPOCH = clflow.PAINTED, clflow.STEPS_PER_EPOCH  # the values that real processes use
 CPU = ["--device", "cpu"]
+PAINTED, STEPS = 128, 30
+FEW_STEPS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train, clflow
+clflow.PAINTED, clflow.STEPS_PER_EPOCH = {PAINTED}, {STEPS}
+train.run_script(train.main)
+"""  # train.py, faster
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch):
@@ -29,18 +34,14 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     assert join_processes() == ALONE and ALONE.first
 
 
-def two_nodes(*arguments, folders=(ROOT, ROOT)) -> list[subprocess.CompletedProcess]:
-    """Start train.py on each of two "machines", with these working directories. They meet on the loopback address."""
+def start_two_nodes(*arguments, folders: tuple = (ROOT, ROOT)) -> list[subprocess.Popen]:
+    """Start a script on each of two "machines", with these working directories. They meet on the loopback address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "clflow"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
-    command = [*torchrun, str(ROOT / "train.py"), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agents = [subprocess.Popen(command, cwd=folder, **pipes) for folder in folders]
-    said = [agent.communicate(timeout=300) for agent in agents]
-    return [subprocess.CompletedProcess(command, a.returncode, *s) for a, s in zip(agents, said, strict=True)]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, *meeting]
+    return [start(*torchrun, *arguments, folder=folder) for folder in folders]
 
 
 def errors_in(result: subprocess.CompletedProcess) -> list[str]:
@@ -59,7 +60,8 @@ def test_an_error_on_one_machine_ends_all(category, tmp_path):
     options = ["--data", category.name, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 1]
     options += ["--out", tmp_path / "out"]
     (tmp_path / "elsewhere").mkdir()
-    here, elsewhere = two_nodes(*options, folders=(category.parent, tmp_path / "elsewhere"))
+    folders = category.parent, tmp_path / "elsewhere"
+    here, elsewhere = map(ended, start_two_nodes(ROOT / "train.py", *options, folders=folders))
     assert errors_in(elsewhere) == [f"error: --data {category.name}: no such folder"]
     (line,) = errors_in(here)
     assert "another process" in line and not (tmp_path / "out" / "model.pt").exists()
@@ -77,22 +79,24 @@ def weights_of(run) -> torch.Tensor:
 
 
 def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
-    """They train one model together, and judge its test images. If there are several runs, each process trains one."""
+    """They train one model together, and judge its test images."""
     options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 2, "--batch", 2048]
-    one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(clflow, "PAINTED", PAINTED)
-    monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", STEPS_PER_EPOCH)
+    one, two, faster = tmp_path / "one", tmp_path / "two", tmp_path / "faster.py"
+    take_few_steps(monkeypatch, PAINTED, STEPS)
+    faster.write_text(FEW_STEPS)
+    together = start(*TORCHRUN, faster, *options, "--out", two)  # while this process does the same alone
     call(train.main, *options, "--out", one)
-    result = script(*TORCHRUN, "train.py", *options, "--out", two)
+    result = ended(together)
     assert result.returncode == 0 and result.stdout.count("epoch 1/1") == 1, result.stderr
     apart = (weights_of(one) - weights_of(two)).norm() / weights_of(one).norm()
     assert np.allclose(losses_of(two), losses_of(one), rtol=0.02), (losses_of(two), losses_of(one))
     assert apart < 0.4  # 0.8 without shared gradients
 
-    here, there = two_nodes(*options, "--out", tmp_path / "nodes")
+    nodes = [faster, *options, "--out", tmp_path / "nodes"]
+    here, there = map(ended, start_two_nodes(*nodes))
     if "another process of this run has ended" in here.stderr + there.stderr:  # seen once, and not in 22 runs since
         shutil.rmtree(tmp_path / "nodes")
-        here, there = two_nodes(*options, "--out", tmp_path / "nodes")
+        here, there = map(ended, start_two_nodes(*nodes))
     assert here.returncode == there.returncode == 0, f"{here.stderr}\n---- the other:\n{there.stderr}"
     assert np.allclose(losses_of(tmp_path / "nodes"), losses_of(two), rtol=1e-3)
 
@@ -108,6 +112,9 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     scores = [load(run / "model.pt").normal[0].sort().values for run in (one, two)]
     assert len(scores[0]) == len(scores[1]) == 24  # all good images, but in another order
 
-    result = script(*TORCHRUN, "train.py", *options, "--seeds", 2, "--out", tmp_path / "seeds")
+
+def test_of_several_runs_each_process_trains_one(tiny, tmp_path):
+    options = ["--data", tiny, *QUICK, *CPU, "--seeds", 2, "--out", tmp_path]
+    result = script(*TORCHRUN, "train.py", *options, "--classification-weight", 0, "--contrast-weight", 0)
     assert result.returncode == 0 and result.stdout.count("epoch 1/1") == 1, result.stderr
-    assert [row["seed"] for row in json.loads((tmp_path / "seeds" / "results.json").read_text())] == [0, 1]
+    assert [row["seed"] for row in json.loads((tmp_path / "results.json").read_text())] == [0, 1]

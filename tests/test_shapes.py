@@ -123,7 +123,7 @@ def strips_run(strips, tmp_path_factory):
     mask[:, 160:] = 255
     roi = run.with_name("roi.png")
     Image.fromarray(mask).resize((640, 128), Image.Resampling.NEAREST).save(roi)  # any size
-    call(train.main, "--data", strips, "--roi", roi, "--size", 143, *LITE, "--epochs", 1, "--out", run)
+    call(train.main, "--data", strips, "--roi", roi, "--size", 143, *LITE, "--epochs", 1, "--batch", 512, "--out", run)
     return run
 
 

@@ -4,13 +4,11 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, refuse
+from helpers import call, refuse, start
 
 import evaluate
 from kit import data, inspection, measuring, watching
@@ -25,9 +23,18 @@ def rows_of(out, table="scores.csv") -> list[dict]:
         return []
 
 
-def start(*arguments) -> subprocess.Popen:
-    command = [sys.executable, "evaluate.py", *map(str, arguments), "--watch"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def watch_until(condition, *arguments) -> None:
+    """evaluate.py --watch in this process, stopped between two looks once the condition holds."""
+
+    def sleep(seconds):
+        assert time.monotonic() < end, "nothing came of it"
+        if condition():
+            raise KeyboardInterrupt
+
+    end = time.monotonic() + 60
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(watching.time, "sleep", sleep)
+        call(evaluate.main, *arguments, "--watch")
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -42,7 +49,8 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     inbox.mkdir()
     chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
     shutil.copy(chips[0], inbox / "a.png")
-    watcher = start(run, "--images", inbox, "--out", out)
+    command = ["evaluate.py", run, "--images", inbox, "--out", out, "--watch"]
+    watcher = start(*command)
     wait_for(lambda: len(rows_of(out)) == 1)
     whole = chips[1].read_bytes()
     with open(inbox / "slow.png", "wb") as file:  # half of it, for longer than two looks
@@ -61,7 +69,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     (inbox / "a.png").unlink()
     shutil.copy(goods[2], inbox / "d.png")  # arrived while the program was not running
     shutil.copy(chips[2], inbox / "b.png")  # another image under the same name
-    watcher = start(run, "--images", inbox, "--out", out)
+    watcher = start(*command)
     wait_for(lambda: len(rows_of(out)) == 6)
     time.sleep(2.5)
     watcher.send_signal(signal.SIGINT)
@@ -81,15 +89,13 @@ def test_watching_needs_a_folder(run, category, capsys):
     refuse(evaluate.main, capsys, run, "--watch", words=["--watch", "--images"])
 
 
-def test_drift_is_said_while_watching(run, category, tmp_path):
+def test_drift_is_said_while_watching(run, category, tmp_path, capsys):
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     shutil.copytree(category / "test", inbox, ignore=shutil.ignore_patterns("good"))
-    watcher = start(run, "--images", inbox, "--out", out)
-    try:
-        assert any(line.startswith("drift:") for line in watcher.stdout)
-    finally:
-        watcher.kill()
-        watcher.communicate()
+    watch_until(lambda: len(rows_of(out)) == 12, run, "--images", inbox, "--out", out)
+    said = capsys.readouterr().out.splitlines()
+    while_watching = said[: next(i for i, line in enumerate(said) if line.startswith("wrote report.html"))]
+    assert any(line.startswith("drift:") for line in while_watching)
 
 
 def test_a_folder_that_vanishes_ends_nothing(tmp_path):
@@ -133,47 +139,46 @@ def test_the_last_fifty_are_the_last_judged(tmp_path):
     assert [(entry.name, entry.score) for entry in entries] == [("b.png", 2), ("a.png", 3)]
 
 
-def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path):
+def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path, monkeypatch, capsys):
     """The same call without --out, with another detector in the same run folder."""
     inbox = tmp_path / "inbox"
     shutil.copytree(category / "test" / "chip", inbox)
     out = tmp_path / "predictions" / "run" / "inbox"
-    command = [sys.executable, str(ROOT / "evaluate.py"), str(run), "--images", str(inbox), "--watch"]
-
-    def watch_until(count):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        watcher = subprocess.Popen(command, cwd=tmp_path, **pipes)
-        wait_for(lambda: len(rows_of(out)) == count)
-        watcher.send_signal(signal.SIGTERM)
-        return watcher.communicate(timeout=30)[0]
-
-    watch_until(4)
+    monkeypatch.chdir(tmp_path)
+    watch_until(lambda: len(rows_of(out)) == 4, run, "--images", inbox)
     before, page = rows_of(out), (out / "report.html").read_bytes()
     saved = read_checkpoint(run / "model.pt")
     saved["state"]["normal"] += 0.5
     torch.save(saved, run / "model.pt")
     shutil.copy(category / "test" / "good" / "000.png", inbox / "new.png")
-    assert "4 images judged so far" in watch_until(5)
+    capsys.readouterr()
+    watch_until(lambda: len(rows_of(out)) == 5, run, "--images", inbox)
+    assert "4 images judged so far" in capsys.readouterr().out
     after = rows_of(out)
     assert after[:4] == before and after[4]["file"] == "new.png"
     assert after[4]["detector"] == measuring.detector_fingerprint(saved["state"]) != before[0]["detector"]
     assert (out / f"report-{before[0]['detector']}.html").read_bytes() == page
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_path, number):
+def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_path):
     """Started with SIGINT ignored, as nohup and & do."""
-    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    inbox = tmp_path / "inbox"
     inbox.mkdir()
     shutil.copy(data.list_images(category / "test" / "chip")[0], inbox)
+    outs = {number: tmp_path / f"{number}" for number in (signal.SIGTERM, signal.SIGINT)}
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        watcher = start(run, "--images", inbox, "--out", out)
+        watchers = {
+            number: start("evaluate.py", run, "--images", inbox, "--out", out, "--watch")
+            for number, out in outs.items()
+        }
     finally:
         signal.signal(signal.SIGINT, before)
-    wait_for(lambda: len(rows_of(out)) == 1)
-    (out / "report.html").unlink(missing_ok=True)
-    watcher.send_signal(number)
-    said, error = watcher.communicate(timeout=30)
-    assert watcher.returncode == 128 + number and "Traceback" not in error
-    assert "wrote report.html" in said and (out / "report.html").exists()
+    for number, out in outs.items():
+        watcher = watchers[number]
+        wait_for(lambda out=out: len(rows_of(out)) == 1)
+        (out / "report.html").unlink(missing_ok=True)
+        watcher.send_signal(number)
+        said, error = watcher.communicate(timeout=30)
+        assert watcher.returncode == 128 + number and "Traceback" not in error
+        assert "wrote report.html" in said and (out / "report.html").exists()
