@@ -60,8 +60,8 @@
 # | larger images, 384×384 instead of 256×256: the default | .948 | .913 | 256 |
 #
 # - *Joining the scales loses*, if nothing else is done: −.054, and −.146 on *tire*. It makes training eight times
-#   faster. The same row also takes away the paper's classification and contrast, and brings whitening and camera
-#   copies.
+#   faster. The same row also takes away the paper's classification and contrast, its finest scale and six of its eight
+#   couplings. It brings whitening and camera copies.
 # - *The local scale brings most*, +.107 (*tire*: +.216). The classifier comes second, +.024.
 # - *The last three steps cannot be told apart from chance here*: +.005, +.003 and +.007. *metal_plate* is at .996 to
 #   1.000 in every row, so two categories and one seed decide, and another training changes *tire* alone by up to .02.
@@ -655,16 +655,16 @@ of_classifier = follow(without_contrast, loop)
 # ## 6 The contrast
 #
 # The paper's third part pulls what is normal together, and pushes synthetic anomalies away. A common loss for this is
-# InfoNCE (`clflow.info_nce`). It is the cross-entropy of a choice: pick the anomalous row, with the value f, out of N
-# normal rows, with the values f_k, k = 1 … N:
+# InfoNCE (`clflow.info_nce`). It is the cross-entropy of a choice: pick the anomalous row, with the value f, out of
+# this row and N normal rows, which have the values f_k, k = 1 … N:
 #
 # L_con = −log( e^(f/τ) / (e^(f/τ) + Σ_k e^(f_k/τ)) ), averaged over the anomalous rows
 #
 # The temperature τ divides all values. Here τ = 1. A low τ looks at the highest f_k alone, a high τ at all of them
 # alike (exercise 3). L_con falls when f rises and when the f_k fall. This is what "push" and "pull" mean here.
 #
-# **Which values?** One choice is the flow's energies. On two moons the synthetic anomalies are points anywhere except
-# near the moons. Here are the likelihood alone, and the likelihood with 0.1 · L_con:
+# **Which values?** One choice is the flow's energies, tamed as in part 5. On two moons the synthetic anomalies are
+# points anywhere except near the moons. Here are the likelihood alone, and the likelihood with 0.1 · L_con:
 
 # %%
 contrasted = two_moons(contrast_weight=0.1)
@@ -966,13 +966,14 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # machine an AUROC may differ by a hundredth, and with another seed by a few hundredths. The tests allow for that. Add
 # cells below, and use the names from above. Solutions are in [solutions.md](solutions.md).
 #
-# **1 Is it a density?** (part 4) Add up q(x) = e^(−2E) / 2π of the flow `plain` over a grid from −6 to 6, times the
-# area of a cell. Why −2E? *Expect* 0.99 to 1.01. *Test:* it is within 0.03 of 1. With the log-determinant left out of
-# the energy it is not.
+# **1 Is it a density?** (part 4) Add up q(x) = e^(−2E) / 2π of the flow `plain` over a grid of 401 × 401 points from −6
+# to 6, times the area of a cell. Why −2E? *Expect* 0.99 to 1.01. *Test:* it is within 0.03 of 1. With the
+# log-determinant left out of the energy it is not.
 #
-# **2 Additive couplings.** (part 4) Train a flow like that of `benchmarks/toy.py` with s = 0 and no scale: `step.clamp
-# = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about 0.17, where `plain` has about −0.2.
-# Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's energy is negative.
+# **2 Additive couplings.** (part 4) Copy `train` from `benchmarks/toy.py`, and train its flow for `TOY_STEPS` steps
+# with s = 0 and no scale: `step.clamp = 0.0`, and `step.scale.requires_grad_(False)`. *Expect* a mean energy of about
+# 0.17, where `plain` has about −0.2. Why can it not fall below 0? *Test:* `log_det` is zero everywhere, and no point's
+# energy is negative.
 #
 # **3 The temperature.** (part 6) Differentiate L_con with respect to one f_k. Which share of the total gradient of all
 # f_k does the highest f_k get? Compute it with `clflow.info_nce` for f = 1 and eleven f_k, evenly spaced from
@@ -984,10 +985,11 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # apart. Without the floor 60 to 75 % are found.
 #
 # **5 Another synthesizer.** (parts 1, 5) Write `cut_and_paste(image, rng, other=None, roi=None, defects=1)`. It returns
-# the image with `defects` rectangles pasted, their mask and its box. Take height and width of each at random from 1/16
-# to 1/5 of the image's side, and a random place to copy from and to. Train with it in place of `clflow.synthesize` and
-# all defaults. *Expect* about 0.95 of the classifier and 0.97 together, where `synthesize` has 0.947 and 0.964. Which
-# kind of defect changes, and why? *Test:* outside the mask nothing changes, and outside the box there is no mask.
+# the image with `defects` rectangles pasted, their mask, and its box (y0, x0, y1, x1), as `synthesize` does. Take
+# height and width of each at random from 1/16 to 1/5 of the image's side, and a random place to copy from and to. Train
+# with it in place of `clflow.synthesize` (`patch.object`, as in part 6) and all defaults. *Expect* about 0.95 of the
+# classifier and 0.97 together, where `synthesize` has 0.947 and 0.964. Which kind of defect changes, and why? *Test:*
+# outside the mask nothing changes, and outside the box there is no mask.
 #
 # **6 A defect that it cannot see.** (part 8) Train the nearest prototype at 128×128 (`replace(NEAREST, size=128)`) and
 # measure it by kind of defect. Which kind suffers, and why? *Expect* about 0.5 for *blocked* and 0.8 for
@@ -1004,4 +1006,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # **8 How sure is an AUROC?** (part 8) Draw test images with replacement a thousand times, good and defective ones
 # separately, and compute the AUROC of `model` and of `near` on each draw. *Expect* ± 0.02 of each, and a 95 % interval
 # of their difference, `model` minus `near`, from −0.02 to 0.04: 80 images cannot tell which is better. *Test:* the
-# standard deviation of `near` agrees with Hanley and McNeil's formula within a factor of 2.
+# standard deviation of `near` agrees within a factor of 2 with Hanley and McNeil's formula. For an AUROC A of n₁
+# defective and n₀ good images, Q₁ = A / (2 − A) and Q₂ = 2A² / (1 + A), the variance is
+#
+# (A (1 − A) + (n₁ − 1)(Q₁ − A²) + (n₀ − 1)(Q₂ − A²)) / (n₁ n₀)
