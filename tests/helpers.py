@@ -70,7 +70,7 @@ def script(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 
 def visible(folder: Path) -> list[str]:
-    """The contents of all files in a folder, except the list of the program's own files."""
+    """The names of the files in a folder, except the list of the program's own files."""
     return sorted(path.name for path in folder.iterdir() if path.name != LIST)
 
 
