@@ -18,7 +18,7 @@ from kit.processes import ALONE, join_processes
 from methods import load
 
 CPU = ["--device", "cpu"]
-PAINTED, STEPS = 128, 30
+PAINTED, STEPS = 128, 60
 FEW_STEPS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -90,7 +90,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     assert result.returncode == 0 and result.stdout.count("epoch 1/1") == 1, result.stderr
     apart = (weights_of(one) - weights_of(two)).norm() / weights_of(one).norm()
     assert np.allclose(losses_of(two), losses_of(one), rtol=0.02), (losses_of(two), losses_of(one))
-    assert apart < 0.4  # 0.8 without shared gradients
+    assert apart < 0.4, apart  # 0.8 without shared gradients
 
     nodes = [faster, *options, "--out", tmp_path / "nodes"]
     here, there = map(ended, start_two_nodes(*nodes))
