@@ -13,6 +13,7 @@ independent."""
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
 from functools import partial
@@ -34,6 +35,7 @@ from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
+from kit.quantized import CALIBRATION_IMAGES  # noqa: E402
 from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
@@ -66,6 +68,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
+    some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
+    model.round_backbone(data.batches(some, model.shape))
     paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
     painter = Painter(GoodImages([], files), paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
@@ -164,7 +168,8 @@ def kept_features(
     if not cache.exists():
         images = len(data.list_images(data.good_folder(category)))
         size = input_size(size, data.list_images(data.good_folder(category)))
-        settings = CLFlowSettings(images=images, held_out=held_out_count(images), backbone=args.backbone, size=size)
+        facts = {"images": images, "held_out": held_out_count(images), "size": size}
+        settings = CLFlowSettings(backbone=args.backbone, int8=args.int8, **facts)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
     for part in ("good", "copies", "anomalous", "tests"):
@@ -232,6 +237,8 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder for features and results")
     add("--weights", help="file with the backbone's ImageNet weights")
     add("--backbone", default="resnet18")
+    int8 = "features in 8-bit integers where that is fast, as in train.py (default: yes)"
+    add("--int8", action=argparse.BooleanOptionalAction, default=True, help=int8)
     add("--seeds", type=int, default=3)
     add("--device", default="cpu")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")

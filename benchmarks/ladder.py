@@ -139,6 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--out", type=Path, required=True, help="folder for features, runs and results")
     add("--weights", help="file with the backbone's ImageNet weights")
     add("--backbone", default="resnet18")
+    int8 = "features of our form in 8-bit integers where that is fast, as in train.py (default: yes)"
+    add("--int8", action=argparse.BooleanOptionalAction, default=True, help=int8)
     add("--seeds", type=int, default=1)
     add("--device", default="cpu")
     add("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
