@@ -67,8 +67,8 @@
 #   1.000 in every row, so four categories and one seed decide, and another training changes *tire* alone by up to .02.
 #
 # So the mean rises by .065, in less than a third of the time. [results.md](results.md) has the latest state of this
-# table, and further measurements of single parts. The form of the paper here is a reconstruction: the table does not say
-# what the authors' own program reaches.
+# table, and further measurements of single parts. The form of the paper here is a reconstruction: the table does not
+# say what the authors' own program reaches.
 
 # %%
 import sys
