@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 # isort: split
 import argparse
-import copy
 import io
 import json
 import math
@@ -170,7 +169,7 @@ def export(model: Detector, file: Path) -> None:
 def exported_limits(model: Detector) -> Thresholds:
     """The thresholds of a detector as it is exported. If it was calibrated in bfloat16 or with a backbone in int8, its
     scores were slightly different: then the thresholds are multiplied by the median ratio of good images' scores as
-    exported and as they are here."""
+    exported and as they were before. The model then computes as it is exported."""
     limits = model.thresholds()
     if not model.halved and not model.has_int8:
         return limits
@@ -190,9 +189,8 @@ def exported_limits(model: Detector) -> Thresholds:
     files = data.list_images(data.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
-    exported = copy.deepcopy(model)
-    exported.for_export()
-    score_ratio, map_ratio = np.median(scores_and_peaks(exported, some) / before, axis=1)
+    model.for_export()
+    score_ratio, map_ratio = np.median(scores_and_peaks(model, some) / before, axis=1)
     return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
 
 

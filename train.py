@@ -99,9 +99,10 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     shapes.print_others(run.files, model.shape)
     if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
-    if progress is None:
+    if progress is None and model.wants_int8:
+        print("the backbone computes in int8 (8-bit integers)")
         some = good.trained_on[:: math.ceil(len(good.trained_on) / CALIBRATION_IMAGES)]
-        model.round_backbone(data.batches(some, model.shape))
+        model.backbone.measure_rounding(data.batches(some, model.shape))
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):

@@ -68,8 +68,9 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
-    some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
-    model.round_backbone(data.batches(some, model.shape))
+    if model.wants_int8:
+        some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
+        model.backbone.measure_rounding(data.batches(some, model.shape))
     paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
     painter = Painter(GoodImages([], files), paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)

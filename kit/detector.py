@@ -172,13 +172,11 @@ class Detector(nn.Module):
         """Whether the features are computed from numbers of 8 bits."""
         return self.backbone is not None and self.backbone.has_int8
 
-    def round_backbone(self, batches: Iterable[Tensor]) -> None:
-        """Let the backbone compute in int8 if the settings ask for it and this device is fast at it. The batches are of
-        good images, on which it is measured: see kit/quantized.py."""
+    @property
+    def wants_int8(self) -> bool:
+        """Whether training should let the backbone compute in int8: the settings say so, and this device is fast."""
         wanted = getattr(self.settings, "int8", False)  # only some methods have this option
-        if wanted and self.backbone.can_round and quantized.is_fast(self.device):
-            print("the backbone computes in int8 (8-bit integers)")
-            self.backbone.measure_rounding(batches)
+        return wanted and self.backbone.can_round and quantized.is_fast(self.device)
 
     def for_export(self) -> None:
         """Compute in float32 from now on, even where bfloat16 or int8 is faster."""

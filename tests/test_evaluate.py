@@ -493,6 +493,7 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
     assert evaluate.exported_limits(model) == model.thresholds()  # it was calibrated in float32 already
     model.halved = torch.tensor(True)
     before, after = model.thresholds(), evaluate.exported_limits(model)
+    assert model.full_precision  # it computes as it is exported
     assert after.score == pytest.approx(1.1 * before.score)
     assert after.anomaly_map == pytest.approx(1.1 * before.anomaly_map)
 
