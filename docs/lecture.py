@@ -774,9 +774,9 @@ of_model = follow(model, loop)
 # .007, and that of all together by .002, .003 and .006. The sign is the same each time, but no gain is larger than the
 # uncertainty of one AUROC, about .02 (exercise 8).
 #
-# On real images the contrast adds little, too: +.003 in the table at the beginning. It replaces three constants that
-# had to be tuned before, with the same AUROC ([results.md](results.md#claims-of-the-paper)). We continue with this last
-# model, which has all defaults.
+# On real images the contrast adds little, too, see the table at the beginning. It replaces three constants that had to
+# be tuned before, with the same AUROC ([results.md](results.md#claims-of-the-paper)). We continue with this last model,
+# which has all defaults.
 
 # %% [markdown]
 # ## 7 Map, score, threshold, and the promise
