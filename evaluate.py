@@ -169,7 +169,7 @@ def export(model: Detector, file: Path) -> None:
 def exported_limits(model: Detector) -> Thresholds:
     """The thresholds of a detector as it is exported. If it was calibrated in bfloat16 or with a backbone in int8, its
     scores were slightly different: then the thresholds are multiplied by the median ratio of good images' scores as
-    exported and as they were before. The model then computes as it is exported."""
+    exported and as they were before. After such a comparison the model computes as it is exported."""
     limits = model.thresholds()
     if not model.halved and not model.has_int8:
         return limits

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
-import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,10 +40,10 @@ from kit.files import (
     write_table,
     write_text,
 )
-from kit.good import Defect, GoodImages, held_out_count, split
+from kit.good import Defect, GoodImages, held_out_count, round_backbone, split
 from kit.images import read_region
 from kit.processes import Processes, join_processes, pick_device
-from kit.quantized import CALIBRATION_IMAGES, is_fast
+from kit.quantized import is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
@@ -99,10 +98,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     shapes.print_others(run.files, model.shape)
     if processes.first and progress is None:  # it is the one that writes checkpoints
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
-    if progress is None and model.wants_int8:
-        print("the backbone computes in int8 (8-bit integers)")
-        some = good.trained_on[:: math.ceil(len(good.trained_on) / CALIBRATION_IMAGES)]
-        model.backbone.measure_rounding(data.batches(some, model.shape))
+    if progress is None:
+        round_backbone(model, good.trained_on)
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):

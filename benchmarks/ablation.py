@@ -13,7 +13,6 @@ independent."""
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
 from functools import partial
@@ -32,10 +31,9 @@ from kit.backbone import as_rows  # noqa: E402
 from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
-from kit.good import GoodImages, Painter, held_out_count, split  # noqa: E402
+from kit.good import GoodImages, Painter, held_out_count, round_backbone, split  # noqa: E402
 from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
-from kit.quantized import CALIBRATION_IMAGES  # noqa: E402
 from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
@@ -68,9 +66,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = data.list_images(data.good_folder(category))
     tests = data.labelled_images(category)
     started = time.perf_counter()
-    if model.wants_int8:
-        some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
-        model.backbone.measure_rounding(data.batches(some, model.shape))
+    round_backbone(model, files)
     paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
     painter = Painter(GoodImages([], files), paint, model)
     painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)

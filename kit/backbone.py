@@ -33,8 +33,7 @@ RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "re
 class Backbone(nn.Module):
     """A frozen network. It provides `features`, their number of `channels`, the distance of two positions in pixels
     (`stride`), and `load_imagenet`. If it also gives `reach`, the number of pixels around a position that matter to it,
-    large images are processed in windows. If it
-    `can_round`, it can compute in int8: see `Convolutional`."""
+    large images are processed in windows. If it `can_round`, it can compute in int8: see `Convolutional`."""
 
     channels: int
     stride: int

@@ -68,6 +68,15 @@ def training_parser() -> Parser:
         description="Train a detector on good images, for example: python train.py --data mvtec/bottle. Without --data "
         "it draws a demo and trains on that."
     )
+    add_folders(parser)
+    add_training_options(parser)
+    add_run_options(parser)
+    add_method_groups(parser)
+    return parser
+
+
+def add_folders(parser: Parser) -> None:
+    """The method, and the folders that training reads and writes."""
     add = parser.add_argument
     add(
         "--data",
@@ -87,6 +96,11 @@ def training_parser() -> Parser:
     masks_help = "folder with masks for --defects (default: ground_truth/<name>, next to the folder or test/)"
     add("--defect-masks", type=Path, metavar="FOLDER", help=masks_help)
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, saved from report.html (default: none)")
+
+
+def add_training_options(parser: Parser) -> None:
+    """How to train, and on which part of the images."""
+    add = parser.add_argument
     add("--epochs", type=int, help=default_text("epochs", "number of training epochs"))
     batch_help = "batch size: feature vectors for clflow, images for the other methods"
     add("--batch", type=int, help=default_text("batch", batch_help))
@@ -97,6 +111,11 @@ def training_parser() -> Parser:
     add("--size", type=parsed_size, help=default_text("size", size_help))
     roi_help = "mask image; only its white area is inspected (default: the whole image)"
     add("--roi", type=Path, metavar="MASK", help=roi_help)
+
+
+def add_run_options(parser: Parser) -> None:
+    """Which trainings to run, and on which device."""
+    add = parser.add_argument
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     seeds_help = "number of trainings, with seeds --seed, --seed + 1, ...; also writes a table if above 1 (default: 1)"
     add("--seeds", type=int, default=1, help=seeds_help)
@@ -114,8 +133,6 @@ def training_parser() -> Parser:
     )
     add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
-    add_method_groups(parser)
-    return parser
 
 
 def add_method_groups(parser: Parser) -> None:

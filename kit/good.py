@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kit import data
 from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.images import read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
+from kit.quantized import CALIBRATION_IMAGES
 from kit.settings import UNIT
 from kit.windows import at_once, part_shape
 
@@ -56,6 +58,15 @@ def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
     count = held_out_count(len(files))
     order = np.random.default_rng(seed).permutation(len(files))
     return [files[i] for i in order[:count]], [files[i] for i in order[count:]]
+
+
+def round_backbone(model: Detector, files: Sequence[Path]) -> None:
+    """Let the model's backbone compute in int8 if its settings ask for it and its device is fast at it. Scales and
+    biases come from CALIBRATION_IMAGES of these good images at most."""
+    if model.wants_int8:
+        print("the backbone computes in int8 (8-bit integers)")
+        some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
+        model.backbone.measure_rounding(data.batches(some, model.shape))
 
 
 def held_out_count(images: int) -> int:

@@ -49,28 +49,26 @@ def scales_of(net: fx.GraphModule, inputs: Iterable[Tensor]) -> Tensor:
 def correct_biases(net: fx.GraphModule, scales: Tensor, batch: Tensor) -> None:
     """Change the biases of a network so that, on this batch of inputs, each output channel of a convolution has the
     same mean with rounded numbers as without (arXiv 1906.04721)."""
-    convolutions = convolutions_of(net)
-    means = {}
-    hooks = []
-    for number, conv in enumerate(convolutions):
-        hooks.append(conv.register_forward_hook(partial(keep_mean, means, number)))
+    means: dict[nn.Module, Tensor] = {}
+    hooks = [conv.register_forward_hook(partial(keep_mean, means)) for conv in convolutions_of(net)]
     net(batch)
     for hook in hooks:
         hook.remove()
 
     rounded = as_rounded(net, scales)
-    for number, conv in enumerate(convolutions_of(rounded)):
-        conv.register_forward_hook(partial(correct, means[number], convolutions[number].bias))
+    for own, conv in zip(convolutions_of(net), convolutions_of(rounded), strict=True):
+        conv.register_forward_hook(partial(correct, means[own], own.bias))
     rounded(batch)
 
 
 def convolutions_of(net: nn.Module) -> list[nn.Conv2d]:
+    """In the same order for a network and its copies."""
     return [module for module in net.modules() if isinstance(module, nn.Conv2d)]
 
 
-def keep_mean(means: dict[int, Tensor], number: int, conv: nn.Module, inputs: tuple, output: Tensor) -> None:
+def keep_mean(means: dict[nn.Module, Tensor], conv: nn.Module, inputs: tuple, output: Tensor) -> None:
     """A forward hook: store the mean of each channel."""
-    means[number] = output.mean(dim=(0, 2, 3))
+    means[conv] = output.mean(dim=(0, 2, 3))
 
 
 def correct(wanted: Tensor, bias: Tensor, conv: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
@@ -96,13 +94,12 @@ def as_int8(net: fx.GraphModule, scales: Tensor) -> nn.Module:
 def as_rounded(net: fx.GraphModule, scales: Tensor) -> nn.Module:
     """The network with the same rounded numbers in float32 arithmetic: for other devices, and for exports."""
     rounded = with_scales(net, scales, Rounding)
-    for conv in rounded.modules():
-        if isinstance(conv, nn.Conv2d):
-            weight = get_default_qconfig_mapping(ENGINE).global_qconfig.weight()
-            weight(conv.weight)
-            scale, zero = weight.calculate_qparams()
-            rounded_weight = torch.fake_quantize_per_channel_affine(conv.weight, scale, zero.int(), 0, -128, 127)
-            conv.weight = nn.Parameter(rounded_weight, requires_grad=False)
+    for conv in convolutions_of(rounded):
+        observer = get_default_qconfig_mapping(ENGINE).global_qconfig.weight()
+        observer(conv.weight)
+        scale, zero = observer.calculate_qparams()
+        rounded_weight = torch.fake_quantize_per_channel_affine(conv.weight, scale, zero.int(), 0, -128, 127)
+        conv.weight = nn.Parameter(rounded_weight, requires_grad=False)
     return rounded
 
 

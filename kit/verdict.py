@@ -62,12 +62,12 @@ def thresholds(
     and maxima `copies` (2, m) are higher: see `raised`. Raises InputError for fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)
-    heat = threshold(normal[1], rate, images)
+    peak = threshold(normal[1], rate, images)
     if copies is not None and copies.shape[1] > 0:
-        score, heat = raised(score, copies[0], rate), raised(heat, copies[1], rate)
+        score, peak = raised(score, copies[0], rate), raised(peak, copies[1], rate)
     above = round(float((normal[0] > score).mean()) * images)
     at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, images - above))  # Clopper and Pearson's bound
-    return Thresholds(score, heat, images, at_most)
+    return Thresholds(score, peak, images, at_most)
 
 
 def raised(limit: float, copies: np.ndarray, rate: float) -> float:
