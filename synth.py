@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from kit.detector import side_of
 from kit.errors import run_script
-from kit.images import foreground
+from kit.images import foreground, is_grey
 
 LATTICE = 64  # gradients per side; beyond them the lattice repeats
 MARGIN = 6  # radius in pixels of the filter that softens a mask's edge
@@ -173,8 +173,7 @@ def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng:
         filling = toned(image[part], rng)
     else:
         filling = displaced(image, rng)[part]
-    is_grey = np.abs(image - image[..., :1]).max() < 0.02
-    if is_grey:  # a monochrome camera sees no coloured defects
+    if is_grey(image):  # a monochrome camera sees no coloured defects
         return filling.mean(axis=-1, keepdims=True)
     return filling
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from kit.images import FORMATS, read_image
+from kit.images import FORMATS, is_grey, read_image
 
 BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
 NOISE = 0.03  # standard deviation, at most
@@ -37,8 +37,7 @@ def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     A blur in half of the copies, then Gaussian noise of a random strength in all, then JPEG compression in two thirds.
     Grey images stay grey."""
-    is_grey = np.ptp(image, axis=2).max() < 0.02
-    channels = 1 if is_grey else 3
+    channels = 1 if is_grey(image) else 3
     copy = image
     if rng.random() < 1 / 2:
         copy = blurred(copy, rng.uniform(*BLUR))

@@ -1,5 +1,5 @@
-"""One image: decoding, checks, conversion to RGB in [0, 1]; masks; and where the object is. Arrays are numpy, (H, W, 3)
-float32."""
+"""One image: decoding, checks, conversion to RGB in [0, 1]; masks; whether it is grey, and where the object is. Arrays
+are numpy, (H, W, 3) float32."""
 
 from pathlib import Path
 
@@ -191,7 +191,13 @@ def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
     return region
 
 
-# ---------------------------------------------------------------- where the object is
+# ---------------------------------------------------------------- what is in an image
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether a monochrome camera took this image (H, W, 3). Every fourth pixel along each axis is enough to tell."""
+    some = image[::4, ::4]
+    return bool(np.abs(some - some[..., :1]).max() < 0.02)
 
 
 def foreground(image: np.ndarray) -> np.ndarray:

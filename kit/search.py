@@ -42,18 +42,15 @@ def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype,
     queries = F.pad((rows - prototypes.centre).to(dtype), (0, 2), value=1.0)
     out = None if excluded is None else left_out(prototypes.origin, excluded)
     exports = torch.compiler.is_compiling()
-    if exports:
-        keys = keys_of(prototypes.bank, dtype)  # an export has no cache
-    else:
-        keys = prototypes.keys.of(prototypes.bank, dtype)
     # An export cannot have loops that depend on values; on a GPU, starting each step of these loops takes too long.
     if exports or rows.device.type != "cpu":
+        keys = keys_of(prototypes.bank, dtype) if exports else prototypes.keys.of(prototypes, dtype)
         return among_all(in_equal_parts(queries, parts), keys, out)
-    found = among_cells(prototypes, queries, keys, out, LOOKED_INTO)
+    found = among_cells(prototypes, queries, out, LOOKED_INTO)
     is_far = prototypes.difference(rows, found).norm(dim=1) > prototypes.spacing[found]
     if is_far.any():
         out = None if out is None else out.of(is_far)
-        found[is_far] = among_cells(prototypes, queries[is_far], keys, out, LOOKED_INTO_IF_FAR)
+        found[is_far] = among_cells(prototypes, queries[is_far], out, LOOKED_INTO_IF_FAR)
     return found
 
 
@@ -81,14 +78,19 @@ def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
 
 
 class Keys:
-    """Caches `keys_of` a bank: computing them takes a tenth of the time of a search."""
+    """Caches the keys of a bank: computing them takes a tenth of the time of a search."""
 
     def __init__(self):
-        self.made, self.made_of = torch.zeros(0), torch.zeros(0)  # the keys, and the bank that they belong to
+        self.made: Tensor | list[Tensor] = []
+        self.made_of, self.dtype = torch.zeros(0), torch.float32  # the bank that they belong to
 
-    def of(self, bank: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.made_of is not bank or self.made.dtype != dtype:
-            self.made_of, self.made = bank, keys_of(bank, dtype)
+    def of(self, prototypes: nn.Module, dtype: torch.dtype) -> Tensor | list[Tensor]:
+        """`keys_of` the bank; on a CPU those of each cell, see `keys_in_cells`."""
+        bank = prototypes.bank
+        if self.made_of is not bank or self.dtype != dtype:
+            made = keys_of(bank, dtype)
+            self.made = keys_in_cells(made, prototypes.sizes) if bank.device.type == "cpu" else made
+            self.made_of, self.dtype = bank, dtype
         return self.made
 
 
@@ -131,33 +133,63 @@ def cells_of(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, torch.from_numpy(kmeans.cluster_centers_).to(bank)[found], sizes
 
 
-def among_cells(prototypes: nn.Module, queries: Tensor, keys: Tensor, out: LeftOut | None, looks: int) -> Tensor:
+def keys_in_cells(keys: Tensor, sizes: Tensor) -> list[Tensor]:
+    """The keys (p, C + 2) of the prototypes in each cell. In bfloat16 they are padded with keys that no query finds:
+    see `shape_step`."""
+    cells = []
+    for members in keys.split(sizes.tolist()):
+        padding = keys.new_zeros(-len(members) % shape_step(keys.dtype), keys.shape[1])
+        padding[:, -2] = FAR
+        cells.append(torch.cat((members, padding)))
+    return cells
+
+
+def shape_step(dtype: torch.dtype) -> int:
+    """In this type, numbers of queries and of keys in a product should be multiples of this. A CPU's bfloat16 kernels
+    are compiled for each new shape of a product, which takes longer than the product. So there should be few shapes."""
+    return 1 if dtype == torch.float32 else 32
+
+
+def among_cells(prototypes: nn.Module, queries: Tensor, out: LeftOut | None, looks: int) -> Tensor:
     """`among_all`, but each query searches only `looks` cells: those with the nearest centres, among the cells that
     have a prototype that counts."""
-    sizes = prototypes.sizes.tolist()
+    sizes = prototypes.sizes
+    looks = min(looks, len(sizes))
     nearness = queries @ keys_of(prototypes.centres, queries.dtype).T
     if out is not None:
-        cells = out.is_out.split(sizes, dim=1)
+        cells = out.is_out.split(sizes.tolist(), dim=1)
         is_empty = torch.stack([of_cell.all(dim=1) for of_cell in cells], dim=1)
         nearness[is_empty[out.kind]] = FAR
-    looks = min(looks, len(sizes))
-    cell = nearness.topk(looks, dim=1).indices.flatten()  # the first `looks` of these belong to query 0, ...
+
+    # A visit is a query in a cell: the first `looks` visits belong to query 0, ... They are sorted by cell.
+    cell = nearness.topk(looks, dim=1).indices.flatten()
     order = cell.argsort(stable=True)
-    visits = order.split(cell.bincount(minlength=len(sizes)).tolist())
-    similarity = queries.new_empty(len(cell))
-    found = torch.empty_like(cell)
-    first = 0
-    for number, (members, visitors) in enumerate(zip(keys.split(sizes), visits, strict=True)):
-        visitor = visitors // looks
-        similar = queries[visitor] @ members.T
+    visits = cell.bincount(minlength=len(sizes))
+    step = shape_step(queries.dtype)
+    places = (visits + step - 1) // step * step  # of each cell; those that no visit needs repeat the first query
+    place = torch.arange(len(cell)) + starts(places, visits) - starts(visits, visits)
+    visitor = torch.zeros(int(places.sum()), dtype=torch.long)
+    visitor[place] = order // looks
+
+    found = []
+    places = places.tolist()
+    parts = zip(queries[visitor].split(places), prototypes.keys.of(prototypes, queries.dtype), strict=True)
+    kinds = None if out is None else out.kind[visitor].split(places)
+    for number, (visitors, keys) in enumerate(parts):
+        similar = visitors @ keys.T
         if out is not None and cells[number].any():
-            similar[cells[number][out.kind[visitor]]] = FAR
-        best = similar.max(dim=1)
-        similarity[visitors] = best.values
-        found[visitors] = first + best.indices
-        first += len(members)
+            similar[:, : cells[number].shape[1]][cells[number][kinds[number]]] = FAR
+        found.append(similar.max(dim=1))
+    similarity, index = torch.empty_like(queries[:, 0].repeat(looks)), torch.empty_like(cell)
+    similarity[order] = torch.cat([best.values for best in found])[place]
+    index[order] = torch.cat([best.indices for best in found])[place] + starts(sizes, visits)
     best = similarity.view(-1, looks).argmax(dim=1, keepdim=True)
-    return found.view(-1, looks).gather(1, best)[:, 0]
+    return index.view(-1, looks).gather(1, best)[:, 0]
+
+
+def starts(lengths: Tensor, times: Tensor) -> Tensor:
+    """Where each of several consecutive parts with these `lengths` (K,) starts, repeated as many `times` (K,)."""
+    return (lengths.cumsum(dim=0) - lengths).repeat_interleave(times)
 
 
 # ---------------------------------------------------------------- through all

@@ -114,9 +114,16 @@ def test_calibration_by_hand():
 
 
 @pytest.mark.parametrize(
-    "found, fast", [({"avx512_bf16": True}, False), ({"avx512_bf16": True, "amx_bf16": True}, True)]
+    "found, fast",
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC"}, False),
+        ({"avx512_bf16": True}, False),
+    ],
 )
-def test_half_the_bits_are_used_where_there_are_matrix_units(monkeypatch, found, fast):
+def test_half_the_bits_are_used_where_that_is_faster(monkeypatch, found, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert has_fast_bfloat16(torch.device("cpu")) == fast
 
