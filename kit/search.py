@@ -161,26 +161,24 @@ def among_cells(prototypes: nn.Module, queries: Tensor, out: LeftOut | None, loo
         is_empty = torch.stack([of_cell.all(dim=1) for of_cell in cells], dim=1)
         nearness[is_empty[out.kind]] = FAR
 
-    # A visit is a query in a cell: the first `looks` visits belong to query 0, ... They are sorted by cell.
+    # A visit is one query in one cell. The first `looks` visits belong to query 0, the next ones to query 1, ...
     cell = nearness.topk(looks, dim=1).indices.flatten()
-    order = cell.argsort(stable=True)
-    visits = cell.bincount(minlength=len(sizes))
+    order = cell.argsort(stable=True)  # sorts the visits by cell
+    visits = cell.bincount(minlength=len(sizes))  # of each cell
     step = shape_step(queries.dtype)
-    places = (visits + step - 1) // step * step  # of each cell; those that no visit needs repeat the first query
+    places = (visits + step - 1) // step * step  # of each cell; a place that no visit takes repeats query 0
     place = torch.arange(len(cell)) + starts(places, visits) - starts(visits, visits)
     visitor = torch.zeros(int(places.sum()), dtype=torch.long)
     visitor[place] = order // looks
 
     found = []
-    places = places.tolist()
-    parts = zip(queries[visitor].split(places), prototypes.keys.of(prototypes, queries.dtype), strict=True)
-    kinds = None if out is None else out.kind[visitor].split(places)
+    parts = zip(visitor.split(places.tolist()), prototypes.keys.of(prototypes, queries.dtype), strict=True)
     for number, (visitors, keys) in enumerate(parts):
-        similar = visitors @ keys.T
+        similar = queries[visitors] @ keys.T
         if out is not None and cells[number].any():
-            similar[:, : cells[number].shape[1]][cells[number][kinds[number]]] = FAR
+            similar[:, : cells[number].shape[1]][cells[number][out.kind[visitors]]] = FAR
         found.append(similar.max(dim=1))
-    similarity, index = torch.empty_like(queries[:, 0].repeat(looks)), torch.empty_like(cell)
+    similarity, index = queries.new_empty(len(cell)), torch.empty_like(cell)
     similarity[order] = torch.cat([best.values for best in found])[place]
     index[order] = torch.cat([best.indices for best in found])[place] + starts(sizes, visits)
     best = similarity.view(-1, looks).argmax(dim=1, keepdim=True)
