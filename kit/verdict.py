@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage, stats
+from scipy import ndimage, special  # scipy.stats takes half a second to import
 
 from kit.errors import InputError
 from kit.settings import LEAST_IMAGES
@@ -66,7 +66,7 @@ def thresholds(
     if copies is not None and copies.shape[1] > 0:
         score, peak = raised(score, copies[0], rate), raised(peak, copies[1], rate)
     above = round(float((normal[0] > score).mean()) * images)
-    at_most = float(stats.beta.ppf(CONFIDENCE, above + 1, images - above))  # Clopper and Pearson's bound
+    at_most = float(special.betaincinv(above + 1, images - above, CONFIDENCE))  # Clopper and Pearson's bound
     return Thresholds(score, peak, images, at_most)
 
 
@@ -113,10 +113,10 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     if k >= 10 and images == len(logs):
         return float(np.sort(values)[-k])
     middle = np.median(logs)
-    first_guess = believed(np.median(np.abs(logs - middle)) / stats.norm.ppf(0.75), images)
+    first_guess = believed(np.median(np.abs(logs - middle)) / special.ndtri(0.75), images)
     clipped = np.clip(logs, middle - CLIPPED_AT * first_guess, middle + CLIPPED_AT * first_guess)
     deviation = believed(clipped.std(ddof=1) / CLIPPED_DEVIATION, images)
-    t = stats.t.ppf(1 - rate, images - 1 + BELIEVED)
+    t = special.stdtrit(images - 1 + BELIEVED, 1 - rate)
     return float(np.exp(clipped.mean() + t * np.sqrt(1 + 1 / images) * deviation))
 
 
@@ -127,8 +127,9 @@ def believed(deviation: float, images: int) -> float:
 
 def clipped_deviation(reach: float) -> float:
     """The deviation of a standard normal variable that is clipped to -reach..reach."""
-    inside = stats.norm.cdf(reach) - stats.norm.cdf(-reach)
-    variance = inside - 2 * reach * stats.norm.pdf(reach) + reach**2 * (1 - inside)
+    inside = special.ndtr(reach) - special.ndtr(-reach)
+    density = np.exp(-(reach**2) / 2) / np.sqrt(2 * np.pi)
+    variance = inside - 2 * reach * density + reach**2 * (1 - inside)
     return float(np.sqrt(variance))
 
 
@@ -143,7 +144,7 @@ def odd_ones(values: np.ndarray) -> np.ndarray:
         return np.array([], dtype=int)
     logs = np.log(np.maximum(values, LEAST_SCORE))
     away = logs - np.median(logs)
-    deviation = max(np.median(np.abs(away)) / stats.norm.ppf(0.75), 0.01)  # for copies of one image it would be zero
+    deviation = max(np.median(np.abs(away)) / special.ndtri(0.75), 0.01)  # for copies of one image it would be zero
     odd = np.flatnonzero(away > ODD * deviation)
     return odd[np.argsort(-away[odd], kind="stable")]
 
