@@ -133,9 +133,9 @@ class Options:
 
 
 OPTIONS = {
-    "clflow": Options(CLFlowSettings, {"backbone": LITE0}),
+    "clflow": Options(CLFlowSettings, {"backbone": LITE0, "size": 256}),
     "paper": Options(PaperSettings, {"backbone": LITE0}, least_images=FOR_HELD_OUT),
-    "nearest": Options(NearestSettings, {"backbone": LITE0}),
+    "nearest": Options(NearestSettings, {"backbone": LITE0, "size": 256}),
     "autoencoder": Options(
         AutoencoderSettings,
         {"size": 128, "epochs": 8, "lr": 5e-3, "backbone": LITE0, "bank": 1000},
