@@ -2,7 +2,8 @@
 
 A detector learns from the good images as they are. All test images are then changed in the same way, or (`mixed`)
 each in another way. The benchmark reports image AUROC, false alarms and recall at the default threshold. Then it
-recalibrates on up to 20 changed good images (at most half of the good test images), and measures the others again.
+recalibrates on up to 20 changed good images (at most half of the good test images), and measures the others again;
+not if there are too few (NaN).
 
 python benchmarks/shift.py mvtec/screw more/tire --weights FILE --out shift
 python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods clflow nearest --few 10 20 40
@@ -12,6 +13,7 @@ OUT/results.jsonl gets a line for each category, seed, method and shift. The sam
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ from kit.camera import blurred, compressed  # noqa: E402
 from kit.data import LabelledImage  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.images import read_image  # noqa: E402
+from kit.settings import LEAST_IMAGES  # noqa: E402
 from methods import load  # noqa: E402
 
 METHODS = {
@@ -119,6 +122,8 @@ def measured(run: Path, tests: list[LabelledImage], shift: str, device: str) -> 
     row |= metrics.shares_at(limit, labels, scores)
     good = np.flatnonzero(~labels)
     new = good[: min(RECALIBRATED_ON, len(good) // 2)]
+    if len(new) < LEAST_IMAGES:
+        return row | {"recalibrated_false_alarms": math.nan, "recalibrated_recall": math.nan}
     model.calibrate([[e[i : i + 1] for e in energies[n // 8]] for n, i in ((n, n % 8) for n in new)])
     left = np.setdiff1d(np.arange(len(tests)), new)
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
@@ -186,7 +191,7 @@ def print_table(rows: list[dict], shifts: list[str]) -> None:
                     means.append(np.mean([[row[name] for name in names] for row in mine], axis=0))
             if means:
                 values = np.array(means)
-                cells = [*values.mean(axis=0), values[:, 0].min(), values[:, 1].max()]
+                cells = [*np.nanmean(values, axis=0), values[:, 0].min(), values[:, 1].max()]
                 print(f"| {shift} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
 
 
