@@ -51,18 +51,6 @@ def refuse(main, capsys, *arguments: object, words: list) -> None:
     assert all(str(word) in stderr for word in words), stderr
 
 
-def start(*arguments: object, folder: Path = ROOT) -> subprocess.Popen:
-    """A real process, started in this folder."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """A real process at its end."""
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-
 def script(*arguments: object, **options) -> subprocess.CompletedProcess:
     """Run a command as a process of its own."""
     command = [sys.executable, *map(str, arguments)]

@@ -4,15 +4,14 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, QUICK, ROOT, call, refuse, start, take_few_steps, visible
+from forked import start, wait_for
+from helpers import LITE, QUICK, ROOT, call, refuse, take_few_steps, visible
 from PIL import Image
 
 import clflow
@@ -354,8 +353,9 @@ def test_figures_of_a_run_where_another_call_is_writing_are_not_touched(tiny, tm
     assert contents(second) == before and "metrics.json" in before
 
 
-SLOW_WRITES = """
+SLOW_WRITES = f"""
 import sys, time, torch
+sys.path.insert(0, {str(ROOT)!r})
 save = torch.save
 def slow(what, to):
     import io
@@ -376,23 +376,23 @@ train.main(sys.argv[1:])
 
 def test_a_kill_within_a_write_leaves_the_checkpoint_before(tiny, tmp_path):
     """Two kills, each while a checkpoint is half written. --resume continues the training in between."""
-    command = [sys.executable, "-c", SLOW_WRITES, "--data", tiny, "--out", tmp_path / "run", *QUICK]
-    command = [str(part) for part in [*command, "--epochs", 40, "--resume"]]
+    (tmp_path / "slow.py").write_text(SLOW_WRITES)
+    command = [tmp_path / "slow.py", "--data", tiny, "--out", tmp_path / "run", *QUICK, "--device", "cpu"]
+    command += ["--epochs", 40, "--resume"]
     folder = tmp_path / "run" / UNFINISHED
     epochs = []
     for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = start(*command)
         deadline, seen = time.time() + 100, 0
-        while seen < 2 and time.time() < deadline and process.poll() is None:  # until the second write of this process
+        while seen < 2 and time.time() < deadline and process.returncode is None:  # until its second write
             if list(folder.glob(f"*.tmp{process.pid}")):
                 seen += 1
-                while seen < 2 and list(folder.glob(f"*.tmp{process.pid}")) and process.poll() is None:
+                while seen < 2 and list(folder.glob(f"*.tmp{process.pid}")) and process.returncode is None:
                     time.sleep(0.01)
             time.sleep(0.01)
-        assert process.poll() is None and seen == 2, process.stderr.read()
+        assert process.returncode is None and seen == 2, process.stderr.read_text()
         time.sleep(0.2)  # during the pause in the middle of the write
         process.kill()
-        process.communicate()
         assert list(folder.glob(f"*.tmp{process.pid}")), "killed beside the write"
         epochs.append(len(read_checkpoint(folder / STATE)["progress"]["log"]))
     assert epochs == sorted(epochs)
@@ -547,7 +547,7 @@ def test_two_trainings_into_one_folder_the_second_is_refused(category, tmp_path,
 
 
 def test_both_signals_end_a_training_in_order(tiny, tmp_path):
-    command = ["train.py", "--data", tiny, *QUICK, "--epochs", 500]
+    command = ["train.py", "--data", tiny, *QUICK, "--device", "cpu", "--epochs", 500]
     command += ["--classification-weight", 0, "--contrast-weight", 0]  # nothing is painted, to save time
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and & leave it
     try:
@@ -557,13 +557,11 @@ def test_both_signals_end_a_training_in_order(tiny, tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     for number, process in processes.items():
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):  # the first epoch is on the disk now
-                break
+        wait_for(lambda process=process: "\nepoch 2/" in process.stdout.read_text())  # the first one is on the disk now
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        ended = process.ended(seconds=60)
         said = "stopped; to continue, add --resume to the same command\n"
-        assert process.returncode == 128 + number and error == said
+        assert ended.returncode == 128 + number and ended.stderr == said
         assert read_checkpoint(tmp_path / f"{number}" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
 
