@@ -1,6 +1,7 @@
 """Scripts in real processes that start at once."""
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -64,6 +65,7 @@ class Started:
 
 def run_as_main(path: Path, arguments: list[str], folder: Path, environment: dict[str, str], output: list[Path]):
     """`python path arguments`, in the copy of a process. Its output goes to these two files."""
+    gc.freeze()  # what the tests left behind is not for this process to clean up
     for descriptor, file in zip((1, 2), output, strict=True):
         os.dup2(os.open(file, os.O_WRONLY), descriptor)
     sys.stdout = open(1, "w", closefd=False)

@@ -19,8 +19,10 @@ from synth import synthesize
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
+FINISHED = ["--epochs", 3, "--size", 192, "--batch", 512, "--bank", 400]  # of finished_run
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--batch", 64]
+QUICKEST = ["--method", "nearest", *LITE, "--size", 64, "--bank", 40]  # where the method does not matter
 SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
 TINY = {"train/good": 12, "test/good": 5, "test/chip": 3}  # for tests that do not look at how well it learns
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
