@@ -88,9 +88,9 @@ def projecting_run(category, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def paper_run(category, tmp_path_factory) -> Path:
     """A run of CL-Flow in the paper's own form."""
-    options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 3, "--steps", 4]
+    options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 2, "--steps", 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper, "IMAGES_PER_EPOCH", 144)  # to save time
+        patch.setattr(paper, "IMAGES_PER_EPOCH", 108)  # to save time
         return train_blind(category, tmp_path_factory.mktemp("paper"), *options)
 
 
