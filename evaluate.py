@@ -149,6 +149,8 @@ def export(model: Detector, file: Path) -> None:
     """Export a detector on the CPU: FILE.onnx for other runtimes, any other name as a torch.export program, which
     torch.export.load reads. It computes in float32, so that its scores are the same on any machine; activations that
     were rounded to 8 bits still are."""
+    if file.suffix == ".onnx":
+        need_onnx()
     limits = exported_limits(model)
     model.for_export()
     height, width = model.shape
@@ -201,12 +203,16 @@ def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
-def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thresholds) -> bytes:
-    """The program as an ONNX file. Its metadata hold the thresholds and describe the preprocessing of images."""
+def need_onnx() -> None:
+    """Raises InputError if the packages that ONNX needs are missing: before the export, which takes seconds."""
     try:
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise InputError("--export FILE.onnx: needs two more packages: pip install onnx onnxscript") from error
+
+
+def as_onnx(program: torch.export.ExportedProgram, model: Detector, limits: Thresholds) -> bytes:
+    """The program as an ONNX file. Its metadata hold the thresholds and describe the preprocessing of images."""
     names = {"input_names": ["images"], "output_names": ["maps", "scores"]}
     graph = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
     height, width = model.shape

@@ -14,9 +14,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import LITE, NEAREST, SMALL, TINY, call, take_few_steps
+from helpers import FINISHED, LITE, NEAREST, SMALL, TINY, call, take_few_steps
 
 import train
+from kit import calibration
 from kit.demo import draw_demo
 from methods import autoencoder, paper
 
@@ -26,7 +27,8 @@ def few_steps():
     """Fewer painted defects and few steps: most tests look at what a training writes, and not at how well it learns.
     Real processes use the full numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        take_few_steps(patch, painted=32, steps=10)
+        take_few_steps(patch, painted=16, steps=5)
+        patch.setattr(calibration, "COPIES", 6)
         yield
 
 
@@ -59,10 +61,10 @@ def train_blind(category: Path, out: Path, *options: object) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(category, tmp_path_factory) -> Path:
     """A CL-Flow run. Tests must not change it; they change a copy."""
-    options = [*LITE, "--epochs", 3, "--size", 192, "--batch", 512]
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=64, steps=50)
-        return train_blind(category, tmp_path_factory.mktemp("run"), *options)
+        patch.setattr(calibration, "COPIES", 30)
+        return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, *FINISHED)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +78,8 @@ def nearest_run(category, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def projecting_run(category, tmp_path_factory) -> Path:
     """A run of the autoencoder."""
-    options = ["--method", "autoencoder", *LITE, "--size", 96, "--epochs", 3, "--batch", 4, "--lr", 0.005]
+    options = ["--method", "autoencoder", *LITE, "--size", 96, "--epochs", 2, "--batch", 4, "--lr", 0.005]
+    options += ["--bank", 200]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder, "IMAGES_PER_EPOCH", 216)  # to save time
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)
@@ -85,9 +88,9 @@ def projecting_run(category, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def paper_run(category, tmp_path_factory) -> Path:
     """A run of CL-Flow in the paper's own form."""
-    options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 3, "--steps", 4]
+    options = ["--method", "paper", *LITE, "--size", 128, "--epochs", 2, "--steps", 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper, "IMAGES_PER_EPOCH", 144)  # to save time
+        patch.setattr(paper, "IMAGES_PER_EPOCH", 108)  # to save time
         return train_blind(category, tmp_path_factory.mktemp("paper"), *options)
 
 

@@ -19,8 +19,10 @@ from synth import synthesize
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
+FINISHED = ["--epochs", 3, "--size", 192, "--batch", 512, "--bank", 400]  # of finished_run
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--batch", 64]
+QUICKEST = ["--method", "nearest", *LITE, "--size", 64, "--bank", 40]  # where the method does not matter
 SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
 TINY = {"train/good": 12, "test/good": 5, "test/chip": 3}  # for tests that do not look at how well it learns
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -49,18 +51,6 @@ def refuse(main, capsys, *arguments: object, words: list) -> None:
     stderr = capsys.readouterr().err
     assert stop.value.code == 2 and stderr.count("\n") == 1, stderr
     assert all(str(word) in stderr for word in words), stderr
-
-
-def start(*arguments: object, folder: Path = ROOT) -> subprocess.Popen:
-    """A real process, started in this folder."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """A real process at its end."""
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def script(*arguments: object, **options) -> subprocess.CompletedProcess:

@@ -124,8 +124,8 @@ class VisionTransformer(Backbone):
 
     def __init__(self):
         super().__init__()
-        self.vit = torchvision.models.vit_b_16()
-        self.vit.encoder.layers = self.vit.encoder.layers[:2]
+        shape = {"num_layers": 2, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+        self.vit = torchvision.models.VisionTransformer(image_size=224, patch_size=16, **shape)
         self.eval().requires_grad_(False)
 
     def features(self, images):

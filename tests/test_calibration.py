@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,12 +47,15 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
 # ---------------------------------------------------------------- a threshold from new images
 
 
+@cache
+def button(day: int, number: int) -> np.ndarray:
+    return draw_button(np.random.default_rng([100 + day, number]), "good")[0]
+
+
 def draw_buttons(to: Path, count: int, day: int) -> Path:
     """A folder of good images that belong to no category."""
     for number in range(count):
-        draw.save_picture(
-            to / f"{number}.png", Image.fromarray(draw_button(np.random.default_rng([100 + day, number]), "good")[0])
-        )
+        draw.save_picture(to / f"{number}.png", Image.fromarray(button(day, number)))
     return to
 
 
@@ -281,9 +285,10 @@ def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category
         if learns and limit < second / 2:
             assert f"raise the threshold from {limit:.3f} to {1.2 * limit:.3f}" in said
             assert after == pytest.approx(1.2 * limit)
-            assert load_again(model, run).thresholds() == model.thresholds()
-            model.calibrate([[torch.rand(6, 4, 4)] * len(model.shares)])
-            assert model.copies.shape == (2, 0)  # a new calibration starts without the old copies
+            again = load_again(model, run)
+            assert again.thresholds() == model.thresholds()
+            again.calibrate([[torch.rand(6, 4, 4)] * len(model.shares)])
+            assert again.copies.shape == (2, 0)  # a new calibration starts without the old copies
 
 
 def load_again(model, run):

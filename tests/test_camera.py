@@ -1,3 +1,5 @@
+from functools import cache
+
 import numpy as np
 import pytest
 from helpers import call
@@ -19,12 +21,25 @@ from kit.camera import (
 from kit.demo import draw_button
 
 
+@cache
+def photograph(number: int, defect: str) -> np.ndarray:
+    image = np.float32(draw_button(np.random.default_rng([50, number]), defect)[0]) / 255
+    image.flags.writeable = False
+    return image
+
+
 def photographs(count: int, defect: str = "good") -> list[np.ndarray]:
-    return [np.float32(draw_button(np.random.default_rng([50, i]), defect)[0]) / 255 for i in range(count)]
+    return [photograph(i, defect) for i in range(count)]
 
 
 def measures_of(images: list[np.ndarray]) -> np.ndarray:
     return np.stack([measured(image) for image in images])
+
+
+@cache
+def normal() -> np.ndarray:
+    """The usual measures of twenty photographs."""
+    return usual(measures_of(photographs(40)[20:]))
 
 
 CHANGES = {
@@ -40,14 +55,14 @@ CHANGES = {
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_change_of_the_camera_is_named(word, count):
     images = [np.float32(CHANGES[word](image)).clip(0, 1) for image in photographs(count)]
-    assert word in differences(measures_of(images), usual(measures_of(photographs(40)[20:])))
+    assert word in differences(measures_of(images), normal())
 
 
 def test_images_of_the_same_camera_do_not_differ_nor_do_defects():
-    normal = usual(measures_of(photographs(40)[20:]))
-    assert differences(measures_of(photographs(20)), normal) == []
-    assert [differences(measures_of([image]), normal) for image in photographs(20)] == [[]] * 20
-    assert differences(measures_of(photographs(20, "chip")), normal) == []
+    same_camera = measures_of(photographs(20))
+    assert differences(same_camera, normal()) == []
+    assert [differences(row[None], normal()) for row in same_camera] == [[]] * 20
+    assert differences(measures_of(photographs(20, "chip")), normal()) == []
 
 
 def test_compression_is_read_from_the_file(tmp_path):

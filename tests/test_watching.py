@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from helpers import call, refuse, start
+from forked import start, wait_for
+from helpers import call, refuse
 
 import evaluate
 from kit import data, inspection, measuring, watching
@@ -37,19 +38,12 @@ def watch_until(condition, *arguments) -> None:
         call(evaluate.main, *arguments, "--watch")
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing came of it"
-        time.sleep(0.1)
-
-
 def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, capsys):
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
     chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
     shutil.copy(chips[0], inbox / "a.png")
-    command = ["evaluate.py", run, "--images", inbox, "--out", out, "--watch"]
+    command = ["evaluate.py", run, "--images", inbox, "--out", out, "--watch", "--device", "cpu"]
     watcher = start(*command)
     wait_for(lambda: len(rows_of(out)) == 1)
     whole = chips[1].read_bytes()
@@ -65,7 +59,6 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     wait_for(lambda: len(rows_of(out)) == 4)
     refuse(evaluate.main, capsys, run, "--images", chips[0], "--out", out, words=["--out", "another call"])
     watcher.kill()
-    watcher.communicate()
     (inbox / "a.png").unlink()
     shutil.copy(goods[2], inbox / "d.png")  # arrived while the program was not running
     shutil.copy(chips[2], inbox / "b.png")  # another image under the same name
@@ -73,8 +66,8 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     wait_for(lambda: len(rows_of(out)) == 6)
     time.sleep(2.5)
     watcher.send_signal(signal.SIGINT)
-    said, error = watcher.communicate(timeout=30)
-    assert watcher.returncode == 130 and "Traceback" not in error and "4 images judged so far" in said
+    ended = watcher.ended(seconds=30)
+    assert ended.returncode == 130 and "Traceback" not in ended.stderr and "4 images judged so far" in ended.stdout
     names = [row["file"] for row in rows_of(out)]
     assert sorted(names) == ["a.png", "b.png", "b.png", "d.png", "slow.png", "tray 2/c.png"]
     stamps = {(row["file"], row["bytes"], row["changed"]) for row in rows_of(out)}
@@ -169,7 +162,7 @@ def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         watchers = {
-            number: start("evaluate.py", run, "--images", inbox, "--out", out, "--watch")
+            number: start("evaluate.py", run, "--images", inbox, "--out", out, "--watch", "--device", "cpu")
             for number, out in outs.items()
         }
     finally:
@@ -179,6 +172,6 @@ def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_
         wait_for(lambda out=out: len(rows_of(out)) == 1)
         (out / "report.html").unlink(missing_ok=True)
         watcher.send_signal(number)
-        said, error = watcher.communicate(timeout=30)
-        assert watcher.returncode == 128 + number and "Traceback" not in error
-        assert "wrote report.html" in said and (out / "report.html").exists()
+        ended = watcher.ended(seconds=30)
+        assert ended.returncode == 128 + number and "Traceback" not in ended.stderr
+        assert "wrote report.html" in ended.stdout and (out / "report.html").exists()

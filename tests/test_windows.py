@@ -99,10 +99,10 @@ def test_features_of_what_is_painted_are_those_of_the_whole_image(category, monk
     assert compared > 20
 
 
-def test_a_large_image_is_trained_on_and_judged_in_parts(category, tmp_path, monkeypatch):
+def test_a_large_image_is_trained_on_and_judged_in_parts(tiny, tmp_path, monkeypatch):
     """With limits that make 128 x 128 a large image: scores are those of the whole image, and defects are painted on a
     patch."""
-    options = ["--data", category, *LITE, "--size", 256, "--epochs", 1, "--batch", 64, "--out", tmp_path / "run"]
+    options = ["--data", tiny, *LITE, "--size", 256, "--epochs", 1, "--batch", 64, "--out", tmp_path / "run"]
     monkeypatch.setattr(kit.good, "PATCH", 96)
     painted_on = set()
     synthesize = synth.synthesize
