@@ -1,9 +1,9 @@
 """CL-Flow (arXiv 2311.06794), in the order in which the data flow: frozen features -> the local scale -> a flow, whose
-energy is an exact likelihood, and a classifier -> the losses -> the training loop.
+energy is an exact negative log-likelihood, and a classifier -> the losses -> the training loop.
 
-Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone. The feature of one position is a row:
-rows y (N, C); r (N, C), relative to the nearest prototype; w (N, K), whitened; latents z (N, K); log-determinants and
-energies (N,). Training uses rows that are drawn from all images."""
+Shapes: images (B, 3, H, W) in [0, 1]; features (B, C, h, w) of the backbone. The feature of one position is a row: rows
+y (N, C); r (N, C), relative to the nearest prototype; w (N, K), whitened; codes (N, K + 1), w with the distance |r|;
+latents z (N, K); log-determinants and energies (N,). Training uses rows that are drawn from all images."""
 
 import math
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ NOISE = 2.0  # standard deviations
 class Whitening(nn.Linear):
     """PCA whitening to the K strongest components: rows r (N, C) -> w (N, K). Fitted once on normal rows and never
     trained: training would lower the NLL for free, since no log-determinant accounts for it. Because of the whitening,
-    the untrained flow's energy is a Mahalanobis distance."""
+    the untrained flow's energy is half the squared Mahalanobis distance / K."""
 
     def __init__(self, channels: int, components: int):
         super().__init__(channels, components)
@@ -186,12 +186,12 @@ def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> 
 
 
 def info_nce(anchors: Tensor, others: Tensor, temperature: float, times: float = 1.0) -> Tensor:
-    """InfoNCE (arXiv 1807.03748), the cross-entropy of picking an anchor out of the others by its similarity:
+    """InfoNCE (arXiv 1807.03748), the cross-entropy of picking the anchor from itself and the others:
 
         mean over anchors of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
     f (A,) belong to the anchors, f_k to the others: (A, n), or (n,) for all anchors. Each of the others counts `times`
-    times. The logarithm of the sum is close to the highest f_k, so those that look most like an anchor count most."""
+    times. The gradient of f_k is proportional to e^(f_k / T), so those that look most like an anchor count most."""
     rest = (others / temperature).logsumexp(dim=-1) + math.log(times)
     return F.softplus(rest - anchors / temperature).mean()
 
@@ -203,9 +203,9 @@ def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: 
 
 
 class Losses(nn.Module):
-    """L = L_nll + lambda_cls L_cls + lambda_con L_con. L_nll is the mean energy of the first A normal rows: a density
-    needs fewer than the classifier does. For both proxy tasks, A normal rows with added noise are anomalous, too. This
-    is a module because DistributedDataParallel wraps modules.
+    """L = L_nll + lambda_cls L_cls + lambda_con L_con. L_nll is the mean energy of the first A normal rows (a quarter
+    of them if A is 0): a density needs fewer than a classifier. In L_cls and L_con, A normal rows with added noise also
+    count as anomalous. This is a module because DistributedDataParallel wraps modules.
 
     `forward(normal, anomalous)`: whitened rows of good images (N, K) and of synthetic defects (A, K); A is 0 if no loss
     learns from them. Returns the losses of the batch by name; training minimises "loss", their weighted sum."""

@@ -2,7 +2,7 @@
 
 An invertible map x -> z with a cheap Jacobian determinant:  log p(x) = log N(z; 0, I) + log|det dz/dx|.
 Shapes: x and z (B, C, H, W); log-determinants (B, H, W), one term per position; their sum is the log-determinant of the
-whole map. With 1x1 kernels each position is independent, so rows (N, C) work as well."""
+whole map. With 1x1 kernels each position is independent, so `Flow2D.forward` also takes rows (N, C)."""
 
 import math
 
@@ -68,8 +68,8 @@ class Coupling(nn.Module):
 class Flow2D(nn.Module):
     """`steps` couplings on maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps.
 
-    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W). With 1x1 kernels they may also be
-    rows (N, C); log_det is then (N,)."""
+    `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W). With 1x1 kernels, `forward` also
+    takes rows (N, C); log_det is then (N,)."""
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()

@@ -29,9 +29,10 @@ def synthesize(
 
     Their size follows the side of a square with the image's number of pixels, at most 384: strips get defects as large
     as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second normal image;
-    default: the image itself) are (H, W, 3). `roi` (H, W) bool is the region of interest that contains the defects
-    (default: everywhere). Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is
-    never empty, and pixels outside it are unchanged."""
+    default: the image itself) are (H, W, 3). Defects lie on the foreground (see `kit.images.foreground`), inside the
+    region of interest `roi` (H, W) bool if it is given; anywhere in it if it has no foreground. Returns (anomalous
+    image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is never empty, and pixels outside it are
+    unchanged."""
     if other is None:
         other = image
     where = foreground(image)
@@ -48,7 +49,7 @@ def with_defect(
     image: np.ndarray, rng: np.random.Generator, other: np.ndarray, where: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paint one defect inside `where` (H, W) bool. Returns the new image and the mask."""
-    while True:  # until the defect exists and is visible, which a change of tone eventually is
+    while True:  # until the mask is not empty and the change is visible; a change of tone makes sure that this ends
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
             continue
@@ -90,7 +91,8 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     degrees.
 
     Each corner of a cell has a random gradient. A corner's noise is this gradient times the offset from the corner;
-    inside a cell the noise of its corners is blended. Gradients are looked up by coordinate, without padding."""
+    inside a cell the noise of its corners is blended. Gradients are looked up by coordinate, so any number of cells
+    works."""
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
     phase = np.pad(phase, (0, 1), mode="wrap").flatten()  # the last cell's far corner wraps around
     down_gradient, across_gradient = np.float32(np.sin(phase)), np.float32(np.cos(phase))
@@ -147,8 +149,8 @@ def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Genera
 
 
 def opacity(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """alpha M, (H, W) in 0..1. It rises from the mask's edge inwards: a detector would learn sharp edges instead of
-    defects."""
+    """alpha M, (H, W) in 0..1. It rises gradually from the mask's edge inwards. With sharp edges, a detector
+    would learn the edges instead of the defects."""
     soft = 2 * ndimage.gaussian_filter(mask.astype(np.float32), rng.uniform(0.3, 1.5))
     return np.minimum(soft, 1) * mask * rng.uniform(0.5, 1)
 

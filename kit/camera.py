@@ -49,8 +49,8 @@ def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def with_camera_copies(paint: Callable) -> Callable:
-    """The function `paint` of (x+, rng, other image, region), which returns (x-, mask, box), but every second x- is a
-    camera copy of itself. So noise and blur tell nothing about defects."""
+    """Wraps `paint`, a function of (x+, rng, other image, region) that returns (x-, mask, box): with probability 1/2,
+    x- is replaced by a camera copy of it. So noise and blur tell nothing about defects."""
 
     def painted(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
         anomalous, mask, box = paint(image, rng, other, roi)
@@ -123,8 +123,8 @@ def usual(measures: np.ndarray) -> np.ndarray:
 def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
     """How new images with these measures (n, 4) differ from what is `usual` (2, 4): words such as "blurrier".
 
-    The median of the new images has to differ by two standard deviations of single images; by four if there is only
-    one new image. What is not known (NaN) does not differ."""
+    The median of n new images has to differ by 4 / sqrt(n) standard deviations of single images, n at most 4. What is
+    not known (NaN) does not differ."""
     middle, deviation = normal
     change = np.median(measures, axis=0) - middle
     deviations = 4 / math.sqrt(min(len(measures), 4))

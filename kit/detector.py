@@ -106,8 +106,9 @@ class Detector(nn.Module):
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
-    of normal images, if these raise the threshold. `camera` (2, 4) is the usual light, noise, sharpness and compression
-    of good images (see kit/camera.py). Only the region of interest `roi` (H, W) counts."""
+    of held-out images, which may raise the threshold; m is 0 if a method does not learn from camera copies. `camera`
+    (2, 4) is the usual light, noise, sharpness and compression of good images (see kit/camera.py). Only the region of
+    interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
@@ -226,8 +227,8 @@ class Detector(nn.Module):
 
             sum over experts of share (E - level) / unit, Gaussian-filtered
 
-        0 is a typical normal position; the area outside the region of interest is 0, too. 1 is about the value at the
-        worst place of a typical good image."""
+        0 is a typical normal position; the area outside the region of interest is 0, too. For each expert, 1 is the
+        median score of good images: the mean of their highest 1 %."""
         parts = zip(energies, self.levels, self.units, self.shares, strict=True)
         scaled = [share * (e - level) / unit for e, level, unit, share in parts]
         return self.map_within(torch.stack(scaled).sum(dim=0), outside=0)

@@ -1,5 +1,5 @@
-"""The fast search of a large bank of prototypes: the same as the plain form in bank.py, in a fraction of the time.
-Tests compare the two on the same bank.
+"""The fast search of a large bank of prototypes, behind the same calls as the plain form in bank.py. On a CPU it finds
+the nearest prototype, or one that is hardly farther. Tests compare the two on the same bank.
 
 On a CPU the bank is divided into cells, and each row searches a few of them. Elsewhere rows search the whole bank, in
 parts. The buffers belong to the bank: `prototypes` is a `bank.Prototypes` here. Rows y (N, C); P prototypes."""
@@ -68,8 +68,8 @@ class LeftOut:
 
 
 def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
-    """The prototypes, with these origins (P,), that come from the images `excluded` (N, n) for each of N rows. Raises
-    InputError if none is left."""
+    """For each of N rows, the prototypes that come from the images `excluded` (N, n). `origin` (P,) is the image of
+    each prototype. Raises InputError if none is left."""
     kinds, kind = excluded.to(origin.device).unique(dim=0, return_inverse=True)
     is_out = (origin == kinds[:, :, None]).any(dim=1)
     if is_out.all(dim=1).any():
@@ -96,8 +96,8 @@ class Keys:
 
 def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
     """Keys (p, -|p|^2 / 2), whose product with rows (y, 1) is highest for the nearest prototype p:
-    |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2). The second part is split into coarse and fine bits, in two columns:
-    (P, C + 2)."""
+    |y - p|^2 = |y|^2 - 2 (y p - |p|^2 / 2). -|p|^2 / 2 takes two columns, for its coarse and its fine bits, so
+    rows end with two ones: (P, C + 2)."""
     bias = bank.square().sum(dim=1) / -2
     coarse = bias.to(dtype)
     fine = (bias - coarse.float()).to(dtype)
@@ -229,8 +229,8 @@ def search_parts(height: int, width: int) -> int:
 
 
 def residuals_as_new(model: nn.Module, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
-    """Residuals r (n, C), some at a time, of rows y (N, C) that come from the training images (N,). `model` is a
-    `clflow.CLFlow` here.
+    """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,). `model` is
+    a `clflow.CLFlow` here.
 
     Each is computed without the prototypes of its own image, since a new image has none in the bank. In a series the
     prototypes of similar images stay, so there these rows lie nearer to the bank than those of a new image."""

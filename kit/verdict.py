@@ -33,7 +33,8 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Region:
-    """A connected part of the map above its threshold; box (x0, y0, x1, y1), half-open, and area in pixels."""
+    """A connected part of the map above its threshold, or of its highest thousandth if all of it is below; box (x0, y0,
+    x1, y1), half-open, and area in pixels."""
 
     box: tuple[int, int, int, int]
     area: int
@@ -71,8 +72,8 @@ def thresholds(
 
 
 def raised(limit: float, copies: np.ndarray, rate: float) -> float:
-    """The threshold `limit`, raised so that a share of TIMES `rate` of camera copies exceeds it, where these have the
-    values `copies` (m,). So the verdict holds for a camera that is slightly worse. It is raised by a factor of
+    """The threshold of camera copies with the values `copies` (m,), at the rate TIMES `rate`, if it is higher than
+    `limit`; else `limit`. So the verdict holds for a camera that is slightly worse. It is raised by a factor of
     MOST_RAISED at most: beyond that, defects would be missed in images as they are."""
     wanted = threshold(copies, min(TIMES * rate, 0.5))
     return float(np.clip(wanted, limit, MOST_RAISED * limit))
@@ -88,15 +89,15 @@ def basis(limits: Thresholds) -> str:
 
 
 def threshold(values: np.ndarray, rate: float, different: int | None = None) -> float:
-    """The value that a share `rate` of values like these n exceeds. They count as `different` images (default: n).
-    Raises InputError for fewer than LEAST_IMAGES.
+    """The limit that a new value of the same kind as these n exceeds with probability `rate`. They count as `different`
+    images (default: n). Raises InputError for fewer than LEAST_IMAGES.
 
-    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10. This is the quantile of split conformal
-    prediction. Its guarantee needs exchangeability: values and new scores come from one detector, and any order of them
-    is equally likely. Most values here come from detectors that were trained on other thirds of the images, so the
-    guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that compares each new image with
-    each of these detectors, and this program does not. Scores of thirds tend to be higher than those of the final
-    detector, so the threshold tends to be cautious.
+    The k-th highest, k = rate (n + 1) rounded down, if that is at least 10 and all n images are different. This is the
+    quantile of split conformal prediction. Its guarantee needs exchangeability: values and new scores come from one
+    detector, and any order of them is equally likely. Most values here come from detectors that were trained on other
+    thirds of the images, so the guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that
+    compares each new image with each of these detectors, and this program does not. Scores of thirds tend to be higher
+    than those of the final detector, so the threshold tends to be cautious.
 
     For fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
     logarithms. Two measures make it robust. Values more than CLIPPED_AT deviations from the median are clipped to that
