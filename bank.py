@@ -15,10 +15,9 @@ NEIGHBOURS = 5  # of a prototype; their mean distance is the spacing there
 
 class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
-    5 nearest neighbours (after REB, arXiv 2308.12577), but at least the median of these distances. Features of busy
-    textures lie far apart, those of smooth areas close together, so distances are compared with the local spacing. The
-    bank (P, C) is stored minus its `centre` (C,). `origin` (P,) is the index of the training image that each prototype
-    comes from.
+    5 nearest neighbours (after REB, arXiv 2308.12577), but at least the median of these distances. Distances are
+    compared with the local spacing, since features of busy textures lie far apart, and those of smooth areas close
+    together. The bank (P, C) is stored minus its `centre` (C,). `origin` (P,) are the indices of the training images.
 
     If `fast`, kit/search.py chooses and searches the bank: it finds the nearest prototype, or one that is hardly
     farther. For this it divides the bank into cells, which have `centres` and `sizes`."""

@@ -91,8 +91,7 @@ def perlin(height: int, width: int, cells: tuple[float, float], rng: np.random.G
     degrees.
 
     Each corner of a cell has a random gradient. A corner's noise is this gradient times the offset from the corner;
-    inside a cell the noise of its corners is blended. Gradients are looked up by coordinate, so any number of cells
-    works."""
+    inside a cell the noise of its corners is blended."""
     phase = rng.uniform(0, 2 * np.pi, (LATTICE, LATTICE))
     phase = np.pad(phase, (0, 1), mode="wrap").flatten()  # the last cell's far corner wraps around
     down_gradient, across_gradient = np.float32(np.sin(phase)), np.float32(np.cos(phase))
