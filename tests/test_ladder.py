@@ -23,6 +23,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 18)
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 5)
     monkeypatch.setattr(ladder, "SMALL", SIDE)
+    monkeypatch.setattr(ladder, "PAPER", {step: [*options, "--epochs", 2] for step, options in ladder.PAPER.items()})
     monkeypatch.setattr(ladder, "OURS", {step: (SIDE, changed) for step, (_, changed) in ladder.OURS.items()})
 
 
