@@ -79,7 +79,7 @@ def nearest_run(category, tmp_path_factory) -> Path:
 def projecting_run(category, tmp_path_factory) -> Path:
     """A run of the autoencoder."""
     options = ["--method", "autoencoder", *LITE, "--size", 96, "--epochs", 2, "--batch", 4, "--lr", 0.005]
-    options += ["--bank", 200]
+    options += ["--bank", 800]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoencoder, "IMAGES_PER_EPOCH", 216)  # to save time
         return train_blind(category, tmp_path_factory.mktemp("projecting"), *options)

@@ -180,8 +180,8 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert Image.open(projecting_run / "projection.png").width == 960
 
 
-def test_only_runs_of_the_autoencoder_have_a_projection(finished_run, capsys):
-    refuse(projection.main, capsys, finished_run, words=[finished_run, "--method autoencoder"])
+def test_only_runs_of_the_autoencoder_have_a_projection(nearest_run, capsys):
+    refuse(projection.main, capsys, nearest_run, words=[nearest_run, "--method autoencoder"])
 
 
 def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, monkeypatch, capsys):

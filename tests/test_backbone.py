@@ -104,9 +104,9 @@ def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
         backbone.load_imagenet(str(tmp_path / "less.pth"))
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
-def test_each_kind_of_backbone_can_be_exported(monkeypatch, name):
-    backbone, images = BACKBONES[name](), torch.rand(2, 3, 64, 64)
+def test_a_resnet_can_be_exported(monkeypatch):
+    """Tests of the methods export an EfficientNet-Lite0."""
+    backbone, images = BACKBONES["resnet18"](), torch.rand(2, 3, 64, 64)
     monkeypatch.setattr(backbone, "forward", backbone.features)
     with torch.no_grad():
         program = torch.export.export(backbone, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()

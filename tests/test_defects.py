@@ -150,7 +150,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
     """Without masks. The highest log-odds of other images with such defects lie above those of good images."""
-    take_few_steps(monkeypatch, painted=64, steps=30)
+    take_few_steps(monkeypatch, painted=32, steps=20)
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.rmtree(mine / "ground_truth")
     (tmp_path / "bad").mkdir()
@@ -159,7 +159,7 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
         shutil.copy(path, tmp_path / "bad")
     odds = []
     for name, more in (("without", []), ("with", ["--defects", tmp_path / "bad"])):
-        call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--size", 128, "--batch", 512, *more)
+        call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--size", 128, "--batch", 256, *more)
         model = load(tmp_path / name / "model.pt")
         normal = model.energies(data.read_batch(data.list_images(mine / "test" / "good"), model.shape))[-1]
         defective = model.energies(data.read_batch(others, model.shape))[-1]

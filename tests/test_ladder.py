@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import LITE, ROOT, call
 
 import clflow
+from kit.demo import draw_demo
 from methods import paper
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -21,15 +23,23 @@ def tiny(monkeypatch):
     monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 18)
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 5)
     monkeypatch.setattr(ladder, "SMALL", SIDE)
+    monkeypatch.setattr(ladder, "PAPER", {step: [*options, "--epochs", 2] for step, options in ladder.PAPER.items()})
     monkeypatch.setattr(ladder, "OURS", {step: (SIDE, changed) for step, (_, changed) in ladder.OURS.items()})
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    """A drawn category with fewer images than most; the paper's form needs 20 good ones."""
+    draw_demo(tmp_path / "few", {"train/good": 20, "test/good": 3, "test/chip": 3})
+    return tmp_path / "few"
 
 
 def lines(out, name) -> list[dict]:
     return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
 
 
-def test_the_ladder_goes_on_where_it_was_stopped(tiny, category, tmp_path, monkeypatch, capsys):
-    command = [category, "--out", tmp_path, *LITE]
+def test_the_ladder_goes_on_where_it_was_stopped(tiny, few, tmp_path, monkeypatch, capsys):
+    command = [few, "--out", tmp_path, *LITE]
     climb, climbed = ladder.climb, []
 
     def stopped(category, step, seed, args):
@@ -40,10 +50,10 @@ def test_the_ladder_goes_on_where_it_was_stopped(tiny, category, tmp_path, monke
     monkeypatch.setattr(ladder, "climb", stopped)
     with pytest.raises(KeyboardInterrupt):
         call(ladder.main, *command)
-    assert [row["step"] for row in lines(tmp_path, category.name)] == ladder.STEPS[:4]
+    assert [row["step"] for row in lines(tmp_path, few.name)] == ladder.STEPS[:4]
     monkeypatch.setattr(ladder, "climb", lambda *args: climbed.append(args[1]) or climb(*args))
     call(ladder.main, *command)
-    rows = lines(tmp_path, category.name)
+    rows = lines(tmp_path, few.name)
     assert [row["step"] for row in rows] == ladder.STEPS and climbed == ladder.STEPS[4:]
     assert all(0 <= row["image_auroc"] <= 1 and 0.5 < row["pixel_auroc"] <= 1 and row["seconds"] > 0 for row in rows)
     assert len({row["pixel_auroc"] for row in rows[:-1]}) == len(rows) - 1  # each step differs from the one before it;

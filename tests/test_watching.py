@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from forked import start, wait_for
+from forked import CAN_FORK, start, wait_for
 from helpers import call, refuse
 
 import evaluate
@@ -38,7 +38,9 @@ def watch_until(condition, *arguments) -> None:
         call(evaluate.main, *arguments, "--watch")
 
 
-def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, capsys):
+def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, monkeypatch, capsys):
+    if CAN_FORK:  # the copies of this process look more often
+        monkeypatch.setattr(watching, "LOOK_EVERY", 0.3)
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
     chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
@@ -50,7 +52,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     with open(inbox / "slow.png", "wb") as file:  # half of it, for longer than two looks
         file.write(whole[:5000])
         file.flush()
-        time.sleep(2.5)
+        time.sleep(2.5 * watching.LOOK_EVERY)
         file.write(whole[5000:])
     shutil.copy(goods[0], inbox / "gone.tmp")
     os.rename(inbox / "gone.tmp", inbox / "b.png")
@@ -64,7 +66,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, cap
     shutil.copy(chips[2], inbox / "b.png")  # another image under the same name
     watcher = start(*command)
     wait_for(lambda: len(rows_of(out)) == 6)
-    time.sleep(2.5)
+    time.sleep(2.5 * watching.LOOK_EVERY)
     watcher.send_signal(signal.SIGINT)
     ended = watcher.ended(seconds=30)
     assert ended.returncode == 130 and "Traceback" not in ended.stderr and "4 images judged so far" in ended.stdout
