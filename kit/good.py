@@ -299,7 +299,9 @@ def widened(part: slice, reach: int | None, limit: int) -> slice:
 def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
     """Batches of `dataset`, painted by background processes where these can be forked; elsewhere each process would
     have to copy the decoded images."""
-    workers = min(4, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 0
+    workers = 0
+    if sys.platform == "linux":
+        workers = min(4, len(os.sched_getaffinity(0)), math.ceil(len(dataset) / batch))  # at most one for each batch
     context = "fork" if workers else None
     return DataLoader(
         dataset, batch, shuffle=shuffle, collate_fn=tuple, num_workers=workers, multiprocessing_context=context

@@ -19,7 +19,10 @@ from helpers import FINISHED, LITE, NEAREST, SMALL, TINY, call, take_few_steps
 import train
 from kit import calibration
 from kit.demo import draw_demo
+from kit.windows import keep_freed_memory
 from methods import autoencoder, paper
+
+keep_freed_memory()  # as the scripts do
 
 
 @pytest.fixture(scope="session", autouse=True)
