@@ -255,7 +255,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
 
     painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
 
-    # Features of the good images, and of a camera copy of each: each position is a row. Bank and whitening are fitted
+    # Features of the good images, and of camera copies of them: each position is a row. Bank and whitening are fitted
     # once, on some of the rows.
     normal = good_rows(model, painter)
     some = candidates(model, normal, good)

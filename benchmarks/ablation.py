@@ -79,6 +79,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     return {
         "good": good,
         "copies": copies,
+        "copied_from": painter.image_index(torch.arange(len(copies))),
         "seconds": time.perf_counter() - started,
         "anomalous": painted.y,
         "painted_on": painted.image_indices,
@@ -120,16 +121,19 @@ def nearest_maps(model: clflow.CLFlow, x: Tensor, local: bool) -> Tensor:
 def training_rows(kept: dict[str, Tensor], trained_on: list[int]) -> tuple[GoodRows, Rows]:
     """Rows of the good images that are trained on, and of the defects that are painted on these."""
     good = as_rows(kept["good"][trained_on])
-    copies = as_rows(kept["copies"][trained_on])[::COPIED]
     numbers = torch.full((len(kept["good"]),), -1)
     numbers[trained_on] = torch.arange(len(trained_on))
+    copied_from = numbers[kept["copied_from"]]
+    copies = as_rows(kept["copies"][copied_from >= 0])
+    copied_images = origins(copies, copied_from[copied_from >= 0])
     painted_on = numbers[kept["painted_on"]]
     order = painted_on.argsort(stable=True)
     order = order[painted_on[order] >= 0]
     painted = Rows(kept["anomalous"][order], painted_on[order])
     everywhere = torch.ones(kept["good"].shape[2:], dtype=torch.bool)
     images = origins(good, range(len(trained_on)))
-    normal = GoodRows(torch.cat((good, copies)), torch.cat((images, images[::COPIED])), len(good), everywhere)
+    normal_images = torch.cat((images, copied_images[::COPIED]))
+    normal = GoodRows(torch.cat((good, copies[::COPIED])), normal_images, len(good), everywhere)
     return normal, painted
 
 

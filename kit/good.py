@@ -24,6 +24,7 @@ from kit.settings import UNIT
 from kit.windows import at_once, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
+LEAST_COPIES = 64  # camera copies: with fewer good images, there are several of each
 PATCH = 512  # side in pixels of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
 
@@ -109,7 +110,8 @@ class Painter:
         return whole[place].astype(np.float32)
 
     def image_index(self, number: int | np.ndarray) -> int | np.ndarray:
-        """The index of the good image that x- with this number is painted on."""
+        """The index of the good image that x- with this number is painted on, or that the camera copy with this number
+        shows."""
         return number % len(self.files)
 
     def place(self, number: int, part: int = 0) -> tuple[slice, slice]:
@@ -164,11 +166,17 @@ class Painter:
         for start in counted(range(0, len(mine), batch), "features of images", len(mine), batch):
             yield to_tensor(np.stack([self.image(path) for path in mine[start : start + batch]]))
 
+    def copy_numbers(self) -> Sequence[int]:
+        """The numbers of this process's camera copies: all files have equally many, and in total there are at least
+        LEAST_COPIES."""
+        times = math.ceil(LEAST_COPIES / len(self.files))
+        return self.processes.part(range(times * len(self.files)))
+
     def copies(self) -> Iterator[Tensor]:
-        """A camera copy of each of this process's files x+, as (<= 8, 3, H, W) tensors: what a slightly worse camera
-        would see."""
+        """This process's camera copies of files x+, as (<= 8, 3, H, W) tensors: what a slightly worse camera would
+        see."""
         batch = at_once(self.shape)
-        mine = self.processes.part(range(len(self.files)))
+        mine = self.copy_numbers()
         batches = loader(Copies(self, mine), batch, shuffle=False)
         for (images,) in counted(batches, "features of copies", len(mine), each=batch):
             yield to_tensor(images)
@@ -198,7 +206,7 @@ class Numbered(Dataset):
 
 
 class Copies(Numbered):
-    """Camera copies of a painter's files with these numbers, (H, W, 3) each."""
+    """The camera copies of a painter with these numbers, (H, W, 3) each."""
 
     def __getitems__(self, indices: list[int]) -> tuple[np.ndarray]:
         """Some of them, stacked. An array, as in `Paintings`."""
@@ -207,7 +215,8 @@ class Copies(Numbered):
 
     def copy(self, number: int) -> np.ndarray:
         painter = self.painter
-        return camera_copy(painter.image(painter.files[number]), np.random.default_rng([painter.seed, number]))
+        path = painter.files[painter.image_index(number)]
+        return camera_copy(painter.image(path), np.random.default_rng([painter.seed, number]))
 
 
 class Paintings(Numbered):

@@ -46,7 +46,7 @@ class GoodRows(Rows):
 
 
 def good_rows(model: Detector, painter: Painter) -> GoodRows:
-    """Rows of this process's good images, and of a camera copy of each.
+    """Rows of this process's good images, and of its camera copies.
 
     All processes together keep at most ROWS rows of the images themselves, spread over all images."""
     mine = painter.processes.part(range(len(painter.files)))
@@ -63,18 +63,18 @@ def good_rows(model: Detector, painter: Painter) -> GoodRows:
 
 
 def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """Rows y (N, C) of a camera copy of each of this process's good images, and the images' indices (N,).
+    """Rows y (N, C) of this process's camera copies, and the indices (N,) of the images that these show.
 
-    Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the image alone, so
-    several processes choose the same ones as one process."""
-    mine = painter.processes.part(range(len(painter.files)))
+    Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the copy's number
+    alone, so several processes choose the same ones as one process."""
+    mine = painter.copy_numbers()
     rows, image_indices = [], []
     for x in map(model.features, painter.copies()):
         for features in x:
-            index = mine[len(rows)]
+            number = mine[len(rows)]
             inside = as_rows(features[None])[is_inside.flatten()]
-            rows.append(inside[index % every :: every].half())
-            image_indices.append(torch.full((len(rows[-1]),), index))
+            rows.append(inside[number % every :: every].half())
+            image_indices.append(torch.full((len(rows[-1]),), painter.image_index(number)))
     return torch.cat(rows), torch.cat(image_indices)
 
 

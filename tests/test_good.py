@@ -161,13 +161,17 @@ def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_
     assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)
 
 
-def test_each_image_has_one_camera_copy_whatever_the_processes(category):
-    """The copy is the same each time, and similar to the image. With two processes, each makes the copies of its own
-    images."""
+@pytest.mark.parametrize("least, times", [(24, 1), (25, 2), (64, 3)])
+def test_each_image_has_as_many_camera_copies_whatever_the_processes(category, monkeypatch, least, times):
+    """The copies are the same each time, similar to the image, and different from each other. With two processes, each
+    makes a part of them."""
+    monkeypatch.setattr("kit.good.LEAST_COPIES", least)
     painter = make_painter(category)
     copies = torch.cat(list(painter.copies()))
-    images = torch.cat(list(painter.normal()))
-    assert copies.shape == images.shape == (24, 3, 64, 64)
+    images = torch.cat(list(painter.normal())).repeat(times, 1, 1, 1)
+    assert copies.shape == images.shape == (times * 24, 3, 64, 64)
+    assert len({copy.numpy().tobytes() for copy in copies}) == times * 24
+    assert painter.image_index(np.array(painter.copy_numbers())).tolist() == times * list(range(24))
     away = (copies - images).abs().mean(dim=(1, 2, 3))
     to_another = (copies - images.roll(1, 0)).abs().mean(dim=(1, 2, 3))
     assert (away > 0).all() and (away < to_another).all()
