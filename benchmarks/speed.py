@@ -198,7 +198,7 @@ def main() -> None:
     weights = ["--backbone", "resnet18", "--weights", args.weights]
     variants = {
         "CL-Flow, 384": weights,
-        "CL-Flow, 384, float32": [*weights, "--no-int8"],
+        "CL-Flow, 384, --no-int8": [*weights, "--no-int8"],
         "nearest, 384": ["--method", "nearest", *weights],
     }
     if args.autoencoder:
