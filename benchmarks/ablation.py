@@ -173,6 +173,8 @@ def kept_features(
         settings = CLFlowSettings(backbone=args.backbone, int8=args.int8, **facts)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))
     kept = torch.load(cache, weights_only=True)
+    if "copied_from" not in kept:
+        sys.exit(f"error: {cache} comes from an earlier version; remove it")
     for part in ("good", "copies", "anomalous", "tests"):
         kept[part] = kept[part].to(args.device)
     return kept
