@@ -472,6 +472,9 @@ class Painted:
     def normal(self):
         yield torch.zeros(2, 3, 64, 64)
 
+    def copy_numbers(self):
+        return range(2)
+
     def copies(self):
         yield torch.ones(2, 3, 64, 64)
 
