@@ -25,7 +25,8 @@ PAINTED, STEPS = 64, 60
 FEW_STEPS = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import train, clflow
+import train, clflow, kit.good
+kit.good.LEAST_COPIES = 1
 clflow.PAINTED, clflow.STEPS_PER_EPOCH = {PAINTED}, {STEPS}
 train.run_script(train.main)
 """  # train.py, faster
@@ -88,10 +89,12 @@ def weights_of(run) -> torch.Tensor:
 
 
 def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
-    """They train one model together, and judge its test images."""
+    """They train one model together, and judge its test images. Both choose the same bank, so weights can be compared;
+    with several camera copies of each image they would start the choice from different rows."""
     options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 2, "--batch", 512]
     one, two, faster = tmp_path / "one", tmp_path / "two", tmp_path / "faster.py"
     take_few_steps(monkeypatch, PAINTED, STEPS)
+    monkeypatch.setattr("kit.good.LEAST_COPIES", 1)
     faster.write_text(FEW_STEPS)
     together = start_two(faster, *options, "--out", two)
     call(train.main, *options, "--out", one)  # this process does the same alone
@@ -100,6 +103,8 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     assert (first.stdout + second.stdout).count("epoch 1/1") == 1
     apart = (weights_of(one) - weights_of(two)).norm() / weights_of(one).norm()
     assert np.allclose(losses_of(two), losses_of(one), rtol=0.02), (losses_of(two), losses_of(one))
+    bank, other = (read_checkpoint(run / "model.pt")["state"]["prototypes.bank"] for run in (one, two))
+    assert torch.allclose(bank, other, atol=1e-4)
     assert apart < 0.8, apart  # 1.07 without shared gradients
 
     def on_two_machines():

@@ -143,7 +143,7 @@ def test_demo_trains_and_evaluates_without_data(tmp_path, monkeypatch):
     counts = dict.fromkeys(COUNTS, 4) | {"train/good": 24, "test/good": 8}
     monkeypatch.setattr("kit.demo.draw_demo", partial(draw_demo, counts=counts))
     take_few_steps(monkeypatch, painted=64, steps=50)
-    call(train.main, "--out", tmp_path / "demo", "--epochs", 1, "--size", 192, "--batch", 512)
+    call(train.main, "--out", tmp_path / "demo", "--epochs", 1, "--batch", 512)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["image_auroc"] >= 0.95 and metrics["backbone"] == "efficientnet_lite0"
     assert len(list((tmp_path / "demo/data/demo/train/good").iterdir())) == 24
