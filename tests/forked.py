@@ -17,8 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 # On other systems, and with a GPU, PyTorch does not work in a copy of a process.
 CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
-# Nor does it if the first backward pass comes after an export: while an export traces a model, it pretends that there is
-# a GPU, and autograd would then start threads for it.
+# Nor does it if the first backward pass comes after an export: to trace a model, an export pretends that there is a
+# GPU, and autograd then starts threads for it.
 torch.zeros(1, requires_grad=True).sum().backward()
 
 

@@ -1,6 +1,7 @@
 """train.py as a user runs it: in this process, except where a test needs a process of its own."""
 
 import csv
+import gc
 import json
 import shutil
 import signal
@@ -490,6 +491,9 @@ def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(tiny, tmp_path
     monkeypatch.setattr(clflow.CLFlow, "fit", spoil)
     refuse(train.main, capsys, "--data", tmp_path / "data", "--out", tmp_path / "out", *QUICK,
            words=["error: ", "good", ".png"])  # fmt: skip
+    # The garbage collector would wait five seconds for the workers of the loader that failed.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    gc.collect()
 
 
 def test_weights_that_cannot_be_downloaded(category, tmp_path, monkeypatch, capsys):
