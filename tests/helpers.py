@@ -19,7 +19,7 @@ from synth import synthesize
 
 ROOT = Path(__file__).parents[1]
 LITE = ["--backbone", "efficientnet_lite0"]
-FINISHED = ["--epochs", 3, "--size", 192, "--batch", 512, "--bank", 400]  # of finished_run
+FINISHED = ["--epochs", 3, "--size", 192, "--batch", 256, "--bank", 400]  # of finished_run
 NEAREST = ["--method", "nearest", *LITE, "--size", 128, "--bank", 400]
 QUICK = [*LITE, "--size", 64, "--epochs", 1, "--steps", 1, "--batch", 64]
 QUICKEST = ["--method", "nearest", *LITE, "--size", 64, "--bank", 40]  # where the method does not matter

@@ -117,14 +117,14 @@ def test_a_resnet_can_be_exported(monkeypatch):
 
 
 class VisionTransformer(Backbone):
-    """The first layers of torchvision's ViT-B/16, untrained: the tokens of its patches as a map."""
+    """The first layer of torchvision's ViT-B/16, untrained: the tokens of its patches as a map."""
 
     channels = 768
     stride = 16
 
     def __init__(self):
         super().__init__()
-        shape = {"num_layers": 2, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+        shape = {"num_layers": 1, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
         self.vit = torchvision.models.VisionTransformer(image_size=224, patch_size=16, **shape)
         self.eval().requires_grad_(False)
 
