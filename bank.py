@@ -68,7 +68,7 @@ class Prototypes(nn.Module):
 
     def difference(self, rows: Tensor, index: Tensor) -> Tensor:
         """Rows (N, C) minus the prototypes with these indices (N,)."""
-        return rows - self.centre - self.bank[index]
+        return (rows - self.centre).sub_(self.bank.index_select(0, index))
 
     def residual(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None

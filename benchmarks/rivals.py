@@ -1,4 +1,5 @@
-"""FastFlow and PatchCore as anomalib builds them, on the same weights and images as ours; speed.py calls this.
+"""FastFlow and PatchCore as anomalib builds them, on the same weights and images as ours; speed.py and shift.py
+call this.
 
 pip install anomalib FrEIA && python benchmarks/rivals.py patchcore mvtec/bottle --weights resnet18.pth
 
@@ -66,7 +67,18 @@ def train_patchcore(files: list[Path], weights: dict, device: str) -> nn.Module:
     return model
 
 
-TRAIN: dict[str, Callable] = {"fastflow": train_fastflow, "patchcore": train_patchcore}
+TRAIN: dict[str, Callable] = {"patchcore": train_patchcore, "fastflow": train_fastflow}
+
+
+def trained(name: str, files: list[Path], weights: str, device: str) -> nn.Module:
+    """A model that was trained on these good images, ready to judge. `weights`: a file of the backbone's weights."""
+    torch.manual_seed(0)
+    return TRAIN[name](files, torch.load(weights, weights_only=True), device).eval()
+
+
+def scores_of(model: nn.Module, images: Tensor, device: str) -> Tensor:
+    """The scores (B,) of images (B, 3, SIZE, SIZE) in [0, 1]."""
+    return model(normalized(images.to(device))).pred_score
 
 
 def main() -> None:
@@ -77,16 +89,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="batch size for judging, in images (default: 8)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    weights = torch.load(args.weights, weights_only=True)
     _, files = split(data.list_images(data.good_folder(args.category)), seed=0)
     started = time.perf_counter()
-    model = TRAIN[args.model](files, weights, args.device)
+    model = trained(args.model, files, args.weights, args.device)
     seconds = time.perf_counter() - started
-    model.eval()
 
     def scores(images: Tensor) -> Tensor:
-        return model(normalized(images.to(args.device))).pred_score
+        return scores_of(model, images, args.device)
 
     def backbone(images: Tensor) -> object:
         return model.feature_extractor(normalized(images.to(args.device)))

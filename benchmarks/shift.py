@@ -7,6 +7,7 @@ not if there are too few (NaN).
 
 python benchmarks/shift.py mvtec/screw more/tire --weights FILE --out shift
 python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods clflow nearest --few 10 20 40
+python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods --rivals patchcore fastflow    # no method of ours
 python benchmarks/shift.py mvtec/screw more/tire --out shift --table
 
 OUT/results.jsonl gets a line for each category, seed, method and shift. The same call continues after a stop."""
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import ndimage
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,8 +31,10 @@ from kit import data, metrics  # noqa: E402
 from kit.camera import blurred, compressed  # noqa: E402
 from kit.data import LabelledImage  # noqa: E402
 from kit.detector import Detector  # noqa: E402
+from kit.files import MODEL  # noqa: E402
+from kit.good import split  # noqa: E402
 from kit.images import read_image  # noqa: E402
-from kit.settings import LEAST_IMAGES  # noqa: E402
+from kit.settings import LEAST_IMAGES, Shape  # noqa: E402
 from methods import load  # noqa: E402
 
 METHODS = {
@@ -38,6 +42,7 @@ METHODS = {
     "nearest": ["--method", "nearest"],
     "nearest, one scale": ["--method", "nearest", "--no-local"],
 }
+RIVALS = ("patchcore", "fastflow")
 CLEAN = "as they are"
 RECALIBRATED_ON = 20  # images
 DRAWS = 3  # of few images
@@ -111,24 +116,40 @@ def judged(model: Detector, images: np.ndarray) -> tuple[np.ndarray, list[list[t
     return scores.cpu().numpy(), energies
 
 
-def measured(run: Path, tests: list[LabelledImage], shift: str, device: str) -> dict:
-    """The metrics of a trained run on shifted test images."""
-    model = load(run / "model.pt", device)
-    images = np.stack([shifted(read_image(test.path, model.shape), shift, i) for i, test in enumerate(tests)])
-    labels = np.array([test.anomalous for test in tests])
-    scores, energies = judged(model, images)
-    limit = model.thresholds().score
+def figures(
+    labels: np.ndarray, scores: np.ndarray, limit: float, recalibrate: Callable[[np.ndarray], tuple[np.ndarray, float]]
+) -> dict:
+    """The metrics of the scores (N,) of test images at the threshold `limit`. `recalibrate` gives the scores and the
+    threshold after a calibration on the test images with these indices."""
     row = {"image_auroc": metrics.image_metrics(labels, scores)["image_auroc"]}
     row |= metrics.shares_at(limit, labels, scores)
     good = np.flatnonzero(~labels)
     new = good[: min(RECALIBRATED_ON, len(good) // 2)]
     if len(new) < LEAST_IMAGES:
         return row | {"recalibrated_false_alarms": math.nan, "recalibrated_recall": math.nan}
-    model.calibrate([[e[i : i + 1] for e in energies[n // 8]] for n, i in ((n, n % 8) for n in new)])
-    left = np.setdiff1d(np.arange(len(tests)), new)
-    scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
-    after = metrics.shares_at(model.thresholds().score, labels[left], scores[left])
+    scores, limit = recalibrate(new)
+    left = np.setdiff1d(np.arange(len(labels)), new)
+    after = metrics.shares_at(limit, labels[left], scores[left])
     return row | {f"recalibrated_{name}": value for name, value in after.items()}
+
+
+def shifted_tests(tests: list[LabelledImage], shift: str, shape: Shape) -> np.ndarray:
+    """The test images, changed: (N, H, W, 3)."""
+    return np.stack([shifted(read_image(test.path, shape), shift, i) for i, test in enumerate(tests)])
+
+
+def measured(run: Path, tests: list[LabelledImage], shift: str, device: str) -> dict:
+    """The metrics of a trained run on shifted test images."""
+    model = load(run / MODEL, device)
+    scores, energies = judged(model, shifted_tests(tests, shift, model.shape))
+
+    def recalibrate(new: np.ndarray) -> tuple[np.ndarray, float]:
+        model.calibrate([[e[n % 8 : n % 8 + 1] for e in energies[n // 8]] for n in new])
+        scores = torch.cat([model.scores(batch)[0] for batch in energies])
+        return scores.cpu().numpy(), model.thresholds().score
+
+    labels = np.array([test.anomalous for test in tests])
+    return figures(labels, scores, model.thresholds().score, recalibrate)
 
 
 def few_images(category: Path, count: int, draw: int, to: Path) -> Path:
@@ -148,7 +169,7 @@ def few_images(category: Path, count: int, draw: int, to: Path) -> Path:
 def trained(category: Path, method: str, seed: int, args: argparse.Namespace) -> Path:
     """The run folder of a category, trained now or in an earlier call."""
     run = args.out / "runs" / category.name / method.replace(", ", "-").replace(" ", "-") / f"seed{seed}"
-    if not (run / "model.pt").exists():
+    if not (run / MODEL).exists():
         options = ["--data", str(category), "--out", str(run), "--seed", str(seed), *METHODS[method]]
         if args.weights:
             options += ["--weights", args.weights]
@@ -163,14 +184,61 @@ def measure_category(category: Path, shifts: list[str], args: argparse.Namespace
     tests = chosen_tests(category, args.tests)
     for seed in range(args.seeds):
         for method in args.methods:
-            for shift in shifts:
-                key = {"category": category.name, "seed": seed, "method": method, "shift": shift}
-                if any(key.items() <= row.items() for row in read_results(args.out)):
-                    continue
-                row = key | measured(trained(category, method, seed, args), tests, shift, args.device or "cpu")
-                with open(args.out / "results.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(" ".join(f"{k} {round(v, 3) if isinstance(v, float) else v}" for k, v in row.items()), flush=True)
+            for shift in missing(category, seed, method, shifts, args.out):
+                run = trained(category, method, seed, args)
+                add_line(category, seed, method, shift, measured(run, tests, shift, args.device or "cpu"), args.out)
+
+
+@torch.no_grad()
+def measure_rivals(category: Path, shifts: list[str], args: argparse.Namespace) -> None:
+    """Add the missing lines of anomalib's models, at 256x256. Their threshold is the highest score of the held-out good
+    images. Their trainings are not kept: after a stop, a model is trained again."""
+    from benchmarks import rivals  # exits if anomalib is not installed
+
+    shape = (rivals.SIZE, rivals.SIZE)
+    device = args.device or "cpu"
+    tests = chosen_tests(category, args.tests)
+    held_out, files = split(data.list_images(data.good_folder(category)), seed=0)
+    for name in args.rivals:
+        method = f"anomalib {name}"
+        left = missing(category, 0, method, shifts, args.out)
+        if not left:
+            continue
+        with torch.enable_grad():
+            model = rivals.trained(name, files, args.weights, device)
+
+        def scores_of(images: np.ndarray, model: nn.Module = model) -> np.ndarray:
+            batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(8)
+            return torch.cat([rivals.scores_of(model, batch, device) for batch in batches]).cpu().numpy()
+
+        limit = scores_of(np.stack([read_image(file, shape) for file in held_out])).max()
+        for shift in left:
+            row = measured_rival(scores_of, limit, tests, shift, shape)
+            add_line(category, 0, method, shift, row, args.out)
+
+
+def measured_rival(
+    scores_of: Callable[[np.ndarray], np.ndarray], limit: float, tests: list[LabelledImage], shift: str, shape: Shape
+) -> dict:
+    """The metrics of a rival on shifted test images. After a recalibration, its threshold is the highest new score."""
+    scores = scores_of(shifted_tests(tests, shift, shape))
+    labels = np.array([test.anomalous for test in tests])
+    return figures(labels, scores, limit, lambda new: (scores, scores[new].max()))
+
+
+def missing(category: Path, seed: int, method: str, shifts: list[str], out: Path) -> list[str]:
+    """The shifts that have no line in results.jsonl yet."""
+    key = {"category": category.name, "seed": seed, "method": method}
+    done = {row["shift"] for row in read_results(out) if key.items() <= row.items()}
+    return [shift for shift in shifts if shift not in done]
+
+
+def add_line(category: Path, seed: int, method: str, shift: str, row: dict, out: Path) -> None:
+    """Print a result, and add it to results.jsonl."""
+    row = {"category": category.name, "seed": seed, "method": method, "shift": shift} | row
+    with open(out / "results.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(" ".join(f"{k} {round(v, 3) if isinstance(v, float) else v}" for k, v in row.items()), flush=True)
 
 
 def read_results(out: Path) -> list[dict]:
@@ -201,18 +269,23 @@ def main() -> None:
     add("categories", type=Path, nargs="+", help="folders in MVTec AD's layout")
     add("--out", type=Path, required=True, help="folder for runs and results.jsonl")
     add("--weights", help="file with the backbone's ImageNet weights")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    add("--methods", nargs="*", choices=METHODS, default=list(METHODS), metavar="NAME")
     add("--shifts", nargs="+", choices=[*SHIFTS, MIXED], default=[*SHIFTS, MIXED], metavar="NAME")
     add("--seeds", type=int, default=1, help="number of seeds (default: 1)")
     add("--tests", type=int, default=30, help="good and defective test images of each category (default: 30 each)")
     add("--few", type=int, nargs="*", default=[], help="also train on this many good images, drawn three times")
+    add("--rivals", nargs="+", choices=RIVALS, default=[], help="also these models of anomalib; needs --weights")
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     add("--table", action="store_true", help="print the table of the results; train nothing")
     args = parser.parse_args()
+    if args.rivals and not args.weights:
+        parser.error("--rivals needs --weights FILE, a file with ResNet18's ImageNet weights")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
         for category in args.categories:
             measure_category(category.resolve(), args.shifts, args)
+            if args.rivals:  # else anomalib need not be installed
+                measure_rivals(category.resolve(), args.shifts, args)
             for count in args.few:
                 for draw in range(DRAWS):
                     few = few_images(category.resolve(), count, draw, args.out / "few")

@@ -174,7 +174,7 @@ def among_cells(prototypes: nn.Module, queries: Tensor, out: LeftOut | None, loo
     found = []
     parts = zip(visitor.split(places.tolist()), prototypes.keys.of(prototypes, queries.dtype), strict=True)
     for number, (visitors, keys) in enumerate(parts):
-        similar = queries[visitors] @ keys.T
+        similar = queries.index_select(0, visitors) @ keys.T  # queries[visitors] takes four times as long
         if out is not None and cells[number].any():
             similar[:, : cells[number].shape[1]][cells[number][out.kind[visitors]]] = FAR
         found.append(similar.max(dim=1))
