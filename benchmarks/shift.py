@@ -7,7 +7,7 @@ not if there are too few (NaN).
 
 python benchmarks/shift.py mvtec/screw more/tire --weights FILE --out shift
 python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods clflow nearest --few 10 20 40
-python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods --rivals patchcore fastflow    # no method of ours
+python benchmarks/shift.py mvtec/screw --weights FILE --out shift --methods --rivals patchcore    # no method of ours
 python benchmarks/shift.py mvtec/screw more/tire --out shift --table
 
 OUT/results.jsonl gets a line for each category, seed, method and shift. The same call continues after a stop."""
