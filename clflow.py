@@ -35,7 +35,7 @@ PAINTED = 600  # synthetic anomalies in total, for any number of good images
 TOGETHER = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
-NOISE = 2.0  # standard deviations
+NOISE = 2.0  # standard deviation of the noise on whitened rows
 
 
 # ---------------------------------------------------------------- features -> rows -> energies
@@ -110,8 +110,8 @@ class CLFlow(Detector):
 
     @torch.no_grad()
     def residual(self, rows: Tensor, parts: int = 1, excluded: Tensor | None = None) -> Tensor:
-        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.residual`. A density of r is local by
-        construction. With --no-local, rows y unchanged."""
+        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.residual`. So a density of r
+        compares each feature with its neighbourhood. With --no-local, rows y unchanged."""
         if not self.settings.local:
             return rows
         return self.prototypes.residual(rows, parts, self.dtype, excluded)
@@ -179,7 +179,8 @@ class CLFlow(Detector):
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
     """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels; both kinds have equal
-    weight. A smoothed label is reached at finite odds, so the loss does not push certain rows any further."""
+    weight. A smoothed label is reached at finite log-odds, so the loss stops pushing rows that are already
+    classified with confidence."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2))
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
     return wrong + missed
@@ -274,11 +275,11 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
 
     # Rows of real defects, if any are given.
     if good.defects:
-        training = epochs(model, feed, good.processes, name="first training, epoch")
-        first_training = partial(learn_anew, held_out, training, FOLDS)
-        feed = feed.beside(real_rows(model, good.defects, PAINTED, first_training))
+        training = epochs(model, feed, good.processes, name="preliminary training, epoch")
+        preliminary_training = partial(learn_anew, held_out, training, FOLDS)
+        feed = feed.beside(real_rows(model, good.defects, PAINTED, preliminary_training))
 
-    # For each step: the losses of a batch, and a step down. After each epoch: the calibration on held-out images.
+    # For each step: the losses of a batch, and one gradient step. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
         held_out.calibrate()
         yield epoch

@@ -29,10 +29,10 @@ def synthesize(
 
     Their size follows the side of a square with the image's number of pixels, at most 384: strips get defects as large
     as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second normal image;
-    default: the image itself) are (H, W, 3). Defects lie on the foreground (see `kit.images.foreground`), inside the
-    region of interest `roi` (H, W) bool if it is given; anywhere in it if it has no foreground. Returns (anomalous
-    image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is never empty, and pixels outside it are
-    unchanged."""
+    default: the image itself) are (H, W, 3). Defects lie on the foreground (see `kit.images.foreground`) and inside the
+    region of interest `roi` (H, W) bool, if it is given. If the region has no foreground, they lie anywhere in it.
+    Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is never empty, and pixels
+    outside it are unchanged."""
     if other is None:
         other = image
     where = foreground(image)

@@ -291,7 +291,8 @@ def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -
 
 
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:
-    """Train every category in args.data, or args.data itself, with every seed; evaluate them if there are several.
+    """Train every category in args.data, or args.data itself, with every seed. Evaluate them if there are
+    several, or if it is the demo.
 
     Several processes (torchrun) train a single run together. Several runs are distributed over the processes: each run
     is trained by one process, into a folder of its own below `out`."""

@@ -46,8 +46,8 @@
 #
 # **What is each difference worth?** `benchmarks/ladder.py` goes from the paper's form to ours, one step after the
 # other. Each row keeps the steps above it. The figures are image AUROC (part 5 defines it: 0.5 is a coin, 1 is perfect)
-# on seven categories of real photographs, with one seed. *tire* is the hardest of them. Seconds are those of training, on
-# one thread of a busy machine.
+# on seven categories of real photographs, with one seed. *tire* is the hardest of them. Seconds are those of training,
+# on one thread of a busy machine.
 #
 # | step | mean of 7 | *tire* | training, s |
 # |---|---|---|---|
@@ -64,7 +64,8 @@
 #   eight couplings. It brings whitening and camera copies.
 # - *The local scale brings most*, +.139 (*tire*: +.216). The classifier comes second, +.019.
 # - *The last three steps cannot be told apart from chance here*: +.004, +.002, +.003. *metal_plate* and *bottle* are at
-#   .996 to 1.000 in every row, so five categories and one seed decide, and another training changes *tire* alone by up to .02.
+#   .996 to 1.000 in every row, so five categories and one seed decide, and another training changes *tire* alone by up
+#   to .02.
 #
 # So the mean rises by .067, in less than a third of the time. [results.md](results.md) has the latest state of this
 # table, and further measurements of single parts. The form of the paper here is a reconstruction: the table does not

@@ -45,10 +45,10 @@ class AsNew:
     1905.02928), but CV+'s guarantee does not apply: see `kit.verdict.threshold`.
 
     `indices` belong to the images that are judged: at most LIMIT, chosen at random. `fold` (n,) divides all n images
-    into FOLDS blocks in the order of their names. An image is judged by a flow and a classifier that were trained
-    without its block, and without its own prototypes in the bank. In a series, where neighbours are near copies (as the
-    frames of a camera are), the prototypes of its whole fifth do not count (without a third the bank would be too poor,
-    and scores too high). The images of a series count as fewer `different` ones."""
+    into FOLDS thirds in the order of their names. An image is judged by a flow and a classifier that were trained
+    without its third, and by the bank without the image's own prototypes. In a series, neighbours are near copies (as
+    the frames of a camera are), so the prototypes of the image's whole fifth are left out. Without its whole third the
+    bank would be too poor, and scores too high. The images of a series count as fewer `different` ones."""
 
     def __init__(self, good: GoodImages, seed: int, alike: float):
         self.good = good

@@ -73,13 +73,13 @@ def copies(
 # ---------------------------------------------------------------- rows w (A, K)
 
 
-def real_rows(model: Detector, defects: list[Defect], count: int, first_training: Callable[[], None]) -> Tensor:
+def real_rows(model: Detector, defects: list[Defect], count: int, preliminary_training: Callable[[], None]) -> Tensor:
     """Codes (A, K + 1) of real defects, from about `count` images including copies: from the area of the masks, or from
-    the area that stands out after a first training."""
+    the area that stands out after a preliminary training."""
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in defects):
-        print("a first training, to find where the defects without masks are", flush=True)
-        first_training()
+        print("a preliminary training, to find where the defects without masks are", flush=True)
+        preliminary_training()
     rows = defect_rows(model, defects, count)
     model.flow, model.classifier = untrained
     return rows

@@ -19,7 +19,7 @@ from kit.good import GoodImages, Painter
 from kit.search import CANDIDATES, NOTHING_ELSE, residuals_as_new
 from kit.training import Epoch, seed_epoch
 
-ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18. Beyond that, each image keeps a part of its rows
+ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18, without camera copies
 COPIED = 4  # one row of a camera copy for every four rows of its original
 ROWS_PER_CHANNEL = 3  # at least, to fit the whitening. With fewer, these rows look more normal than new ones do
 HELD_OUT_BYTES = 1e9  # kept maps of held-out images: 1,100 images of 384 x 384, or 13 of 13 megapixels
@@ -214,8 +214,8 @@ class Feed:
     K + 1), in float16. They are seen from the bank without the prototypes of their own image. Training uses their rows
     w, and not their distances.
 
-    A batch has as many normal rows as it is large, and a quarter as many anomalous ones. They are drawn with
-    replacement, so that few defects will do. With rows of real defects, half of the anomalous ones are real."""
+    A batch has `batch` normal rows, and a quarter as many rows of defects. They are drawn with replacement, so few
+    defects suffice. If real defects are given, half of the defect rows are real."""
 
     def __init__(self, model: Detector, normal: GoodRows, painted: Rows | None):
         self.device = model.device

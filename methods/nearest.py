@@ -1,6 +1,7 @@
 """The nearest neighbour, the baseline: the distance of an image's features to the bank of prototypes, divided by the
-bank's local spacing. Nothing is trained. CL-Flow uses the same bank, so its flow has to beat this. With one scale for
-all (--no-local) it is PatchCore's distance (arXiv 2106.08265), without its reweighting of the image score."""
+bank's local spacing. Nothing is trained. CL-Flow has the same kind of bank, and rows of camera copies in it; its flow
+and classifier have to beat this. With one scale for all (--no-local) it is PatchCore's distance (arXiv 2106.08265),
+without its reweighting of the image score."""
 
 import math
 from collections.abc import Iterator, Sequence

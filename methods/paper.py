@@ -202,8 +202,8 @@ class Losses(nn.Module):
         return {"loss": loss, **losses}
 
     def of_scale(self, z: Tensor, log_det: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-        """The losses of one scale whose weight is not 0. Energies of x- are unbounded, so the proxy tasks use tamed
-        ones: otherwise a few outliers would dominate the clipped gradients."""
+        """The losses of one scale whose weight is not 0. Energies of x- are unbounded, so L_cls and the
+        contrast of energies use tamed ones: otherwise a few outliers would dominate the clipped gradients."""
         settings = self.model.settings
         pairs = len(mask)
         e = energy(z, log_det)

@@ -133,7 +133,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
     command = ["--data", mine, "--out", tmp_path / "run", *QUICK]
     masks = ["--defects", tmp_path / "bad", "--defect-masks", mine / "ground_truth" / "chip"]
     call(train.main, *command, *masks)
-    assert "a first training" not in capsys.readouterr().out
+    assert "a preliminary training" not in capsys.readouterr().out
     call(evaluate.main, tmp_path / "run")
     said = capsys.readouterr().out
     names = "chip/000.png, chip/001.png, chip/002.png"
@@ -168,7 +168,7 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
 
 
 def test_interrupted_training_with_defects_resumes_to_the_same_weights(category, tmp_path, monkeypatch):
-    """--resume repeats the first training, which finds where the defects are."""
+    """--resume repeats the preliminary training, which finds where the defects are."""
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 4)
     shutil.copytree(category / "test" / "crack", tmp_path / "bad")
     command = ["--data", category, "--defects", tmp_path / "bad", *QUICK, "--epochs", 2]
@@ -177,7 +177,7 @@ def test_interrupted_training_with_defects_resumes_to_the_same_weights(category,
 
     def interrupted(self, *args):
         steps.append(1)
-        if len(steps) == 2 * 4 + 4 + 2:  # the first training, an epoch, two steps
+        if len(steps) == 2 * 4 + 4 + 2:  # the preliminary training, an epoch, two steps
             raise KeyboardInterrupt
         return step(self, *args)
 
