@@ -22,10 +22,11 @@ from kit.real_defects import fingerprint
 from kit.rows import Feed, HeldOut, learn_anew
 from kit.settings import LEAST_IMAGES
 from kit.training import Epoch
-from kit.verdict import drift, odd_ones
+from kit.verdict import LEAST_SCORE, drift, odd_ones
 
 FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
+EQUALS = 2  # held-out images; the weight of the assumption that thirds and held-out images have equal medians
 SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 COPIES = 30  # camera copies of held-out images, on which the threshold is tested
@@ -145,7 +146,21 @@ def calibrate_as_new(as_new: AsNew, feed: Feed, held_out: HeldOut, epochs: Calla
         scores |= as_new.scores(model, fold, feed)
     model.flow, model.classifier = trained
     held_out.calibrate()
+    if not as_new.is_series:  # its held-out images have near copies among the others
+        factor = factor_to_held_out(torch.stack(list(scores.values()), dim=1), model.normal)
+        scores = {index: factor * score for index, score in scores.items()}
     as_new.settle(model, scores)
+
+
+def factor_to_held_out(scores: Tensor, held_out: Tensor) -> Tensor:
+    """The factor (2,) that brings scores and maxima (2, m) of thirds to the height of those of held-out images (2, h).
+
+    Scores of thirds tend to be too high: the bank was chosen with these images, so it has gaps where an image's own
+    prototypes are left out. With ten images they are half again as high as those of new images. The factor is the ratio
+    of the medians to the power h / (h + EQUALS), since the median of few held-out images is uncertain."""
+    middle, held_out_middle = (values.quantile(0.5, dim=1).clamp(min=LEAST_SCORE) for values in (scores, held_out))
+    count = held_out.shape[1]
+    return (held_out_middle / middle) ** (count / (count + EQUALS))
 
 
 @torch.no_grad()

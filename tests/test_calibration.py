@@ -115,6 +115,19 @@ def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
         calibration.recalibrate(Scored(), [Path("not_read.png")] * 30, alike=10.0)
 
 
+# ---------------------------------------------------------------- thirds and held-out images
+
+
+def test_scores_of_thirds_are_brought_to_the_height_of_held_out_ones():
+    scores = torch.tensor([[2.0, 4.0, 6.0, 8.0], [1.0, 1.0, 3.0, 3.0]])  # medians 5 and 2
+    two = torch.tensor([[1.0, 1.5], [2.0, 2.0]])  # medians 1.25 and 2
+    factor = calibration.factor_to_held_out(scores, two)
+    assert factor.tolist() == pytest.approx([(1.25 / 5) ** (2 / 4), 1])
+    many = two.repeat(1, 100)  # the more there are, the more they count
+    assert calibration.factor_to_held_out(scores, many).tolist() == pytest.approx([1.25 / 5, 1], rel=0.02)
+    assert calibration.factor_to_held_out(torch.zeros(2, 3), two).isfinite().all()
+
+
 # ---------------------------------------------------------------- too few images
 
 
