@@ -69,12 +69,13 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     """Measure every epoch_NN.pt below `run` on its category's test images. Writes curve.json and curve.png, with a line
     for each run."""
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
-    for file in kept_epochs(run, subfolders=True):
+    for file in kept_epochs(run):
         model = load(file, device)
         tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
-        label = "/".join(folder_of(file.resolve()).parts[-2:])
+        folder = folder_of(file)
+        label = run.resolve().name if folder == run else folder.relative_to(run).as_posix()
         epoch = epoch_of(file)
         print(
             f"{label}, epoch {epoch}: {', '.join(f'{name} {figure_text(figures[name])}' for name in lines)}", flush=True

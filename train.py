@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -243,6 +244,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             refuse_shared(target, category, planned)
             check_out(target, category, read_folders, args.resume, options["epochs"] if args.keep_epochs else 0)
             size = shapes.input_size(options["size"], files)
+            check_pixels(args.method, size)
             settings = OPTIONS[args.method].settings(
                 seed=seed,
                 data=str(category.resolve()),
@@ -255,6 +257,14 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             roi = region_of_interest(args.roi, files, as_shape(size))
             planned.append(Run(category, files, settings, target, roi, defects))
     return planned
+
+
+def check_pixels(method: str, size: int | Shape) -> None:
+    """Raises InputError if the method cannot process images of this size."""
+    most = METHODS[method].detector.MOST_PIXELS
+    if most is not None and math.prod(as_shape(size)) > most:
+        text = shapes.size_text(size)
+        raise InputError(f"--size {text}: --method {method} takes at most {most} pixels; give a smaller --size")
 
 
 def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:

@@ -18,7 +18,7 @@ from kit.files import OwnFiles
 from kit.good import GoodImages
 from kit.images import load_image, photograph, read_image, to_tensor
 from kit.processes import counted
-from kit.real_defects import fingerprint
+from kit.real_defects import files_of_training, is_among
 from kit.rows import Feed, HeldOut, learn_anew
 from kit.settings import LEAST_IMAGES
 from kit.training import Epoch
@@ -217,8 +217,8 @@ def natural(path: Path) -> list:
 def unseen(model: Detector, files: list[Path]) -> list[Path]:
     """The files that were not part of the training of `model`, neither as good images (held out or not) nor as defects.
     Copies are recognised by their bytes. Prints a line on how many were left out."""
-    known = set(model.settings.good) | {value for _, value in model.settings.taught}
-    new = [path for path in files if fingerprint(path) not in known]
+    known = files_of_training(model.settings)
+    new = [path for path in files if not is_among(path, known)]
     if len(new) < len(files):
         print(
             f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, so their "

@@ -104,7 +104,7 @@ def quantization_step(path: Path) -> float:
     """The mean quantization step of a JPEG file's brightness; 0 for other formats."""
     with Image.open(path, formats=FORMATS) as image:
         tables = getattr(image, "quantization", None)
-    return float(np.mean(tables[0])) if tables else 0.0
+    return float(np.mean(next(iter(tables.values())))) if tables else 0.0  # the first one is that of brightness
 
 
 def usual_of(files: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:

@@ -112,6 +112,7 @@ class Detector(nn.Module):
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
+    MOST_PIXELS: int | None = None  # of an image; None: large images are processed in windows
 
     def __init__(self, settings: Settings, backbone: Backbone | None, expert_count: int):
         super().__init__()
@@ -266,8 +267,11 @@ class Detector(nn.Module):
         return torch.stack((self.score(maps), maps.amax(dim=(1, 2))))
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
-        """The thresholds that a share `false_alarm` of normal images is expected to exceed."""
-        rate = false_alarm or self.settings.false_alarm
+        """The thresholds that a share `false_alarm` of normal images is expected to exceed. Raises InputError for a
+        share that is not between 0 and 1."""
+        rate = self.settings.false_alarm if false_alarm is None else false_alarm
+        if not 0 < rate < 1:
+            raise InputError(f"false_alarm={rate}: out of range; give a share between 0 and 1")
         return thresholds(self.normal.cpu().numpy(), rate, int(self.different), self.copies.cpu().numpy())
 
     @torch.no_grad()

@@ -40,8 +40,8 @@ def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, 
     """A verdict's anomaly map (H, W) and the outline of its regions (H, W, 1) bool, for pictures of this size (W, H),
     which may be smaller than the image."""
     anomaly_map = np.asarray(Image.fromarray(verdict.anomaly_map.astype(np.float32)).resize(size))
-    found = np.asarray(Image.fromarray(verdict.found).resize(size))
-    return anomaly_map, outline(found)
+    found = Image.fromarray(verdict.found.astype(np.float32)).resize(size, Image.Resampling.BOX)
+    return anomaly_map, outline(np.asarray(found) > 0)  # a region of few pixels stays visible
 
 
 def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:

@@ -459,9 +459,9 @@ def epoch_of(path: Path) -> int:
     return int(path.stem.removeprefix("epoch_"))
 
 
-def kept_epochs(out: Path, subfolders: bool = False) -> list[Path]:
-    """The epoch checkpoints in a run's folder, or in the folders of all runs below it, sorted by run and epoch."""
-    found = out.glob("**/*.pt" if subfolders else "*.pt")
+def kept_epochs(out: Path) -> list[Path]:
+    """The epoch checkpoints of all runs in a folder or below it, sorted by run and epoch."""
+    found = out.glob("**/*.pt")
     kept = [path for path in found if re.fullmatch(r"epoch_\d+", path.stem) and not is_of_successor(path)]
     return sorted(kept, key=lambda path: (path.parent, epoch_of(path)))
 

@@ -19,7 +19,7 @@ from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
 from kit.images import load_image, photograph, read_mask, shape_of, turned
 from kit.processes import ALONE, Processes, counted
-from kit.real_defects import is_among
+from kit.real_defects import files_of_training, is_among
 from kit.settings import Settings
 from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once
@@ -127,7 +127,8 @@ def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
 def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[data.LabelledImage]:
     """The test images without those that the detector was trained with, or copies of them; a line names these. Raises
     InputError if none is left."""
-    seen = [test for test in tests if is_among(test.path, model.settings.taught)]
+    known = files_of_training(model.settings)
+    seen = [test for test in tests if is_among(test.path, known)]
     if seen:
         names = ", ".join(f"{test.defect_type}/{test.path.name}" for test in seen)
         print(f"left out {len(seen)} test images, since the detector was trained with them: {names}")

@@ -19,6 +19,7 @@ from kit.good import Defect
 from kit.images import read_image, read_mask, to_tensor
 from kit.processes import counted
 from kit.rows import touches
+from kit.settings import Settings
 
 COPIES = 8  # of each defect, including the original
 SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
@@ -203,7 +204,12 @@ def fingerprint(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def is_among(path: Path, taught: Iterable[tuple[str, str]]) -> bool:
-    """Whether a file, or a copy of it, has one of these `fingerprints`."""
-    known = {value for pair in taught for value in pair}
-    return bool(known) and (str(path.resolve()) in known or fingerprint(path) in known)
+def files_of_training(settings: Settings) -> set[str]:
+    """What identifies the files that a detector was trained with: hashes of the good images (held out or not), paths
+    and hashes of the others."""
+    return set(settings.good) | {value for pair in settings.taught for value in pair}
+
+
+def is_among(path: Path, known: set[str]) -> bool:
+    """Whether a file, or a copy of it, is among the `files_of_training`."""
+    return str(path.resolve()) in known or fingerprint(path) in known

@@ -121,14 +121,13 @@ def told(files: list[Path], shape: Shape) -> str:
     if usual is None or usual == shape:
         return ""
     shrinks = math.sqrt(math.prod(shape) / math.prod(usual))
-    native = input_size(NATIVE, files)
     change = "shrinks" if shrinks < 1 else "grows"
     line = (
         f"images of {usual[1]} x {usual[0]} pixels are judged at {shape[1]} x {shape[0]}: "
         f"a {SPOT}-pixel defect {change} to {SPOT * shrinks:.0f} pixels"
     )
-    if shrinks < 1:
-        line += f"; use --size {size_text(native)} for full resolution"
+    if shrinks < 1 and max(usual) <= LONGEST:
+        line += f"; use --size {size_text(input_size(NATIVE, files))} for full resolution"
     return line
 
 

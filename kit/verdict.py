@@ -67,7 +67,8 @@ def thresholds(
     if copies is not None and copies.shape[1] > 0:
         score, peak = raised(score, copies[0], rate), raised(peak, copies[1], rate)
     above = round(float((normal[0] > score).mean()) * images)
-    at_most = float(special.betaincinv(above + 1, images - above, CONFIDENCE))  # Clopper and Pearson's bound
+    # Clopper and Pearson's bound
+    at_most = float(special.betaincinv(above + 1, images - above, CONFIDENCE)) if above < images else 1.0
     return Thresholds(score, peak, images, at_most)
 
 

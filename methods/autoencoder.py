@@ -18,12 +18,10 @@ from kit import data
 from kit.backbone import BACKBONES
 from kit.calibration import calibrate_on
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import origins, spread
 from kit.search import prototype_count
-from kit.settings import AutoencoderSettings, as_shape
-from kit.shapes import size_text
+from kit.settings import AutoencoderSettings
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from methods.nearest import scaled_distances
@@ -106,19 +104,14 @@ class Autoencoder(Detector):
     images, too, but in similar ways, which the bank contains."""
 
     SETTINGS = AutoencoderSettings
+    MOST_PIXELS = PIXELS  # it processes the whole image at once
 
     def __init__(self, settings: AutoencoderSettings):
-        shape = as_shape(settings.size)
-        if math.prod(shape) > PIXELS:  # it processes the whole image at once
-            raise InputError(
-                f"--size {size_text(settings.size)}: --method autoencoder takes at most {PIXELS} pixels; "
-                "give a smaller --size"
-            )
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
         super().__init__(settings, backbone, expert_count=1)
         self.projection = projection
-        self.enlarged = round(ENLARGED * shape[0]), round(ENLARGED * shape[1])
+        self.enlarged = tuple(round(ENLARGED * side) for side in self.shape)
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 

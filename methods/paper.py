@@ -7,7 +7,6 @@ was available, so this is a reconstruction. clflow.py is our own form, which det
 Shapes: images (B, 3, H, W) in [0, 1]; at each scale features x and latents z (B, C, h, w), log-determinants and
 energies (B, h, w). A training step sees B images x+, and A images x- that were made from the first A of them."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -20,11 +19,9 @@ from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import calibrate_on
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.good import GoodImages, Painter, PairLoader
 from kit.rows import touches
-from kit.settings import PaperSettings, Shape, as_shape
-from kit.shapes import size_text
+from kit.settings import PaperSettings, Shape
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from synth import synthesize
@@ -66,13 +63,9 @@ class Paper(Detector):
     good images, and turns them into a map, a score and a verdict. At test time only the likelihood counts."""
 
     SETTINGS = PaperSettings
+    MOST_PIXELS = PIXELS  # the flows process the whole image at once
 
     def __init__(self, settings: PaperSettings):
-        if math.prod(as_shape(settings.size)) > PIXELS:  # the flows process the whole image at once
-            raise InputError(
-                f"--size {size_text(settings.size)}: --method paper takes at most {PIXELS} pixels; "
-                "give a smaller --size"
-            )
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
         super().__init__(settings, backbone, expert_count=len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)

@@ -72,6 +72,10 @@ def test_compression_is_read_from_the_file(tmp_path):
     image.save(tmp_path / "a.png")
     assert quantization_step(tmp_path / "a.png") == 0
     assert 0 < quantization_step(tmp_path / "fine.jpg") < quantization_step(tmp_path / "poor.jpg")
+    data = (tmp_path / "fine.jpg").read_bytes()
+    renumbered = data.replace(b"\xff\xdb\x00\x43\x00", b"\xff\xdb\x00\x43\x01", 1)  # its table has another number
+    (tmp_path / "renumbered.jpg").write_bytes(renumbered)
+    assert quantization_step(tmp_path / "renumbered.jpg") > 0
     pixels = photographs(1)[0]
     fine, poor, png = (measured(pixels, tmp_path / name)[None] for name in ("fine.jpg", "poor.jpg", "a.png"))
     assert differences(poor, usual(fine)) == ["more strongly compressed"]

@@ -126,24 +126,26 @@ def test_masks_are_found_in_both_layouts(category, tmp_path):
 
 
 def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_path, capsys):
-    """A copy of a test image from another folder is recognised by its bytes. 13 of the 16 test images are left."""
+    """A copy is recognised by its bytes: of a test image in another folder, and of a good training image among the test
+    images. 13 of the 17 test images are left."""
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.copytree(mine / "test" / "chip", tmp_path / "bad")
     (tmp_path / "bad" / "003.png").unlink()
+    shutil.copy(mine / "train" / "good" / "000.png", mine / "test" / "good" / "copy.png")
     command = ["--data", mine, "--out", tmp_path / "run", *QUICK]
     masks = ["--defects", tmp_path / "bad", "--defect-masks", mine / "ground_truth" / "chip"]
     call(train.main, *command, *masks)
     assert "a preliminary training" not in capsys.readouterr().out
     call(evaluate.main, tmp_path / "run")
     said = capsys.readouterr().out
-    names = "chip/000.png, chip/001.png, chip/002.png"
-    assert f"left out 3 test images, since the detector was trained with them: {names}\n" in said
+    names = "chip/000.png, chip/001.png, chip/002.png, good/copy.png"
+    assert f"left out 4 test images, since the detector was trained with them: {names}\n" in said
     pictures = {path.name for path in (tmp_path / "run" / "pictures" / "chip").iterdir()}
     assert pictures == {"003.png.png"} and len(list((tmp_path / "run" / "pictures").glob("*/*"))) == 17
     # An image is also recognised by its path, even if the file has changed since.
     Image.new("RGB", (256, 256)).save(tmp_path / "bad" / "000.png")
     call(evaluate.main, tmp_path / "run", "--data", mine)
-    assert "3 test images" in capsys.readouterr().out
+    assert "4 test images" in capsys.readouterr().out
     refuse(train.main, capsys, *command, *masks, "--resume", words=["other --defects or --corrections"])
     refuse(train.main, capsys, *command, "--resume", words=["was started with defects ="])
 

@@ -217,6 +217,12 @@ def test_what_is_no_image_is_refused_in_one_line(model, image):
         model.inspect(image)
 
 
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
+def test_a_share_of_false_alarms_is_between_0_and_1(model, share):
+    with pytest.raises(InputError, match="false_alarm.*between 0 and 1"):
+        model.inspect(Image.new("RGB", (64, 64)), false_alarm=share)
+
+
 def test_a_tensor_of_0_to_255_is_not_taken_for_one_of_0_to_1(model):
     with pytest.raises(InputError, match=r"0..255, not 0..1"):
         model.inspect(torch.arange(256.0).expand(3, 256, 256))

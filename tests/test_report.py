@@ -12,7 +12,7 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.draw import LARGE, Entry, picture, save_views, views_of, write_page
+from kit.draw import LARGE, Entry, heat_and_line, picture, save_views, views_of, write_page
 from kit.files import OwnFiles
 from kit.images import photograph
 from kit.real_defects import read_corrections
@@ -56,6 +56,14 @@ def test_views_show_where_it_is(tmp_path):
     limits = verdict_limits()
     save_views(own, "a/b.png", views_of(Image.new("RGB", (50, 50)), decide(0.5, anomaly_map, limits), limits))
     assert not any((tmp_path / picture("a/b.png", view)).exists() for view in ("outline", "mask"))
+
+
+def test_a_small_region_has_an_outline_in_a_smaller_picture():
+    for place in (700, 701, 702, 703):
+        anomaly_map = np.zeros((1000, 1000), np.float32)
+        anomaly_map[place, place] = 3
+        _, line = heat_and_line(decide(2.0, anomaly_map, verdict_limits()), (225, 225))
+        assert line.any()
 
 
 def verdict_limits() -> Thresholds:

@@ -82,6 +82,9 @@ def test_what_is_done_to_images_is_told(tmp_path):
         "use --size 256x4096 for full resolution"
     )
     assert shapes.told(files, (256, 4096)) == ""
+    Image.new("L", (40, 40)).save(tmp_path / "small.png")  # --size native would not take these
+    grown = shapes.told([tmp_path / "small.png"], (384, 384))
+    assert grown == "images of 40 x 40 pixels are judged at 384 x 384: a 20-pixel defect grows to 192 pixels"
     odd = images_of(tmp_path / "odd", (100, 100), (100, 109), (100, 112))
     assert shapes.others_among(odd, (64, 64)) == {"2.png": (100, 112)}
 

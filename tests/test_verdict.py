@@ -99,6 +99,7 @@ def test_what_the_images_support_is_clopper_and_pearsons_bound():
     limits = thresholds(np.stack((values, values)), 0.02)
     assert (values > limits.score).sum() == 2
     assert stats.binom.cdf(2, 60, limits.at_most) == pytest.approx(0.1)
+    assert thresholds(np.ones((2, 8)), 0.9).at_most == 1  # all of them are above
 
 
 def test_drift_is_said_of_a_folder_that_moved_but_not_of_one_full_of_defects():
