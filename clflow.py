@@ -22,7 +22,6 @@ from kit.errors import InputError
 from kit.search import NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
 from kit.settings import CLFlowSettings
 from kit.windows import in_strips
-from synth import synthesize
 
 if TYPE_CHECKING:  # what only training needs is imported in `train` and `epochs`
     from kit.good import GoodImages
@@ -253,6 +252,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     from kit.good import Painter
     from kit.real_defects import real_rows
     from kit.rows import Feed, HeldOut, candidates, good_rows, learn_anew, painted_rows
+    from synth import synthesize
 
     painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
 

@@ -42,7 +42,6 @@ from kit.files import (
     write_text,
 )
 from kit.good import Defect, GoodImages, held_out_count, round_backbone, split
-from kit.images import read_region
 from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
@@ -297,7 +296,7 @@ def region_of_interest(mask: Path | None, files: list[Path], judged_in: Shape) -
             f"--roi {mask}: has {shape[1]} x {shape[0]} pixels, but the good images have {usual[1]} x {usual[0]}; give "
             "a mask with the same aspect ratio, and mark the area to inspect in white"
         )
-    return read_region(mask, judged_in)
+    return data.read_region(mask, judged_in)
 
 
 def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Processes) -> None:

@@ -32,7 +32,6 @@ from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
 from kit.good import GoodImages, Painter, held_out_count, round_backbone, split  # noqa: E402
-from kit.images import read_mask  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
@@ -85,7 +84,7 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
         "painted_on": painted.image_indices,
         "tests": features([test.path for test in tests]),
         "labels": torch.tensor([test.anomalous for test in tests]),
-        "masks": torch.stack([torch.from_numpy(read_mask(test.mask, model.shape)) for test in tests]),
+        "masks": torch.stack([torch.from_numpy(data.read_mask(test.mask, model.shape)) for test in tests]),
     }
 
 

@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import run_measured  # noqa: E402
 from kit import data, metrics  # noqa: E402
+from kit.data import marked  # noqa: E402
 from kit.detector import Detector  # noqa: E402
-from kit.images import load_image, marked  # noqa: E402
+from kit.images import load_image  # noqa: E402
 from methods import load  # noqa: E402
 
 TILE = 448  # pixels

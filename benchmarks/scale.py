@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import run_measured  # noqa: E402
 from kit import data, draw  # noqa: E402
+from kit.draw import photograph  # noqa: E402
 from kit.files import write_text  # noqa: E402
-from kit.images import load_image, photograph  # noqa: E402
+from kit.images import load_image  # noqa: E402
 
 SMALL = 64
 COUNTS = (100, 1000, 10_000, 100_000)  # of images of SMALL x SMALL

@@ -101,9 +101,10 @@ from clflow import CLFlow
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
 from kit import camera, data, draw
 from kit.backbone import as_rows
+from kit.data import read_mask
 from kit.demo import draw_button, draw_demo
 from kit.good import GoodImages, split
-from kit.images import load_image, read_image, read_mask
+from kit.images import load_image, read_image
 from kit.measuring import judge_tests, measure
 from kit.metrics import image_metrics
 from kit.processes import ALONE
@@ -991,7 +992,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # **5 Another synthesizer.** (parts 1, 5) Write `cut_and_paste(image, rng, other=None, roi=None, defects=1)`. It returns
 # the image with `defects` rectangles pasted, their mask, and its box (y0, x0, y1, x1), as `synthesize` does. Take
 # height and width of each at random from 1/16 to 1/5 of the image's side, and a random place to copy from and to. Train
-# with it in place of `clflow.synthesize` (`patch.object`, as in part 6) and all defaults. *Expect* 0.93 to 0.95 of the
+# with it in place of `synth.synthesize` (`patch.object`, as in part 6) and all defaults. *Expect* 0.93 to 0.95 of the
 # classifier and 0.96 to 0.97 together, where `synthesize` has 0.947 and 0.964. With `SEED` 1 and 2 expect less than
 # with `synthesize`. Which kind of defect suffers there, and why? *Test:* outside the mask nothing changes, and outside
 # the box there is no mask.

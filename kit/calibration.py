@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import special
 from torch import Tensor, nn
 
 from kit import data, draw
@@ -16,13 +17,13 @@ from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles
 from kit.good import GoodImages
-from kit.images import load_image, photograph, read_image, to_tensor
+from kit.images import load_image, read_image, to_tensor
 from kit.processes import counted
 from kit.real_defects import files_of_training, is_among
 from kit.rows import Feed, HeldOut, learn_anew
 from kit.settings import LEAST_IMAGES
 from kit.training import Epoch
-from kit.verdict import LEAST_SCORE, drift, odd_ones
+from kit.verdict import LEAST_SCORE, drift
 
 FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
@@ -31,6 +32,7 @@ SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 COPIES = 30  # camera copies of held-out images, on which the threshold is tested
 SHOWN = 12  # suspects at most
+ODD = 4  # standard deviations above the median, of log scores
 SUSPECTS = "suspects.png"
 ASKED = 40  # images at most that `alike_in_order` examines
 
@@ -285,7 +287,7 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
         path, without = model.calibrated_on[index]
         energies = model.energies_in_windows(data.read_batch([path], model.shape), without)
         anomaly_map = model.maps(energies)[0].cpu().numpy()
-        photo = draw.dimmed(photograph(load_image(path), draw.LARGE), model.roi)
+        photo = draw.photo_of(load_image(path), model.roi)
         verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)
         names.append(path.name)
         pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
@@ -295,3 +297,16 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
         f"{len(suspects)} of the good images look unlike the others: {', '.join(names)}{others}; see "
         f"{folder / SUSPECTS}. If they are defective, remove them and train again"
     )
+
+
+def odd_ones(values: np.ndarray) -> np.ndarray:
+    """The indices, highest value first, of the outliers among values (n,): their logarithms are more than four standard
+    deviations above the median. The deviation is estimated from the median distance to the median, which a few outliers
+    do not change. Fewer than five values have no outliers."""
+    if len(values) < 5:
+        return np.array([], dtype=int)
+    logs = np.log(np.maximum(values, LEAST_SCORE))
+    away = logs - np.median(logs)
+    deviation = max(np.median(np.abs(away)) / special.ndtri(0.75), 0.01)  # for copies of one image it would be zero
+    odd = np.flatnonzero(away > ODD * deviation)
+    return odd[np.argsort(-away[odd], kind="stable")]

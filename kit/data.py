@@ -1,4 +1,4 @@
-"""Folders of images: the usual layouts, and batches of the images in them."""
+"""Folders of images: the usual layouts, batches of the images in them, and masks."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from kit.errors import InputError
-from kit.images import SUFFIXES, read_image, to_tensor
+from kit.images import SUFFIXES, load_image, read_image, to_tensor, turned
 from kit.settings import Shape
 from kit.windows import at_once
 
@@ -167,3 +168,39 @@ def ahead(items: Iterator[Item]) -> Iterator[Item]:
         while (item := coming.result()) is not end:
             coming = thread.submit(next, items, end)
             yield item
+
+
+# ---------------------------------------------------------------- masks
+
+
+def marked(mask: Image.Image) -> np.ndarray:
+    """Where a mask image marks a defect, (H, W) bool: every value except black, since masks come as 0 and 255, as
+    labels 1, 2, ..., and in colours. Transparent pixels mark nothing. JPEG blurs black; there values above one half."""
+    black = 127 if mask.format == "JPEG" else 0
+    mask = turned(mask)
+    if mask.mode == "F" or mask.mode.startswith("I"):
+        return np.asarray(mask) > 0
+    bands = np.asarray(mask.convert("RGBA"))
+    return (bands[..., :3].max(axis=2) > black) & (bands[..., 3] > 0)
+
+
+def read_mask(path: Path | None, shape: Shape) -> np.ndarray:
+    """The true mask in this `shape` (H, W), bool, resized to the nearest pixel; all False for None. A mask that is too
+    thin for this keeps every pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
+    if path is None:
+        return np.zeros(shape, dtype=bool)
+    mask = Image.fromarray(np.float32(marked(load_image(path))))
+    nearest = np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 0
+    if nearest.any():
+        return nearest
+    return np.asarray(mask.resize(shape[::-1], Image.Resampling.BOX)) > 0
+
+
+def read_region(path: Path, judged_in: Shape) -> np.ndarray:
+    """The region of interest that an image marks in white, in the shape in which images are judged: (H, W) bool. Raises
+    InputError, naming the file, if it cannot be decoded or marks nothing."""
+    picture = turned(load_image(path)).convert("L").point(lambda value: 255 * (value > 127))
+    region = np.asarray(picture.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
+    if not region.any():
+        raise InputError(f"--roi {path}: contains no white area; mark the area to inspect in white")
+    return region

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from kit.files import OwnFiles, write_atomically, write_text
+from kit.images import composed, turned, values_and_white
 from kit.verdict import Thresholds, Verdict
 
 WIDTH = 960  # pixels, of charts and sheets
@@ -42,6 +43,23 @@ def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, 
     anomaly_map = np.asarray(Image.fromarray(verdict.anomaly_map.astype(np.float32)).resize(size))
     found = Image.fromarray(verdict.found.astype(np.float32)).resize(size, Image.Resampling.BOX)
     return anomaly_map, outline(np.asarray(found) > 0)  # a region of few pixels stays visible
+
+
+def photograph(image: Image.Image, longest: int) -> Image.Image:
+    """An image for display: 8-bit RGB, rotated by its EXIF tag, with sides of at most `longest` pixels. Raises
+    InputError for values outside their range."""
+    image = turned(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, white = values_and_white(image)
+        image = Image.fromarray(np.uint8(255 * values[..., 0] / white))
+    shown = composed(image)  # a copy, which may shrink
+    shown.thumbnail((longest, longest))
+    return shown
+
+
+def photo_of(image: Image.Image, roi: torch.Tensor) -> Image.Image:
+    """The `photograph` of an image, for its pictures: darker outside the region of interest (H, W) bool."""
+    return dimmed(photograph(image, LARGE), roi)
 
 
 def dimmed(photo: Image.Image, roi: torch.Tensor) -> Image.Image:

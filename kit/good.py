@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from kit import data
 from kit.camera import camera_copy
@@ -177,9 +177,15 @@ class Painter:
         see."""
         batch = at_once(self.shape)
         mine = self.copy_numbers()
-        batches = loader(Copies(self, mine), batch, shuffle=False)
-        for (images,) in counted(batches, "features of copies", len(mine), each=batch):
+        batches = loader(mine, self.copied, batch, shuffle=False)
+        for images in counted(batches, "features of copies", len(mine), each=batch):
             yield to_tensor(images)
+
+    def copied(self, numbers: list[int]) -> np.ndarray:
+        """The camera copies with these numbers: (A, H, W, 3)."""
+        paths = [self.files[self.image_index(number)] for number in numbers]
+        generators = [np.random.default_rng([self.seed, number]) for number in numbers]
+        return np.stack([camera_copy(self.image(path), rng) for path, rng in zip(paths, generators, strict=True)])
 
     def painted(self, count: int) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         """`surrounded` x- (A, 3, H, W), their masks (A, 1, H, W), and their numbers (A,): this process's part of
@@ -189,95 +195,48 @@ class Painter:
         mine = self.processes.part(numbers)
         # Surroundings end where the image ends, so they have different shapes and cannot be stacked.
         batch = at_once(self.shape) if self.patch == self.shape else 1
-        batches = loader(Paintings(self, mine), batch, shuffle=False)
+        batches = loader(mine, self.all_surrounded, batch, shuffle=False)
         for after, masks, numbers in counted(batches, "painting defects", len(mine), each=batch):
             yield to_tensor(after), to_tensor(masks), numbers
 
-
-class Numbered(Dataset):
-    """What a painter makes for each of these numbers; subclasses make a stacked batch."""
-
-    def __init__(self, painter: Painter, numbers: Sequence[int]):
-        self.painter = painter
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-
-class Copies(Numbered):
-    """The camera copies of a painter with these numbers, (H, W, 3) each."""
-
-    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray]:
-        """Some of them, stacked. An array, as in `Paintings`."""
-        numbers = [self.numbers[i] for i in indices]
-        return (np.stack([self.copy(number) for number in numbers]),)
-
-    def copy(self, number: int) -> np.ndarray:
-        painter = self.painter
-        path = painter.files[painter.image_index(number)]
-        return camera_copy(painter.image(path), np.random.default_rng([painter.seed, number]))
-
-
-class Paintings(Numbered):
-    """The x- of a painter with these numbers, `surrounded`: (H, W, 3), mask (H, W, 1), number."""
-
-    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, ...]:
-        """A stacked batch. Arrays, not tensors: tensors of a loader's worker go through shared memory, and a container
-        has only 64 MB of it, less than a few batches."""
-        numbers = [self.numbers[i] for i in indices]
-        after, masks = zip(*(self.painter.surrounded(number) for number in numbers), strict=True)
+    def all_surrounded(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`surrounded` x- (A, H, W, 3) with these numbers, their masks (A, H, W, 1), and the numbers (A,)."""
+        after, masks = zip(*(self.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
 
+    def pairs(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """This process's part of a batch of x+ with these numbers, and of x- for half of them (more x- did not help).
 
-class Pairs(Dataset):
-    """Batches of x+, and of x- for half of them (more x- did not help); each process gets its part. Small sets are
-    repeated to about `images_per_epoch`."""
-
-    def __init__(self, painter: Painter, images_per_epoch: int):
-        self.painter = painter
-        self.repeats = max(1, round(images_per_epoch / len(painter.files)))
-
-    def __len__(self) -> int:
-        return len(self.painter.files) * self.repeats
-
-    def __getitems__(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's part of a batch: B images x+, then A images x- that were made from the first A of them, as
-        (B + A, H, W, 3) float32; the masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4).
-        (H, W) is the images' shape, or a patch's. Arrays, as in `Paintings`.
+        Returns B images x+, then A images x- that were made from the first A of them, as (B + A, H, W, 3) float32; the
+        masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4). (H, W) is the images' shape, or
+        a patch's.
 
         Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
         batch, so that each process makes one. Every process gets at least one image and one x-."""
-        painter = self.painter
-        rank, count = painter.processes.rank, painter.processes.count
-        mine = painter.processes.part(numbers)
+        rank, count = self.processes.rank, self.processes.count
+        mine = self.processes.part(numbers)
         half = (len(numbers) + 1) // 2  # of the whole batch
-        pairs = max(1, len(range(rank, half, count)))
-        normal, painted, masks, boxes = [], [], [], []
-        for number in mine[:pairs]:
-            image, anomalous, mask, box = painter.anomalous(number)
-            normal.append(image)
-            painted.append(anomalous)
-            masks.append(mask)
-            boxes.append(box)
-        for number in mine[pairs:]:
-            normal.append(painter.untouched(number))
-        return np.stack(normal + painted), np.float32(masks)[..., None], np.array(boxes)
+        with_defect = max(1, len(range(rank, half, count)))
+        normal, painted, masks, boxes = zip(*(self.anomalous(number) for number in mine[:with_defect]), strict=True)
+        others = [self.untouched(number) for number in mine[with_defect:]]
+        return np.stack([*normal, *others, *painted]), np.float32(masks)[..., None], np.array(boxes)
 
 
 class PairLoader:
-    """Random batches of `Pairs`, epoch by epoch, as tensors on the detector's `device`."""
+    """Random batches of a painter's `pairs`, epoch by epoch, as tensors on the detector's `device`. Small sets of files
+    are repeated to about `images_per_epoch`."""
 
     def __init__(self, painter: Painter, images_per_epoch: int, batch: int, device: torch.device):
         self.painter = painter
         self.device = device
-        self.loader = loader(Pairs(painter, images_per_epoch), batch, shuffle=True)
+        repeats = max(1, round(images_per_epoch / len(painter.files)))
+        self.loader = loader(range(len(painter.files) * repeats), painter.pairs, batch, shuffle=True)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of this epoch: images (B + A, 3, H, W), masks (A, 1, H, W) and boxes (A, 4); see `Pairs`."""
+        """The batches of an epoch: images (B + A, 3, H, W), masks (A, 1, H, W), boxes (A, 4); see `Painter.pairs`."""
         self.painter.epoch = number
         drawn = iter(self.loader)  # draws the order of the images at once
         return map(self.as_tensors, drawn)
@@ -305,13 +264,14 @@ def widened(part: slice, reach: int | None, limit: int) -> slice:
     return slice(start, min(stop, limit))
 
 
-def loader(dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
-    """Batches of `dataset`, painted by background processes where these can be forked; elsewhere each process would
-    have to copy the decoded images."""
+def loader(numbers: Sequence[int], make: Callable[[list[int]], object], batch: int, shuffle: bool) -> DataLoader:
+    """What `make` makes of these numbers, batch by batch, in background processes where these can be forked; elsewhere
+    each process would have to copy the decoded images. `make` returns arrays, not tensors: tensors of a loader's worker
+    go through shared memory, and a container has only 64 MB of it, less than a few batches."""
     workers = 0
     if sys.platform == "linux":
-        workers = min(4, len(os.sched_getaffinity(0)), math.ceil(len(dataset) / batch))  # at most one for each batch
+        workers = min(4, len(os.sched_getaffinity(0)), math.ceil(len(numbers) / batch))  # at most one for each batch
     context = "fork" if workers else None
     return DataLoader(
-        dataset, batch, shuffle=shuffle, collate_fn=tuple, num_workers=workers, multiprocessing_context=context
+        numbers, batch, shuffle=shuffle, collate_fn=make, num_workers=workers, multiprocessing_context=context
     )

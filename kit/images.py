@@ -1,5 +1,5 @@
-"""One image: decoding, checks, conversion to RGB in [0, 1]; masks; whether it is grey, and where the object is. Arrays
-are numpy, (H, W, 3) float32."""
+"""One image: decoding, checks, conversion to RGB in [0, 1]; whether it is grey, and where the object is. Arrays are
+numpy, (H, W, 3) float32."""
 
 from pathlib import Path
 
@@ -103,18 +103,6 @@ def to_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def photograph(image: Image.Image, longest: int) -> Image.Image:
-    """An image for display: 8-bit RGB, rotated by its EXIF tag, with sides of at most `longest` pixels. Raises
-    InputError for values outside their range."""
-    image = turned(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        values, white = values_and_white(image)
-        image = Image.fromarray(np.uint8(255 * values[..., 0] / white))
-    shown = composed(image)  # a copy, which may shrink
-    shown.thumbnail((longest, longest))
-    return shown
-
-
 def load_image(path: Path | str) -> Image.Image:
     """The decoded PIL image of a file. Raises InputError, naming the file, if it cannot be decoded."""
     try:
@@ -156,39 +144,6 @@ def shape_of(image: Image.Image | np.ndarray | torch.Tensor) -> tuple[int, int]:
         return height, width
     shape = image.shape[-2:] if isinstance(image, torch.Tensor) else image.shape[:2]
     return int(shape[0]), int(shape[1])
-
-
-def marked(mask: Image.Image) -> np.ndarray:
-    """Where a mask image marks a defect, (H, W) bool: every value except black, since masks come as 0 and 255, as
-    labels 1, 2, ..., and in colours. Transparent pixels mark nothing. JPEG blurs black; there values above one half."""
-    black = 127 if mask.format == "JPEG" else 0
-    mask = turned(mask)
-    if mask.mode == "F" or mask.mode.startswith("I"):
-        return np.asarray(mask) > 0
-    bands = np.asarray(mask.convert("RGBA"))
-    return (bands[..., :3].max(axis=2) > black) & (bands[..., 3] > 0)
-
-
-def read_mask(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
-    """The true mask in this `shape` (H, W), bool, resized to the nearest pixel; all False for None. A mask that is too
-    thin for this keeps every pixel it touches. Raises InputError, naming the file, if it cannot be decoded."""
-    if path is None:
-        return np.zeros(shape, dtype=bool)
-    mask = Image.fromarray(np.float32(marked(load_image(path))))
-    nearest = np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)) > 0
-    if nearest.any():
-        return nearest
-    return np.asarray(mask.resize(shape[::-1], Image.Resampling.BOX)) > 0
-
-
-def read_region(path: Path, judged_in: tuple[int, int]) -> np.ndarray:
-    """The region of interest that an image marks in white, in the shape in which images are judged: (H, W) bool. Raises
-    InputError, naming the file, if it cannot be decoded or marks nothing."""
-    picture = turned(load_image(path)).convert("L").point(lambda value: 255 * (value > 127))
-    region = np.asarray(picture.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
-    if not region.any():
-        raise InputError(f"--roi {path}: contains no white area; mark the area to inspect in white")
-    return region
 
 
 # ---------------------------------------------------------------- what is in an image

@@ -32,7 +32,7 @@ from kit.files import (
     write_rows,
     write_text,
 )
-from kit.images import load_image, named, photograph, shape_of, to_tensor, turned
+from kit.images import load_image, named, shape_of, to_tensor, turned
 from kit.measuring import Inspection
 from kit.processes import clear, counted
 from kit.verdict import Thresholds, Verdict, basis, drift
@@ -315,7 +315,7 @@ def decode(path: Path, model: Detector) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
     image = turned(load_image(path))  # once, for all three
     pixels = named(path, image, model.shape)
-    photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
+    photo = draw.photo_of(image, model.roi)
     return Decoded(path, pixels, photo, shape_of(image), camera.measured(pixels, path))
 
 

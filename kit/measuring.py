@@ -17,7 +17,7 @@ from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
-from kit.images import load_image, photograph, read_mask, shape_of, turned
+from kit.images import load_image, shape_of, turned
 from kit.processes import ALONE, Processes, counted
 from kit.real_defects import files_of_training, is_among
 from kit.settings import Settings
@@ -97,7 +97,7 @@ def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Pro
     labels = np.array([test.anomalous for test in tests])
     if step > 1 and processes.first:
         print(f"to save memory, maps are compared with the masks at 1/{step} of the size")
-    masks = np.stack([read_mask(test.mask, maps.shape[1:]) for test in tests])
+    masks = np.stack([data.read_mask(test.mask, maps.shape[1:]) for test in tests])
     return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
 
 
@@ -228,7 +228,7 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
         name = f"{test.defect_type}/{test.path.name}"
         image = turned(load_image(test.path))
         verdict = model.verdict(float(score), anomaly_map, shape_of(image), limits)
-        photo = draw.dimmed(photograph(image, draw.LARGE), model.roi)
+        photo = draw.photo_of(image, model.roi)
         mask = true if test.mask or not test.anomalous else None
         title = f"{miss(verdict, test.anomalous)}{name}"
         try:

@@ -16,7 +16,7 @@ from kit import data
 from kit.detector import Detector, side_of
 from kit.errors import InputError
 from kit.good import Defect
-from kit.images import read_image, read_mask, to_tensor
+from kit.images import read_image, to_tensor
 from kit.processes import counted
 from kit.rows import touches
 from kit.settings import Settings
@@ -121,7 +121,7 @@ def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarra
     lay outside the defect. Of all pixels above the level of good images, half lay outside."""
     roi = model.roi.cpu().numpy()
     if defect.mask:
-        return read_mask(defect.mask, model.shape) & roi
+        return data.read_mask(defect.mask, model.shape) & roi
     maps, _ = model(to_tensor(image[None]))
     anomaly_map = np.where(roi, maps[0].cpu().numpy(), -np.inf)
     count = max(1, round(side_of(model.pixels) ** 2 / 1000))

@@ -16,7 +16,6 @@ USUAL = 0.16  # standard deviation of the logarithms of good images' scores, fro
 BELIEVED = 20  # images; the weight of USUAL
 TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
 MOST_RAISED = 1.2  # the highest ratio by which camera copies raise a threshold
-ODD = 4  # standard deviations above the median, of log scores
 
 
 @dataclass(frozen=True)
@@ -136,19 +135,6 @@ def clipped_deviation(reach: float) -> float:
 
 
 CLIPPED_DEVIATION = clipped_deviation(CLIPPED_AT)
-
-
-def odd_ones(values: np.ndarray) -> np.ndarray:
-    """The indices, highest value first, of the outliers among values (n,): their logarithms are more than four standard
-    deviations above the median. The deviation is estimated from the median distance to the median, which a few outliers
-    do not change. Fewer than five values have no outliers."""
-    if len(values) < 5:
-        return np.array([], dtype=int)
-    logs = np.log(np.maximum(values, LEAST_SCORE))
-    away = logs - np.median(logs)
-    deviation = max(np.median(np.abs(away)) / special.ndtri(0.75), 0.01)  # for copies of one image it would be zero
-    odd = np.flatnonzero(away > ODD * deviation)
-    return odd[np.argsort(-away[odd], kind="stable")]
 
 
 def drift(scores: np.ndarray, normal: np.ndarray) -> str:

@@ -14,9 +14,10 @@ import clflow
 import evaluate
 import train
 from kit import data, real_defects
+from kit.data import read_mask
 from kit.detector import read_checkpoint
 from kit.good import Defect
-from kit.images import read_image, read_mask
+from kit.images import read_image
 from kit.real_defects import copies, list_defects
 from kit.rows import Feed, GoodRows, Rows, good_rows
 from methods import load

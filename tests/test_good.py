@@ -9,7 +9,7 @@ from helpers import QUICK, call
 import kit.good
 import train
 from kit.data import list_images
-from kit.good import GoodImages, Painter, Paintings, Pairs, held_out_count, split, widened
+from kit.good import GoodImages, Painter, PairLoader, held_out_count, split, widened
 from kit.images import read_image, to_tensor
 from kit.processes import Processes
 from kit.settings import UNIT
@@ -23,10 +23,6 @@ def make_painter(category, processes: Processes = Processes(), size: int = 64) -
     roi, settings = torch.ones(shape, dtype=torch.bool), SimpleNamespace(seed=0)
     model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=None)
     return Painter(good, synthesize, model)
-
-
-def make_pairs(category, processes: Processes = Processes()) -> Pairs:  # noqa: B008
-    return Pairs(make_painter(category, processes), 100)
 
 
 # ---------------------------------------------------------------- held-out images
@@ -52,13 +48,13 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
     indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
-    whole, masks, boxes = make_pairs(category).__getitems__(indices)
+    whole, masks, boxes = make_painter(category).pairs(indices)
     assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
     assert [tuple(box) for box in boxes] == [bounding_box(mask[..., 0] > 0) for mask in masks]
     assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
     normal, anomalous = [], []
     for rank in range(world):
-        images, masks, _ = make_pairs(category, Processes(rank, world)).__getitems__(indices)
+        images, masks, _ = make_painter(category, Processes(rank, world)).pairs(indices)
         normal += list(images[: -len(masks)])
         anomalous += list(images[-len(masks) :])
     assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
@@ -68,16 +64,16 @@ def test_processes_divide_a_batch(category, world, size):
 
 
 def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
-    pairs = make_pairs(category)
-    images, _, _ = pairs.__getitems__([3, 4])
-    again, _, _ = pairs.__getitems__([3, 9])
+    painter = make_painter(category)
+    images, _, _ = painter.pairs([3, 4])
+    again, _, _ = painter.pairs([3, 9])
     assert np.array_equal(images[2], again[2])
-    pairs.painter.epoch = 1
-    assert not np.array_equal(pairs.__getitems__([3, 4])[0][2], images[2])
+    painter.epoch = 1
+    assert not np.array_equal(painter.pairs([3, 4])[0][2], images[2])
 
 
 def test_small_sets_are_repeated(category):
-    assert len(make_pairs(category)) == 4 * 24  # about 100
+    assert len(PairLoader(make_painter(category), 100, 1, torch.device("cpu"))) == 4 * 24  # about 100
 
 
 def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
@@ -97,9 +93,9 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
 
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
-    pairs, painted = make_pairs(category), Paintings(make_painter(category), range(24))
-    for dataset, images, masks in ((pairs, 12, 4), (painted, 8, 8)):
-        loader = kit.good.loader(dataset, batch=8, shuffle=True)
+    painter = make_painter(category)
+    for make, images, masks in ((painter.pairs, 12, 4), (painter.all_surrounded, 8, 8)):
+        loader = kit.good.loader(range(24), make, batch=8, shuffle=True)
         assert loader.num_workers > 0
         loader.timeout = 30  # a worker that cannot send hangs
         batch = next(iter(loader))

@@ -12,9 +12,8 @@ from helpers import SMALL, call
 from PIL import Image
 
 import evaluate
-from kit.draw import LARGE, Entry, heat_and_line, picture, save_views, views_of, write_page
+from kit.draw import LARGE, Entry, heat_and_line, photograph, picture, save_views, views_of, write_page
 from kit.files import OwnFiles
-from kit.images import photograph
 from kit.real_defects import read_corrections
 from kit.verdict import Thresholds, decide
 from methods import load

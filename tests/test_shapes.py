@@ -13,9 +13,8 @@ import evaluate
 import synth
 import train
 from kit import shapes
-from kit.data import read_batch
+from kit.data import read_batch, read_region
 from kit.errors import InputError
-from kit.images import read_region
 from kit.shapes import shape_in_file
 from methods import load
 

@@ -111,7 +111,7 @@ def test_a_large_image_is_trained_on_and_judged_in_parts(tiny, tmp_path, monkeyp
         painted_on.add((image.shape, other.shape, roi.shape))
         return synthesize(image, rng, other, roi, defects)
 
-    monkeypatch.setattr("clflow.synthesize", watched)
+    monkeypatch.setattr("synth.synthesize", watched)
     import sklearn.cluster  # noqa: F401 (while the platform has its true name)
 
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
