@@ -33,15 +33,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def is_given(value: object) -> bool:
-    """Whether an option was given: options that may have no effect default to None."""
-    return value is not None
-
-
 def refuse_without_effect(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-    """Raises InputError if one of these options is given. `reason` completes "--flag has no effect ..."."""
+    """Raises InputError if one of these options is given; options that may have no effect default to None. `reason`
+    completes "--flag has no effect ..."."""
     for name in names:
-        if is_given(getattr(args, name)):
+        if getattr(args, name) is not None:
             raise InputError(f"{flag_of(name)} has no effect {reason}; leave it out")
 
 
@@ -193,7 +189,7 @@ def method_options(args: argparse.Namespace) -> dict:
     if args.is_demo:
         options.update(method.demo)
     for name in options:
-        if is_given(getattr(args, name)):
+        if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     for name, (low, high) in RANGES.items():
         if name in options or name in ("seed", "seeds"):
@@ -211,27 +207,17 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if not args.defects:
         refuse_without_effect(args, ["defect_masks"], "without --defects")
-    if args.defects or args.corrections:
-        check_learns_from_defects(options)
-    if args.textures:
-        options["textures"] = str(args.textures.resolve())
-    for name in ("defects", "defect_masks", "corrections"):
-        if getattr(args, name):
-            options[name] = str(getattr(args, name).resolve())
-    if args.roi:
-        options["roi"] = str(args.roi.resolve())
-    if not method.is_trained:
-        refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
-    return options
-
-
-def check_learns_from_defects(options: dict) -> None:
-    """Raises InputError if no loss would learn from real defects."""
-    if options["classification_weight"] == 0 and options["contrast_weight"] == 0:
+    if (args.defects or args.corrections) and not (classifies or contrasts):
         raise InputError(
             "--classification-weight 0 --contrast-weight 0: no loss would learn from real defects; "
             "leave one of them out"
         )
+    for name in ("textures", "defects", "defect_masks", "corrections", "roi"):
+        if getattr(args, name):
+            options[name] = str(getattr(args, name).resolve())
+    if not method.is_trained:
+        refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
+    return options
 
 
 # ---------------------------------------------------------------- evaluate.py
@@ -278,7 +264,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
     modes = [
         name
         for name in ("data", "images", "explain", "export", "curve", "recalibrate")
-        if is_given(getattr(args, name))
+        if getattr(args, name) is not None
     ]
     if len(modes) > 1:
         raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} cannot be combined; give only one of them")

@@ -191,11 +191,8 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG, whatever suffix the name has."""
-
-    def write(temporary: Path) -> None:
-        picture.save(temporary, "PNG", compress_level=4)  # a third of the time of level 6, with 2 % more bytes
-
-    write_atomically(path, write, durable=False)
+    # Level 4 takes a third of the time of level 6, with 2 % more bytes.
+    write_atomically(path, lambda file: picture.save(file, "PNG", compress_level=4), durable=False)
 
 
 # ---------------------------------------------------------------- report.html: opens from the disk, loads nothing
@@ -253,10 +250,7 @@ def save_views(own: OwnFiles, name: str, views: dict[str, Image.Image]) -> None:
 
 
 def save_jpeg(path: Path, shown: Image.Image) -> None:
-    def write(temporary: Path) -> None:
-        shown.save(temporary, "JPEG", quality=85)
-
-    write_atomically(path, write, durable=False)
+    write_atomically(path, lambda file: shown.save(file, "JPEG", quality=85), durable=False)
 
 
 def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: float, entries: list[Entry]) -> None:

@@ -84,11 +84,7 @@ def move(source: Path, target: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """`write_atomically` for text; file names in it that are not UTF-8 stay unchanged."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="\n")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write_text(text, "utf-8", "surrogateescape", newline="\n"))
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -379,11 +375,11 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: i
     program would have to replace a file there that it did not write (with `epochs` kept epochs)."""
     for folder in inputs:
         refuse_inside(out, folder)
-    names = [*TRAINED, *(epoch_file(number) for number in range(1, epochs + 1))]
-    for name in names:
-        OwnFiles(out, "trained").refuse_foreign(name)
-        unfinished_files(out).refuse_foreign(name)
-    unfinished_files(out).refuse_foreign(STATE)
+    unfinished = unfinished_files(out)
+    for own in (OwnFiles(out, "trained"), unfinished):
+        for name in (*TRAINED, *(epoch_file(number) for number in range(1, epochs + 1))):
+            own.refuse_foreign(name)
+    unfinished.refuse_foreign(STATE)
     if (out / STATE).exists():
         raise InputError(f"--out {out}: contains an unfinished training of an earlier version; give another --out")
     for checkpoint in (out / MODEL, out / UNFINISHED / STATE):
