@@ -96,8 +96,7 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     quantile of split conformal prediction. Its guarantee needs exchangeability: values and new scores come from one
     detector, and any order of them is equally likely. Most values here come from detectors that were trained on other
     thirds of the images, so the guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that
-    compares each new image with each of these detectors, and this program does not. Scores of thirds tend to be higher
-    than those of the final detector, so the threshold tends to be cautious.
+    compares each new image with each of these detectors, and this program does not.
 
     For fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
     logarithms. Two measures make it robust. Values more than CLIPPED_AT deviations from the median are clipped to that
