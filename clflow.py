@@ -297,4 +297,4 @@ def epochs(
 
     batch = math.ceil(model.settings.batch / processes.count)
     descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
-    yield from train_epochs(descent, lambda number: feed.batches(batch, STEPS_PER_EPOCH), progress, name)
+    yield from train_epochs(descent, lambda epoch: (feed.draw(batch) for _ in range(STEPS_PER_EPOCH)), progress, name)

@@ -91,12 +91,12 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         )
     beside = f" and {len(run.defects)} real defects" if run.defects else ""
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
-    if processes.first:  # it is the one that writes checkpoints
-        model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if line := shapes.told(run.files, model.shape):
         print(line)
     shapes.print_others(run.files, model.shape)
-    if processes.first and progress is None:  # it is the one that writes checkpoints
+    if processes.first:  # it is the one that writes checkpoints
+        model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
+    if processes.first and progress is None:
         model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     if progress is None:
         round_backbone(model, good.trained_on)

@@ -242,8 +242,8 @@ class Feed:
     def only(self, allowed: Tensor) -> "Feed":
         """The same with only the rows of those images that are `allowed` (n,) bool."""
         part = copy(self)
-        part.normal_index = where(allowed[self.normal_images])
-        part.anomalous_index = where(allowed[self.anomalous_images])
+        part.normal_index = allowed[self.normal_images].nonzero()[:, 0]
+        part.anomalous_index = allowed[self.anomalous_images].nonzero()[:, 0]
         return part
 
     def code_map(self, index: int) -> Tensor | None:
@@ -268,16 +268,6 @@ class Feed:
         if real:
             anomalous = torch.cat((anomalous, self.real[drawn(torch.arange(len(self.real)), real)]))
         return self.normal[normal][:, :-1].float().to(self.device), anomalous[:, :-1].float().to(self.device)
-
-    def batches(self, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This many random batches; see `draw`."""
-        for _ in range(count):
-            yield self.draw(size)
-
-
-def where(is_allowed: Tensor) -> Tensor:
-    """The indices of the allowed rows."""
-    return torch.nonzero(is_allowed)[:, 0]
 
 
 def drawn(index: Tensor, count: int) -> Tensor:
