@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what only training needs is imported in `train` and `epochs
     from kit.training import Epoch
 
 HIDDEN = 1024  # units of the classifier
-PAINTED = 600  # synthetic anomalies in total, for any number of good images
+PAINTED = 600  # synthetic defects in total, for any number of good images
 TOGETHER = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5

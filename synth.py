@@ -1,4 +1,4 @@
-"""Synthetic anomalies, painted on normal images: x+ -> (x-, mask, box). To look at some: python synth.py FOLDER
+"""Synthetic defects, painted on good images: x+ -> (x-, mask, box). To look at some: python synth.py FOLDER
 
 Perlin masks and blending follow DRAEM (arXiv 2108.07610); thin defects and sources are our own reconstruction.
 All arrays are numpy: images (H, W, 3) float32 RGB in [0, 1], masks (H, W) bool."""
@@ -28,7 +28,7 @@ def synthesize(
     """Paint `defects` synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
     Their size follows the side of a square with the image's number of pixels, at most 384: strips get defects as large
-    as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second normal image;
+    as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second good image;
     default: the image itself) are (H, W, 3). Defects lie on the foreground (see `kit.images.foreground`) and inside the
     region of interest `roi` (H, W) bool, if it is given. If the region has no foreground, they lie anywhere in it.
     Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is never empty, and pixels
@@ -165,7 +165,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
-    """The content that fills the mask, in this part of the image: `other` (a texture or a normal image) with its tiles
+    """The content that fills the mask, in this part of the image: `other` (a texture or a good image) with its tiles
     shuffled, or `image` with its tone changed, or `image` displaced."""
     kind = rng.integers(3)
     if kind == 0:

@@ -1,4 +1,4 @@
-"""The scores of normal images, which set the thresholds, and the outliers among these images."""
+"""The scores of good images, which set the thresholds, and the outliers among these images."""
 
 import itertools
 import math

@@ -61,7 +61,7 @@ def category_name(category: Path) -> str:
 
 
 def good_folder(data: Path, flag: str = "--data") -> Path:
-    """The folder with the normal images: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
+    """The folder with the good images: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
     Raises InputError, naming the `flag`, if there are none."""
     if not data.is_dir():
         raise InputError(f"{flag} {data}: no such folder")

@@ -102,7 +102,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 class Detector(nn.Module):
     """Base class of the methods. Each adds `energies`, and names the class of its settings.
 
-    This class turns energies into map and score (`forward`), calibrates them on normal images (`calibrate`), gives
+    This class turns energies into map and score (`forward`), calibrates them on good images (`calibrate`), gives
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
@@ -247,7 +247,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:
-        """Set `levels`, `units` and `normal` from the energies, batch by batch, of normal images that training has not
+        """Set `levels`, `units` and `normal` from the energies, batch by batch, of good images that training has not
         seen. `files` are these images, needed only to show the outliers among them."""
         batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
@@ -267,7 +267,7 @@ class Detector(nn.Module):
         return torch.stack((self.score(maps), maps.amax(dim=(1, 2))))
 
     def thresholds(self, false_alarm: float | None = None) -> Thresholds:
-        """The thresholds that a share `false_alarm` of normal images is expected to exceed. Raises InputError for a
+        """The thresholds that a share `false_alarm` of good images is expected to exceed. Raises InputError for a
         share that is not between 0 and 1."""
         rate = self.settings.false_alarm if false_alarm is None else false_alarm
         if not 0 < rate < 1:

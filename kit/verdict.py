@@ -20,9 +20,9 @@ MOST_RAISED = 1.2  # the highest ratio by which camera copies raise a threshold
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Thresholds for the score and for the map's maximum. A share `false_alarm` of normal images is expected to exceed
-    each of them. They come from `images` different normal images. With 90 % confidence, at most a share `at_most` of
-    normal images exceeds the score threshold."""
+    """Thresholds for the score and for the map's maximum. A share `false_alarm` of good images is expected to exceed
+    each of them. They come from `images` different good images. With 90 % confidence, at most a share `at_most` of
+    good images exceeds the score threshold."""
 
     score: float
     anomaly_map: float
@@ -44,7 +44,7 @@ class Region:
 class Verdict:
     """The verdict of a detector on one image. `anomaly_map` (H, W) is in the image's own pixels.
 
-    `regions` are the locations of the defect, highest peak first; a normal image has none."""
+    `regions` are the locations of the defect, highest peak first; a good image has none."""
 
     score: float
     threshold: float
@@ -57,8 +57,8 @@ class Verdict:
 def thresholds(
     normal: np.ndarray, rate: float, different: int | None = None, copies: np.ndarray | None = None
 ) -> Thresholds:
-    """Thresholds that a share `rate` of normal images exceeds, from `normal` (2, n), the scores and the maps' maxima of
-    n images. They count as `different` images (default: n). Camera copies of normal images raise them if their scores
+    """Thresholds that a share `rate` of good images exceeds, from `normal` (2, n), the scores and the maps' maxima of
+    n images. They count as `different` images (default: n). Camera copies of good images raise them if their scores
     and maxima `copies` (2, m) are higher: see `raised`. Raises InputError for fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)

@@ -1,6 +1,6 @@
 """The projecting autoencoder (Bauer, Nakajima, Müller, arXiv 2206.11723): it learns to undo partial corruptions, and so
-to project an image onto the manifold of normal images. Anomalies are found where the projection changes the features of
-a frozen backbone differently from the way it changes those of normal images.
+to project an image onto the manifold of good images. Anomalies are found where the projection changes the features of
+a frozen backbone differently from the way it changes those of good images.
 
 Shapes: images (B, 3, H, W) in [0, 1]. To see projections: python benchmarks/projection.py RUN"""
 
@@ -33,7 +33,7 @@ DILATIONS = (1, 2, 4, 8)
 CONTEXT = BRANCH * len(DILATIONS)
 FOLDED = 12  # channels of an image folded 2x2
 ENLARGED = 1.5  # factor by which images are enlarged for the backbone
-FITTED = 200  # normal images at most, from which the bank is chosen
+FITTED = 200  # good images at most, from which the bank is chosen
 BANK_CANDIDATES = 50_000  # positions of these images, from which the bank is chosen
 LAMBDA = 0.9  # of the loss, inferred: the corrupted region is small, and its error large
 IMAGES_PER_EPOCH = 1000
@@ -96,11 +96,11 @@ class Projection(nn.Module):
 
 class Autoencoder(Detector):
     """The detector: how the projection f changes the features phi of a frozen backbone, compared with the changes on
-    normal images,
+    good images,
 
         d = phi(f(x)) - phi(x);   E = |d - p| / spacing of p
 
-    where p is the nearest of a bank of such differences from normal images. Since f is not perfect, it changes normal
+    where p is the nearest of a bank of such differences from good images. Since f is not perfect, it changes normal
     images, too, but in similar ways, which the bank contains."""
 
     SETTINGS = AutoencoderSettings

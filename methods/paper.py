@@ -47,7 +47,7 @@ class Standardisation(nn.Module):
         self.register_buffer("deviation", torch.ones(channels, 1, 1))
 
     def fit(self, means: Tensor, variances: Tensor) -> None:
-        """From the mean and the variance of x within each of n normal images, (n, C) both. The variance over all of
+        """From the mean and the variance of x within each of n good images, (n, C) both. The variance over all of
         them is that within images and that between them."""
         variance = variances.mean(dim=0) + means.var(dim=0, correction=0)
         floor = 1e-3 * variance.mean() + 1e-12  # keeps channels that hardly vary, which are noise, small
