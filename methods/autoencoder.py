@@ -100,7 +100,7 @@ class Autoencoder(Detector):
 
         d = phi(f(x)) - phi(x);   E = |d - p| / spacing of p
 
-    where p is the nearest of a bank of such differences from good images. Since f is not perfect, it changes normal
+    where p is the nearest of a bank of such differences from good images. Since f is not perfect, it changes good
     images, too, but in similar ways, which the bank contains."""
 
     SETTINGS = AutoencoderSettings
