@@ -1,6 +1,7 @@
 """The rows that training draws from: the features of all positions of all images. Rows y (N, C) of the backbone's
 features, in float16; w (N, K), whitened by the model, which is a `clflow.CLFlow` here."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -68,14 +69,15 @@ def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int
     Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the copy's number
     alone, so several processes choose the same ones as one process."""
     mine = painter.copy_numbers()
-    rows, image_indices = [], []
-    for x in map(model.features, painter.copies()):
-        for features in x:
-            number = mine[len(rows)]
-            inside = as_rows(features[None])[is_inside.flatten()]
-            rows.append(inside[number % every :: every].half())
-            image_indices.append(torch.full((len(rows[-1]),), painter.image_index(number)))
-    return torch.cat(rows), torch.cat(image_indices)
+    counts = [len(range(number % every, int(is_inside.sum()), every)) for number in mine]
+    # Allocated once: many small tensors between large temporary ones take three times the memory.
+    rows = torch.empty(sum(counts), model.backbone.channels, dtype=torch.half, device=model.device)
+    maps = itertools.chain.from_iterable(map(model.features, painter.copies()))
+    for features, number, part in zip(maps, mine, rows.split(counts), strict=True):
+        inside = as_rows(features[None])[is_inside.flatten()]
+        part.copy_(inside[number % every :: every])
+    images = torch.tensor([painter.image_index(number) for number in mine])
+    return rows, images.repeat_interleave(torch.tensor(counts))
 
 
 def spread(
