@@ -109,8 +109,12 @@ def quantization_step(path: Path) -> float:
 
 def usual_of(files: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:
     """What is `usual` among these good images, at this shape (H, W), from at most MEASURED of them: (2, 4)."""
-    some = files[:: math.ceil(len(files) / MEASURED)]
-    return usual(np.stack([measured(read_image(path, shape), path) for path in some]))
+    return usual(np.stack([measured(read_image(path, shape), path) for path in some_of(files)]))
+
+
+def some_of(files: Sequence[Path]) -> Sequence[Path]:
+    """At most MEASURED of these files, evenly spread."""
+    return files[:: math.ceil(len(files) / MEASURED)]
 
 
 def usual(measures: np.ndarray) -> np.ndarray:

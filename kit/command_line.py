@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from kit.errors import InputError, Parser
+from kit.errors import InputError
 from kit.settings import FALSE_ALARM, LITE0, OPTIONS
 from kit.shapes import check_size, parsed_size
 
@@ -26,6 +26,13 @@ RANGES = {
 
 
 # ---------------------------------------------------------------- what the command lines share
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser. A wrong command line raises InputError: one line, without the usage block."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message)
 
 
 def flag_of(name: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from kit import data, draw
-from kit.errors import Parser
+from kit.command_line import Parser
 from kit.files import OwnFiles, refuse_inside, single_file
 from kit.images import foreground, read_image
 from kit.settings import Shape, as_shape

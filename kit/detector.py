@@ -25,8 +25,9 @@ from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, thresholds
 from kit.windows import in_windows, overlapping_parts
 
-FORMAT = 13  # of the checkpoint
+FORMAT = 14  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
+USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
 SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 
 
@@ -34,12 +35,8 @@ def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
     """Energies (B, h, w) of single positions -> map (B, *shape), interpolated and Gaussian-filtered. This is linear
     along each axis: two matrix products take a fifth of the time of filters."""
     sigma = side_of(math.prod(shape)) / 128
-    if max(e.shape[1:]) > PART:
-        lines = along_rows(e.transpose(1, 2), shape[0], sigma).transpose(1, 2)
-        return along_rows(lines, shape[1], sigma)
-    down = weights_along(e.shape[1], shape[0], sigma, e.device)
-    across = weights_along(e.shape[2], shape[1], sigma, e.device)
-    return down @ e @ across.T
+    lines = along_rows(e.transpose(1, 2), shape[0], sigma).transpose(1, 2)
+    return along_rows(lines, shape[1], sigma)
 
 
 def along_rows(e: Tensor, length: int, sigma: float) -> Tensor:
@@ -107,8 +104,9 @@ class Detector(nn.Module):
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
     of held-out images, which may raise the threshold; m is 0 if a method does not learn from camera copies. `camera`
-    (2, 4) is the usual light, noise, sharpness and compression of good images (see kit/camera.py). Only the region of
-    interest `roi` (H, W) counts."""
+    (2, 4) is the usual light, noise, sharpness and compression of good images (see kit/camera.py). `brightness` (3,) is
+    the usual brightness of the training images (see `learn_brightness`). Only the region of interest `roi` (H, W)
+    counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
@@ -130,6 +128,7 @@ class Detector(nn.Module):
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("copies", torch.zeros(2, 0))
         self.register_buffer("camera", torch.full((2, 4), torch.nan))
+        self.register_buffer("brightness", torch.full((3,), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, images left out; of this training only
 
@@ -141,8 +140,9 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def energies_in_windows(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        """`energies`; for large images in overlapping windows, so that memory does not grow with the image."""
-        return self.in_windows(lambda part: self.energies(part, without), images)
+        """`energies` of images in usual brightness; for large images in overlapping windows, so that memory does not
+        grow with the image."""
+        return self.in_windows(lambda part: self.energies(part, without), self.in_usual_brightness(images))
 
     def in_windows(self, function: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
         """`function` of images, in windows; it must not look farther around a position than the backbone does."""
@@ -157,6 +157,38 @@ class Detector(nn.Module):
         with self.autocast():
             (found,) = self.in_windows(lambda part: [self.backbone.features(part)], images)
         return found
+
+    def inner_mean(self, images: Tensor) -> Tensor:
+        """The mean of each image's pixels in the region of interest, (B, 1, 1, 1)."""
+        return (images.mean(dim=1) * (self.roi / self.roi.sum())).sum(dim=(1, 2))[:, None, None, None]
+
+    def inner_deviation(self, images: Tensor, mean: Tensor) -> Tensor:
+        """The standard deviation of each image's pixels in the region of interest, (B, 1, 1, 1)."""
+        return self.inner_mean((images - mean).square()).sqrt()
+
+    def learn_brightness(self, batches: Iterable[Tensor]) -> None:
+        """Set `brightness` from good images, batch by batch: the median of their means, that of their standard
+        deviations, and the greatest usual change of the mean's logarithm (four robust standard deviations)."""
+        means, deviations = [], []
+        for images in batches:
+            means.append(self.inner_mean(images.to(self.device)))
+            deviations.append(self.inner_deviation(images.to(self.device), means[-1]))
+        middle = torch.cat(means).median()
+        limit = 4 * 1.4826 * (torch.cat(means) / middle).log().abs().median()
+        self.brightness = torch.stack((middle, torch.cat(deviations).median(), limit.clamp(min=USUAL_CHANGE)))
+
+    def in_usual_brightness(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W). Unusually bright or dark ones get the usual mean and standard deviation, so that a lamp
+        that is weaker does not make each part anomalous. Others stay as they are."""
+        images = images.to(self.device)
+        usual_mean, usual_deviation, limit = self.brightness
+        mean = self.inner_mean(images)
+        is_unusual = (mean / usual_mean).log().abs() > limit  # False for NaN, as long as nothing is known
+        if not torch.compiler.is_compiling() and not is_unusual.any():
+            return images
+        deviation = self.inner_deviation(images, mean).clamp(min=1e-3)
+        changed = usual_mean + (images - mean) * usual_deviation / deviation
+        return torch.where(is_unusual, changed.clamp(0, 1), images)
 
     def look_within(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
@@ -175,12 +207,6 @@ class Detector(nn.Module):
     def has_int8(self) -> bool:
         """Whether the features are computed from numbers of 8 bits."""
         return self.backbone is not None and self.backbone.has_int8
-
-    @property
-    def wants_int8(self) -> bool:
-        """Whether training should let the backbone compute in int8: the settings say so, and this device is fast."""
-        wanted = getattr(self.settings, "int8", False)  # only some methods have this option
-        return wanted and self.backbone.can_round and quantized.is_fast(self.device)
 
     def for_export(self) -> None:
         """Compute in float32 from now on, even where bfloat16 or int8 is faster."""

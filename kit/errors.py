@@ -1,6 +1,5 @@
 """How a script ends on bad input: one line on standard error, exit code 2, no traceback."""
 
-import argparse
 import contextlib
 import os
 import signal
@@ -13,13 +12,6 @@ AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 
 class InputError(Exception):
     """An error that only the user can fix. Its text names the file or the flag, and says what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's parser. A wrong command line raises InputError: one line, without the usage block."""
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
 
 
 def one_line(error: BaseException) -> str:
@@ -59,23 +51,15 @@ def fail(line: str) -> None:
     sys.exit(2)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that asks to end: SIGINT (Ctrl-C) or SIGTERM (kill, systemctl stop, docker stop)."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
-
-
 def stop(number: int, frame: object) -> None:
-    """The handler of such a signal."""
-    raise Stopped(number)
+    """The handler of a signal that asks to end: SIGINT (Ctrl-C) or SIGTERM (kill, systemctl stop, docker stop)."""
+    raise KeyboardInterrupt(number)
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Both signals raise `Stopped`. By default, a script started with & or nohup ignores SIGINT, and SIGTERM ends it at
-    once."""
+    """Both signals raise KeyboardInterrupt. By default, a script started with & or nohup ignores SIGINT, and SIGTERM
+    ends it at once."""
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -92,7 +76,7 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         with stoppable():
             main()
     except KeyboardInterrupt as stopped:
-        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        number = stopped.args[0] if stopped.args else signal.SIGINT
         if is_first():
             print(on_interrupt, file=sys.stderr)
         sys.exit(128 + number)

@@ -19,7 +19,7 @@ from kit.camera import camera_copy
 from kit.detector import Detector
 from kit.images import read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
-from kit.quantized import CALIBRATION_IMAGES
+from kit.quantized import CALIBRATION_IMAGES, is_fast
 from kit.settings import UNIT
 from kit.windows import at_once, part_shape
 
@@ -64,7 +64,8 @@ def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
 def round_backbone(model: Detector, files: Sequence[Path]) -> None:
     """Let the model's backbone compute in int8 if its settings ask for it and its device is fast at it. Scales and
     biases come from CALIBRATION_IMAGES of these good images at most."""
-    if model.wants_int8:
+    wanted = getattr(model.settings, "int8", False)  # only some methods have this option
+    if wanted and model.backbone.can_round and is_fast(model.device):
         print("the backbone computes in int8 (8-bit integers)")
         some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
         model.backbone.measure_rounding(data.batches(some, model.shape))

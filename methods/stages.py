@@ -17,6 +17,7 @@ Stages = list[tuple[str, Tensor]]  # title, map (h, w)
 def stages_of(model: Detector, images: Tensor) -> Stages:
     """The steps from one image (1, 3, H, W) to its energies. A method without steps of its own here has one for each of
     its experts."""
+    images = model.in_usual_brightness(images)
     if isinstance(model, CLFlow):
         return of_clflow(model, images)
     if isinstance(model, Paper):

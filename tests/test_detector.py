@@ -228,6 +228,43 @@ def test_a_tensor_of_0_to_255_is_not_taken_for_one_of_0_to_1(model):
         model.inspect(torch.arange(256.0).expand(3, 256, 256))
 
 
+# ---------------------------------------------------------------- brightness
+
+
+def test_the_exposure_of_unusual_images_is_compensated(finished_run, category):
+    """Images of half the brightness get the usual mean and standard deviation, and almost the score that they had."""
+    model = load(finished_run / "model.pt")
+    images = data.read_batch(data.list_images(category / "test/good")[:3], model.shape)
+    assert torch.equal(model.in_usual_brightness(images), images)
+    dark = model.in_usual_brightness(0.5 * images)
+    usual_mean, usual_deviation, _ = model.brightness.tolist()
+    for image, found in zip(images, dark, strict=True):
+        expected = usual_mean + (image - image.mean()) * usual_deviation / image.std(correction=0)
+        assert torch.allclose(found, expected.clamp(0, 1), atol=1e-4)
+    one_is_dark = torch.cat((images[:1], 0.5 * images[1:]))
+    assert torch.equal(model.in_usual_brightness(one_is_dark), torch.cat((images[:1], dark[1:])))
+    usual_score = model(images)[1]
+    assert (model(0.5 * images)[1] / usual_score - 1).abs().max() < 0.1
+    model.brightness.fill_(torch.nan)
+    assert (model(0.5 * images)[1] > 1.2 * usual_score).all()
+    assert torch.isfinite(model.in_usual_brightness(torch.zeros(1, 3, *model.shape))).all()
+
+
+def test_usual_brightness_by_hand(finished_run):
+    model = load(finished_run / "model.pt")
+    levels = torch.tensor([0.40, 0.42, 0.44, 0.50, 0.60])
+    half = torch.ones(model.shape, dtype=torch.bool)
+    half[:, ::2] = False
+    model.look_within(half)
+    images = levels[:, None, None, None].repeat(1, 3, *model.shape)
+    images[..., ::2] = 0  # outside the region of interest
+    model.learn_brightness(images.split(2))
+    changes = np.abs(np.log(levels.numpy() / 0.44))
+    assert model.brightness.tolist() == pytest.approx([0.44, 0, 4 * 1.4826 * np.median(changes)], rel=1e-3, abs=1e-4)
+    model.learn_brightness(images[2:3].repeat(5, 1, 1, 1).split(2))
+    assert model.brightness[2].item() == pytest.approx(0.1)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
