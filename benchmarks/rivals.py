@@ -78,7 +78,7 @@ def trained(name: str, files: list[Path], weights: str, device: str) -> nn.Modul
 
 def scores_of(model: nn.Module, images: Tensor, device: str) -> Tensor:
     """The scores (B,) of images (B, 3, SIZE, SIZE) in [0, 1]."""
-    return model(normalized(images.to(device))).pred_score
+    return model(normalized(images.to(device))).pred_score.flatten()
 
 
 def main() -> None:
