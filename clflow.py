@@ -178,8 +178,7 @@ class CLFlow(Detector):
 
 def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> Tensor:
     """L_cls, smooth classification: cross-entropy of log-odds (N,) and (A,) with smoothed labels; both kinds have equal
-    weight. A smoothed label is reached at finite log-odds, so the loss stops pushing rows that are already
-    classified with confidence."""
+    weight. A smoothed label is reached at finite log-odds, so rows that reach it are not pushed any further."""
     wrong = F.binary_cross_entropy_with_logits(normal, torch.full_like(normal, smoothing / 2))
     missed = F.binary_cross_entropy_with_logits(anomalous, torch.full_like(anomalous, 1 - smoothing / 2))
     return wrong + missed
