@@ -22,8 +22,7 @@ import torch.distributed as dist
 
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
-from kit.calibration import count_camera_copies, show_suspects
-from kit.camera import some_of, usual_of
+from kit.calibration import count_camera_copies, learn_usual, show_suspects
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -96,10 +95,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     shapes.print_others(run.files, model.shape)
     if processes.first:  # it is the one that writes checkpoints
         model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
-    if processes.first and progress is None:
-        model.camera = torch.from_numpy(usual_of(run.files, model.shape)).to(model.camera)
     if progress is None:
-        model.learn_brightness(data.read_batch([path], model.shape) for path in some_of(run.files))
+        learn_usual(model, run.files)
         round_backbone(model, good.trained_on)
     log = progress["log"] if progress else []
     started = time.perf_counter()

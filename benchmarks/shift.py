@@ -33,7 +33,7 @@ from kit.data import LabelledImage  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.files import MODEL  # noqa: E402
 from kit.good import split  # noqa: E402
-from kit.images import read_image  # noqa: E402
+from kit.images import read_image, to_tensor  # noqa: E402
 from kit.settings import LEAST_IMAGES, Shape  # noqa: E402
 from methods import load  # noqa: E402
 
@@ -111,7 +111,7 @@ def chosen_tests(category: Path, count: int) -> list[LabelledImage]:
 @torch.no_grad()
 def judged(model: Detector, images: np.ndarray) -> tuple[np.ndarray, list[list[torch.Tensor]]]:
     """Scores (N,) of images (N, H, W, 3), and their energies, batch by batch."""
-    energies = [model.energies_in_windows(batch) for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(8)]
+    energies = [model.energies_in_windows(batch) for batch in to_tensor(images).split(8)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies])
     return scores.cpu().numpy(), energies
 
@@ -208,7 +208,7 @@ def measure_rivals(category: Path, shifts: list[str], args: argparse.Namespace) 
             model = rivals.trained(name, files, args.weights, device)
 
         def scores_of(images: np.ndarray, model: nn.Module = model) -> np.ndarray:
-            batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(8)
+            batches = to_tensor(images).split(8)
             return torch.cat([rivals.scores_of(model, batch, device) for batch in batches]).cpu().numpy()
 
         limit = scores_of(np.stack([read_image(file, shape) for file in held_out])).max()

@@ -12,7 +12,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from kit import data, draw
-from kit.camera import camera_copy, usual_of
+from kit.camera import camera_copy, measured, some_of, usual, usual_of
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.files import OwnFiles
@@ -251,6 +251,17 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
     model.calibrate(energies)
     model.different = torch.tensor(different, device=model.device)
     model.camera = torch.from_numpy(usual_of(files, model.shape)).to(model.camera)
+
+
+def learn_usual(model: Detector, files: Sequence[Path]) -> None:
+    """Set what is usual in the training images: `camera` and `brightness` of the model, from some of these files."""
+    measures, brightness = [], []
+    for path in some_of(files):
+        image = read_image(path, model.shape)
+        measures.append(measured(image, path))
+        brightness.append(model.brightness_of(to_tensor(image[None])))
+    model.camera = torch.from_numpy(usual(np.stack(measures))).to(model.camera)
+    model.learn_brightness(torch.cat(brightness, dim=1))
 
 
 @torch.no_grad()

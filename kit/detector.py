@@ -166,16 +166,18 @@ class Detector(nn.Module):
         """The standard deviation of each image's pixels in the region of interest, (B, 1, 1, 1)."""
         return self.inner_mean((images - mean).square()).sqrt()
 
-    def learn_brightness(self, batches: Iterable[Tensor]) -> None:
-        """Set `brightness` from good images, batch by batch: the median of their means, that of their standard
+    def brightness_of(self, images: Tensor) -> Tensor:
+        """Mean and standard deviation of each image's pixels in the region of interest: (2, B)."""
+        images = images.to(self.device)
+        mean = self.inner_mean(images)
+        return torch.stack((mean, self.inner_deviation(images, mean))).flatten(1)
+
+    def learn_brightness(self, found: Tensor) -> None:
+        """Set `brightness` from `brightness_of` n good images, (2, n): the median of the means, that of the standard
         deviations, and the greatest usual change of the mean's logarithm (four robust standard deviations)."""
-        means, deviations = [], []
-        for images in batches:
-            means.append(self.inner_mean(images.to(self.device)))
-            deviations.append(self.inner_deviation(images.to(self.device), means[-1]))
-        middle = torch.cat(means).median()
-        limit = 4 * 1.4826 * (torch.cat(means) / middle).log().abs().median()
-        self.brightness = torch.stack((middle, torch.cat(deviations).median(), limit.clamp(min=USUAL_CHANGE)))
+        mean, deviation = found.median(dim=1).values
+        limit = 4 * 1.4826 * (found[0] / mean).log().abs().median()
+        self.brightness = torch.stack((mean, deviation, limit.clamp(min=USUAL_CHANGE)))
 
     def in_usual_brightness(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W). Unusually bright or dark ones get the usual mean and standard deviation, so that a lamp

@@ -123,7 +123,7 @@ def test_scores_of_thirds_are_brought_to_the_height_of_held_out_ones():
     two = torch.tensor([[1.0, 1.5], [2.0, 2.0]])  # medians 1.25 and 2
     factor = calibration.factor_to_held_out(scores, two)
     assert factor.tolist() == pytest.approx([(1.25 / 5) ** (2 / 4), 1])
-    many = two.repeat(1, 100)  # the more there are, the more they count
+    many = two.repeat(1, 100)  # with many held-out images, the factor is nearly the ratio of the medians
     assert calibration.factor_to_held_out(scores, many).tolist() == pytest.approx([1.25 / 5, 1], rel=0.02)
     assert calibration.factor_to_held_out(torch.zeros(2, 3), two).isfinite().all()
 

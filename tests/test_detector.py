@@ -258,10 +258,10 @@ def test_usual_brightness_by_hand(finished_run):
     model.look_within(half)
     images = levels[:, None, None, None].repeat(1, 3, *model.shape)
     images[..., ::2] = 0  # outside the region of interest
-    model.learn_brightness(images.split(2))
+    model.learn_brightness(model.brightness_of(images))
     changes = np.abs(np.log(levels.numpy() / 0.44))
     assert model.brightness.tolist() == pytest.approx([0.44, 0, 4 * 1.4826 * np.median(changes)], rel=1e-3, abs=1e-4)
-    model.learn_brightness(images[2:3].repeat(5, 1, 1, 1).split(2))
+    model.learn_brightness(model.brightness_of(images[2:3]).repeat(1, 5))
     assert model.brightness[2].item() == pytest.approx(0.1)
 
 
