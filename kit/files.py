@@ -212,8 +212,10 @@ class OwnFiles:
 
     def refuse_foreign(self, name: str) -> None:
         """Raises InputError if there is a file `name` that this program did not write."""
-        is_ours = any((kind, name) in self.listed for kind in KINDS)
-        if not is_ours and os.path.lexists(self.folder / name):
+        ours = {(kind, name) for kind in KINDS}
+        if ours & self.listed or not os.path.lexists(self.folder / name):
+            return
+        if not ours & read_list(self.folder):  # read again: another process of this program may have just written it
             raise InputError(
                 f"--out {self.folder}: contains {name}, which this program did not write; give another --out"
             )

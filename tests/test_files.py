@@ -244,6 +244,15 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
 
 
+def test_two_processes_may_write_the_same_file_at_the_same_time(tmp_path):
+    """As when two processes finish the last two runs of one call together, and both write the table."""
+    first, second = OwnFiles(tmp_path, "trained"), OwnFiles(tmp_path, "trained")
+    for own in (first, second):
+        write_text(own.claim("table.md"), "the table")
+    first.remove_all()
+    assert not (tmp_path / "table.md").exists()
+
+
 # ---------------------------------------------------------------- single files
 
 
