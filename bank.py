@@ -17,7 +17,8 @@ class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
     5 nearest neighbours (after REB, arXiv 2308.12577), but at least the median of these distances. Distances are
     compared with the local spacing, since features of busy textures lie far apart, and those of smooth areas close
-    together. The bank (P, C) is stored minus its `centre` (C,). `origin` (P,) are the indices of the training images.
+    together. The bank (P, C) is stored minus its `centre` (C,). `origin` (P,) is the index of each prototype's training
+    image.
 
     If `fast`, kit/search.py chooses and searches the bank: it finds the nearest prototype, or one that is hardly
     farther. For this it divides the bank into cells, which have `centres` and `sizes`."""

@@ -111,7 +111,9 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         started = time.perf_counter()
     finish(model, good, run)
     print(f"wrote {run.out / MODEL}")
-    print(f"to measure it: python evaluate.py {run.out}; to judge new images, add --images FOLDER")
+    if data.has_tests(run.category):
+        print(f"to measure it: python evaluate.py {run.out}")
+    print(f"to judge new images: python evaluate.py {run.out} --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:

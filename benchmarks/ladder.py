@@ -1,7 +1,9 @@
 """How much is each difference between the paper's form of CL-Flow and ours worth? A ladder, one difference per step.
-python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder             # 20 to 30 minutes a category python
-benchmarks/ladder.py FOLDER/* --out ladder --table                    # reads the results; nothing is trained  The first
-steps are trainings by train.py --method paper, in OUT/paper. The others train on kept features, as
+
+python benchmarks/ladder.py FOLDER/* --weights FILE --out ladder     # 20 to 30 minutes a category
+python benchmarks/ladder.py FOLDER/* --out ladder --table            # reads the results; nothing is trained
+
+The first two steps are trainings by train.py --method paper, in OUT/paper. The others train on kept features, as
 benchmarks/ablation.py does, in OUT/<size>. Each result is a line in OUT/<category>.jsonl, written as soon as it is
 known. The same call continues after a stop, also after the last complete epoch of the paper's form.
 

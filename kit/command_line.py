@@ -96,7 +96,10 @@ def add_folders(parser: Parser) -> None:
     add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
     add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
     add("--defects", type=Path, help="folder of images with real defects to learn from (default: none)")
-    masks_help = "folder with masks for --defects (default: ground_truth/<name>, next to the folder or test/)"
+    masks_help = (
+        "folder with masks for --defects (default for my/bad: my/ground_truth/bad; for DATA/test/KIND: "
+        "DATA/ground_truth/KIND)"
+    )
     add("--defect-masks", type=Path, metavar="FOLDER", help=masks_help)
     add("--corrections", type=Path, metavar="FILE", help="corrections.json, saved from report.html (default: none)")
 
@@ -109,7 +112,8 @@ def add_training_options(parser: Parser) -> None:
     add("--batch", type=int, help=default_text("batch", batch_help))
     add("--lr", type=float, help=default_text("lr", "peak learning rate of the one-cycle schedule"))
     size_help = (
-        "input size in pixels: N (area N x N, aspect ratio of good images), HEIGHTxWIDTH, or native (not resized)"
+        "input size in pixels: N (area N x N, aspect ratio of good images), HEIGHTxWIDTH, or native (median size of "
+        "the good images, to a multiple of 32)"
     )
     add("--size", type=parsed_size, help=default_text("size", size_help))
     roi_help = "mask image; only its white area is inspected (default: the whole image)"
@@ -148,7 +152,10 @@ def add_method_groups(parser: Parser) -> None:
     int8 = "compute a ResNet in 8-bit integers on CPUs that are fast at it (--method clflow and nearest only)"
     add("--int8", action=argparse.BooleanOptionalAction, help=default_text("int8", int8))
     add("--bank", type=int, help=default_text("bank", "maximum number of prototypes (stored normal features)"))
-    local = "scale each feature by the local spacing of the prototypes (--method clflow and nearest only)"
+    local = (
+        "take features relative to their nearest prototype, divided by the local spacing (--method clflow and nearest "
+        "only)"
+    )
     add("--local", action=argparse.BooleanOptionalAction, help=default_text("local", local))
     add = parser.add_argument_group("CL-Flow: options that the abstract leaves open, see docs/method.md").add_argument
     add("--steps", type=int, help=default_text("steps", "number of coupling steps in each flow"))
