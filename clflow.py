@@ -19,7 +19,7 @@ from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.search import NOTHING_ELSE, prototype_count, residuals_as_new, search_parts
+from kit.search import NOTHING_ELSE, prototype_count, residuals_without_own_image, search_parts
 from kit.settings import CLFlowSettings
 from kit.windows import in_strips
 
@@ -167,7 +167,7 @@ class CLFlow(Detector):
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, image_indices, prototype_count(self.settings, positions), generator)
-        r = torch.cat(list(residuals_as_new(self, rows, image_indices)))
+        r = torch.cat(list(residuals_without_own_image(self, rows, image_indices)))
         if not r.norm(dim=1).median() > 0:
             raise InputError(NOTHING_ELSE)
         self.whitening.fit(r)
@@ -246,11 +246,10 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
-    from kit.calibration import FOLDS, calibrate_as_new, judge_by_thirds
-    from kit.camera import with_camera_copies
-    from kit.good import Painter
+    from kit.calibration import FOLDS, calibrate_by_cross_validation, plan_cross_validation
+    from kit.good import Painter, with_camera_copies
     from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, good_rows, learn_anew, painted_rows
+    from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, retrain
     from synth import synthesize
 
     painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
@@ -261,7 +260,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     some = candidates(model, normal, good)
     if progress is None:
         model.fit(*some, int(normal.inside.sum()))
-    as_new = judge_by_thirds(model, good, *some)
+    validation = plan_cross_validation(model, good, *some)
 
     # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
     painted = None
@@ -275,8 +274,8 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     # Rows of real defects, if any are given.
     if good.defects:
         training = epochs(model, feed, good.processes, name="preliminary training, epoch")
-        preliminary_training = partial(learn_anew, held_out, training, FOLDS)
-        feed = feed.beside(real_rows(model, good.defects, PAINTED, preliminary_training))
+        preliminary_training = partial(retrain, held_out, training, FOLDS)
+        feed = feed.with_real_defects(real_rows(model, good.defects, PAINTED, preliminary_training))
 
     # For each step: the losses of a batch, and one gradient step. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
@@ -284,7 +283,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
         yield epoch
 
     # Finally the calibration on all good images, each judged by a flow and a classifier that have not seen it.
-    calibrate_as_new(as_new, feed, held_out, partial(epochs, model, processes=good.processes))
+    calibrate_by_cross_validation(validation, feed, held_out, partial(epochs, model, processes=good.processes))
 
 
 def epochs(

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from kit import data, draw, quantized
-from kit.calibration import LIMIT, recalibrate, unseen
+from kit.calibration import LIMIT, is_series, print_series
+from kit.camera import measured_files, usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -30,9 +31,9 @@ from kit.files import (
     checkpoint_of,
     epoch_of,
     folder_of,
-    held,
     is_unfinished,
     kept_epochs,
+    locked,
     refuse_inside,
     single_file,
     write_atomically,
@@ -51,8 +52,9 @@ from kit.measuring import (
     report,
 )
 from kit.processes import Processes, join_processes, pick_device
+from kit.real_defects import files_of_training, is_among
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, basis
+from kit.verdict import Thresholds, basis, drift
 from kit.watching import watch
 from kit.windows import keep_freed_memory
 from methods import load
@@ -100,6 +102,44 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
 # ---------------------------------------------------------------- new good images
 
 
+def unseen(model: Detector, files: list[Path]) -> list[Path]:
+    """The files that were not part of the training of `model`, neither as good images (held out or not) nor as defects.
+    Copies are recognised by their bytes. Prints a line on how many were left out."""
+    known = files_of_training(model.settings)
+    new = [path for path in files if not is_among(path, known)]
+    if len(new) < len(files):
+        print(
+            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, so their "
+            "scores are too low"
+        )
+    return new
+
+
+@torch.no_grad()
+def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
+    """Set the scale and the thresholds of `model` from these new good images. `alike` is the result of `alike_in_order`
+    for them. Raises InputError if they are too few."""
+    different = len(files)
+    if is_series(alike, len(files)):
+        different = round(len(files) / alike)
+        print_series(len(files), different)
+    if different < LEAST_IMAGES:
+        raise InputError(
+            f"--recalibrate: only {different} different new images; give at least {LEAST_IMAGES}, better 50"
+        )
+    energies = [model.energies_in_windows(images) for images in data.batches(files, model.shape)]
+    scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
+    if drift(scores, model.normal[0].cpu().numpy()) == "lower":
+        print(
+            "warning: these images score clearly lower than the good images that set the earlier threshold. If they "
+            "are copies of training images, the new threshold is too low"
+        )
+    model.calibrate(energies)
+    model.different = torch.tensor(different, device=model.device)
+    measures = np.stack([measures for _, measures in measured_files(files, model.shape)])
+    model.camera = torch.from_numpy(usual(measures)).to(model.camera)
+
+
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
     model = work.model
@@ -116,7 +156,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     recalibrate(model, taken, alike_among(model, taken))
     model.settings = replace(model.settings, false_alarm=work.false_alarm)
     print(basis(model.thresholds()))
-    with held(work.out):
+    with locked(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
     print(f"wrote {to}; to use the new threshold, give this file: python evaluate.py {to} --images FOLDER")

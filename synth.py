@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kit.detector import side_of
 from kit.errors import run_script
 from kit.images import foreground, is_grey
+from kit.windows import side_of
 
 LATTICE = 64  # gradients per side; beyond them the lattice repeats
 MARGIN = 6  # radius in pixels of the filter that softens a mask's edge
@@ -49,15 +49,15 @@ def with_defect(
     image: np.ndarray, rng: np.random.Generator, other: np.ndarray, where: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Paint one defect inside `where` (H, W) bool. Returns the new image and the mask."""
-    while True:  # until the mask is not empty and the change is visible; a change of tone makes sure that this ends
+    is_visible = False
+    while not is_visible:  # a change of tone makes sure that this ends
         mask = where & defect_mask(where, rng)
         if not 0 < mask.mean() < 0.3:
             continue
         part = around(mask)  # the rest of the image does not change
         alpha = opacity(mask[part], rng)
         change = alpha[..., None] * (source(image, other, part, rng) - image[part])
-        if np.abs(change[mask[part]]).mean() > 0.03:
-            break
+        is_visible = np.abs(change[mask[part]]).mean() > 0.03
     painted = image.copy()
     painted[part] = (image[part] + change).clip(0, 1)
     return painted, mask

@@ -17,7 +17,7 @@ from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
 from kit.rows import Feed, GoodRows, Rows, codes, good_rows, origins, painted_rows, spread, touches
-from kit.search import residuals_as_new
+from kit.search import residuals_without_own_image
 from kit.settings import CLFlowSettings
 
 
@@ -423,18 +423,18 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
         others = origin != image
         nearest = (bank[others] - row).norm(dim=1).argmin()
         expected.append((row - bank[others][nearest]) / spacing[others][nearest])
-    seen = torch.cat(list(residuals_as_new(model, rows, images)))
+    seen = torch.cat(list(residuals_without_own_image(model, rows, images)))
     assert torch.allclose(seen, torch.stack(expected), atol=1e-3)
     with_own = model.residual(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
     with pytest.raises(InputError, match="copies of one"):
-        list(residuals_as_new(model, rows, torch.zeros(len(rows), dtype=torch.long)))
+        list(residuals_without_own_image(model, rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
     """It equals the map of the image itself without its own prototypes. It is zero outside the region of interest."""
-    model.look_within(torch.arange(64).repeat(64, 1) >= 16)  # six of the eight columns count
+    model.set_roi(torch.arange(64).repeat(64, 1) >= 16)  # six of the eight columns count
     x = features(5)
     rows, inside = spread(iter(x.half().split(2)), 5, model, 64, torch.Generator().manual_seed(0))
     copies = features(5).permute(0, 2, 3, 1)[:, 0, 2:].flatten(0, 1).half()  # six rows of each
@@ -443,11 +443,11 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
         expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
-        code = feed.code_map(number)
+        code = feed.stored_code_map(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
     some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48
     part = Feed(model, GoodRows(some, origins(some, range(5)), len(some), inside), Rows(rows[:4], torch.arange(4)))
-    assert len(some) == 5 * 40 and part.code_map(0) is None
+    assert len(some) == 5 * 40 and part.stored_code_map(0) is None
 
 
 def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
@@ -511,7 +511,7 @@ def test_a_part_of_the_feed_has_no_row_of_other_images(monkeypatch, model):
     x = features(4)
     monkeypatch.setattr(model, "features", lambda images: x[images[:, 0, 0, 0].long()])
     feed = Feed(model, good_rows(model, Painted()), painted_rows(model, Painted(), 300))
-    first = feed.only(torch.tensor([True, False]))
+    first = feed.subset(torch.tensor([True, False]))
     normal, anomalous = first.draw(500)
     mine = torch.cat((feed.normal[:64], feed.normal[128:144])).float()  # rows of the first image, and of its copy
     assert torch.isin(normal, mine).all() and torch.isin(anomalous, feed.anomalous[:3].float()).all()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
-from kit.calibration import count_camera_copies, learn_usual, show_suspects
+from kit.camera import judge_camera_copies, learn_usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -31,9 +31,9 @@ from kit.files import (
     announce,
     check_out,
     epoch_file,
-    held,
     install,
     is_unfinished,
+    locked,
     resumable,
     unfinished_files,
     write_atomically,
@@ -41,13 +41,18 @@ from kit.files import (
     write_text,
 )
 from kit.good import Defect, GoodImages, held_out_count, round_backbone, split
+from kit.images import load_image
 from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
+from kit.verdict import odd_ones
 from kit.windows import keep_freed_memory
 from methods import METHODS, load
+
+SHOWN = 12  # suspects at most
+SUSPECTS = "suspects.png"
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     During training all files are written to the subfolder `unfinished`; its state.pt has everything that --resume
     needs. An earlier detector stays in use until the new one is complete. So a kill costs at most one epoch, or the
     final calibration on all good images."""
-    with held(run.out) if processes.first else contextlib.nullcontext():
+    with locked(run.out) if processes.first else contextlib.nullcontext():
         train_held(run, args, textures, processes)
 
 
@@ -127,7 +132,7 @@ def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | N
         model = detector(run.settings).eval()
         model.backbone.load_imagenet(args.weights)
         if run.roi is not None:
-            model.look_within(torch.from_numpy(run.roi))
+            model.set_roi(torch.from_numpy(run.roi))
         return model.to(args.device), None
     check_resumable(run, checkpoint)
     progress = checkpoint["progress"]
@@ -170,10 +175,36 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     if not good.processes.first:
         return
     own = unfinished_files(run.out)
-    count_camera_copies(model, good.held_out)
+    judge_camera_copies(model, good.held_out)
     show_suspects(model, own, run.out)
     write_atomically(own.claim(MODEL), model.save)
     install(run.out)
+
+
+@torch.no_grad()
+def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
+    """Print a line and draw suspects.png if there are outliers among the images that calibrated the model: they may be
+    defective. `folder` is the final folder of the picture, which the line names."""
+    scores = model.normal[0].cpu().numpy()
+    suspects = odd_ones(scores)
+    if not len(suspects) or not model.calibrated_on:
+        return
+    limits = model.thresholds()
+    names, pictures = [], []
+    for index in suspects[:SHOWN]:
+        path, without = model.calibrated_on[index]
+        energies = model.energies_in_windows(data.read_batch([path], model.shape), without)
+        anomaly_map = model.maps(energies)[0].cpu().numpy()
+        photo = draw.photo_of(load_image(path), model.roi)
+        verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)
+        names.append(path.name)
+        pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
+    draw.save_picture(own.claim(SUSPECTS), draw.below_each_other(pictures))
+    others = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
+    print(
+        f"{len(suspects)} of the good images look unlike the others: {', '.join(names)}{others}; see "
+        f"{folder / SUSPECTS}. If they are defective, remove them and train again"
+    )
 
 
 def names(run: Run) -> list[str]:
@@ -342,7 +373,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
 
 def prepare(run: Run, args: argparse.Namespace) -> None:
     """Complete what a kill left half done in the run's folder, and mark there that a new training will follow."""
-    with held(run.out):
+    with locked(run.out):
         install(run.out)
         if not args.resume:
             announce(run.out)

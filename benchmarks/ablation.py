@@ -28,10 +28,16 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from kit import data, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
-from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
-from kit.good import GoodImages, Painter, held_out_count, round_backbone, split  # noqa: E402
+from kit.good import (  # noqa: E402
+    GoodImages,
+    Painter,
+    held_out_count,
+    round_backbone,
+    split,
+    with_camera_copies,  # noqa: E402
+)
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402

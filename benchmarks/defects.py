@@ -31,9 +31,15 @@ sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from clflow import CLFlow  # noqa: E402
 from kit import data, metrics  # noqa: E402
-from kit.camera import with_camera_copies  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
-from kit.good import Defect, GoodImages, Painter, held_out_count, split  # noqa: E402
+from kit.good import (  # noqa: E402
+    Defect,
+    GoodImages,
+    Painter,
+    held_out_count,
+    split,
+    with_camera_copies,  # noqa: E402
+)
 from kit.processes import ALONE  # noqa: E402
 from kit.real_defects import defect_rows  # noqa: E402
 from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
@@ -171,7 +177,7 @@ class Trainings:
             tests = [self.common.tests[number] for number in task.given]
             defects = [Defect(test.path, test.mask if task.masks else None) for test in tests]
             rows = defect_rows(self.common.model, defects, clflow.PAINTED)
-            self.learn(task.draw, self.common.feed.beside(rows))
+            self.learn(task.draw, self.common.feed.with_real_defects(rows))
         return self.figures(task.measured)
 
     @torch.no_grad()

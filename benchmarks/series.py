@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from kit import data  # noqa: E402
-from kit.calibration import FOLDS, AsNew  # noqa: E402
+from kit.calibration import FOLDS, CrossValidation  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.good import GoodImages, split  # noqa: E402
 from kit.images import read_image  # noqa: E402
@@ -61,8 +61,8 @@ def make_series(category: Path, to: Path) -> None:
 
 def scores_before(model: Detector, trained_on: list[Path]) -> np.ndarray:
     """The scores of the training images from the trained detector, each without its own prototypes."""
-    as_new = AsNew(GoodImages([], trained_on), model.settings.seed, alike=1.0)
-    return np.array([float(score) for fold in range(FOLDS) for score, _ in as_new.scores(model, fold).values()])
+    validation = CrossValidation(GoodImages([], trained_on), model.settings.seed, alike=1.0)
+    return np.array([float(score) for fold in range(FOLDS) for score, _ in validation.scores(model, fold).values()])
 
 
 def main() -> None:

@@ -28,11 +28,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from kit import data, metrics  # noqa: E402
-from kit.camera import blurred, compressed  # noqa: E402
 from kit.data import LabelledImage  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.files import MODEL  # noqa: E402
-from kit.good import split  # noqa: E402
+from kit.good import (  # noqa: E402
+    blurred,
+    compressed,
+    split,  # noqa: E402
+)
 from kit.images import read_image, to_tensor  # noqa: E402
 from kit.settings import LEAST_IMAGES, Shape  # noqa: E402
 from methods import load  # noqa: E402

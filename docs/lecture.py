@@ -103,11 +103,11 @@ from bank import NEIGHBOURS, Prototypes
 from benchmarks import toy
 from clflow import CLFlow
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
-from kit import camera, data, draw
+from kit import data, draw
 from kit.backbone import as_rows
 from kit.data import read_mask
 from kit.demo import draw_button, draw_demo
-from kit.good import GoodImages, split
+from kit.good import GoodImages, camera_copy, split
 from kit.images import load_image, read_image
 from kit.measuring import judge_tests, measure
 from kit.metrics import image_metrics
@@ -199,14 +199,14 @@ show({f"x⁻ number {i}": synth.synthesize(x_plus, rng)[0] for i in range(1, 5)}
 
 # %% [markdown]
 # **Camera copies.** If a detector learned from painted defects alone, it would take anything unlike a training image
-# for a defect: a little noise, another focus, another file format. So `kit.camera` makes a copy of each good image, as
-# a slightly worse camera would see it: with blur, noise and JPEG compression, each of a random strength. These copies
-# count as normal. Half of the x⁻ become camera copies, too (`kit.camera.with_camera_copies`). If none did, the
-# classifier could take a noisy image for a good one. Part 7 tests whether this works.
+# for a defect: a little noise, another focus, another file format. So `kit.good.camera_copy` makes a copy of each good
+# image, as a slightly worse camera would see it: with blur, noise and JPEG compression, each of a random strength.
+# These copies count as normal. Half of the x⁻ become camera copies, too (`kit.good.with_camera_copies`). If none did,
+# the classifier could take a noisy image for a good one. Part 7 tests whether this works.
 
 # %%
 seen_small = read_image(files[0], (SIZE, SIZE))
-copies = {f"camera copy {i}": camera.camera_copy(seen_small, np.random.default_rng(i)) for i in (1, 2, 3)}
+copies = {f"camera copy {i}": camera_copy(seen_small, np.random.default_rng(i)) for i in (1, 2, 3)}
 show({"x⁺": seen_small} | copies)
 
 # %% [markdown]

@@ -1,23 +1,23 @@
-"""What a camera changes in an image, and not the part: focus, noise, compression, light.
+"""What a camera changes in an image, and not the part: light, noise, sharpness, compression. `learn_usual` measures the
+training images, and `differences` names what is different in new images. Images are numpy arrays (H, W, 3) float32 RGB
+in [0, 1]."""
 
-`camera_copy` makes such a change at random, for training. `measured` and `differences` name such a change in new
-images. Images are numpy arrays (H, W, 3) float32 RGB in [0, 1]."""
-
-import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 
-from kit.images import FORMATS, is_grey, read_image
+from kit.detector import Detector
+from kit.good import camera_copy
+from kit.images import load_image, named, read_image, to_tensor
+from kit.verdict import robust_deviation
 
-BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
-NOISE = 0.03  # standard deviation, at most
-QUALITY = (40, 95)  # of the JPEG file
 MIDDLE = 1024  # pixels a side that are measured
+COPIES = 30  # camera copies of held-out images, on which the threshold is tested
 MEASURED = 50  # good images at most, to find the usual measures
 
 # For each measure: the word for a rise, the word for a fall, and the smallest change that is reported.
@@ -29,59 +29,12 @@ MEASURES = {
 }
 
 
-# ---------------------------------------------------------------- copies, for training
-
-
-def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The image as a slightly worse camera would see it: (H, W, 3) -> (H, W, 3).
-
-    A blur in half of the copies, then Gaussian noise of a random strength in all, then JPEG compression in two thirds.
-    Grey images stay grey."""
-    channels = 1 if is_grey(image) else 3
-    copy = image
-    if rng.random() < 1 / 2:
-        copy = blurred(copy, rng.uniform(*BLUR))
-    noise = rng.standard_normal((*image.shape[:2], channels), dtype=np.float32)
-    copy = (copy + np.float32(rng.uniform(0, NOISE)) * noise).clip(0, 1)
-    if rng.random() < 2 / 3:
-        copy = compressed(copy, int(rng.uniform(*QUALITY)))
-    return copy
-
-
-def with_camera_copies(paint: Callable) -> Callable:
-    """Wraps `paint`, a function of (x+, rng, other image, region) that returns (x-, mask, box): with probability 1/2,
-    x- is replaced by a camera copy of it. So noise and blur tell nothing about defects."""
-
-    def painted(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
-        anomalous, mask, box = paint(image, rng, other, roi)
-        if rng.random() < 0.5:
-            anomalous = camera_copy(anomalous, rng)
-        return anomalous, mask, box
-
-    return painted
-
-
-def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
-    """The image (H, W, 3) after a Gaussian filter; `sigma` in pixels."""
-    return ndimage.gaussian_filter(image, (sigma, sigma, 0))
-
-
-def compressed(image: np.ndarray, quality: int) -> np.ndarray:
-    """The image (H, W, 3) after it was written as a JPEG file of this quality (1 to 95) and read again."""
-    file = io.BytesIO()
-    Image.fromarray(np.uint8(np.round(image * 255))).save(file, "JPEG", quality=quality)
-    return np.float32(Image.open(file)) / 255
-
-
-# ---------------------------------------------------------------- measures, to name what differs
-
-
-def measured(image: np.ndarray, path: Path | None = None) -> np.ndarray:
+def measured(image: np.ndarray, step: float = math.nan) -> np.ndarray:
     """MEASURES of an image (H, W, 3), as the detector sees it: (4,).
 
     Noise is the median response of a Laplacian filter, after Immerkaer (1996). Sharpness compares the strongest details
-    of one pixel with those of two. Compression is read from the header of the file `path`; NaN without a file. Of a
-    large image only the middle counts."""
+    of one pixel with those of two. `step` is the `quantization_step` of its file, NaN if that is unknown. Of a large
+    image only the middle counts."""
     grey = middle_of(image).mean(axis=2)
     kernel = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
     response = np.abs(ndimage.convolve(grey, kernel))
@@ -90,7 +43,6 @@ def measured(image: np.ndarray, path: Path | None = None) -> np.ndarray:
     coarse = ndimage.gaussian_filter(grey, 2.0)
     details = np.quantile(np.abs(grey - fine), 0.99) + 1e-4
     larger_details = np.quantile(np.abs(fine - coarse), 0.99) + 1e-4
-    step = quantization_step(path) if path else math.nan
     return np.array([grey.mean(), math.log(noise + 2e-3), math.log(details / larger_details), math.log1p(step)])
 
 
@@ -100,28 +52,24 @@ def middle_of(image: np.ndarray) -> np.ndarray:
     return image[top : top + MIDDLE, left : left + MIDDLE]
 
 
-def quantization_step(path: Path) -> float:
-    """The mean quantization step of a JPEG file's brightness; 0 for other formats."""
-    with Image.open(path, formats=FORMATS) as image:
-        tables = getattr(image, "quantization", None)
+def quantization_step(image: Image.Image) -> float:
+    """The mean quantization step of brightness in the JPEG file that this image was read from; 0 for other formats.
+    Pillow keeps the tables until the image is changed, for example turned."""
+    tables = getattr(image, "quantization", None)
     return float(np.mean(next(iter(tables.values())))) if tables else 0.0  # the first one is that of brightness
 
 
-def usual_of(files: Sequence[Path], shape: tuple[int, int]) -> np.ndarray:
-    """What is `usual` among these good images, at this shape (H, W), from at most MEASURED of them: (2, 4)."""
-    return usual(np.stack([measured(read_image(path, shape), path) for path in some_of(files)]))
-
-
-def some_of(files: Sequence[Path]) -> Sequence[Path]:
-    """At most MEASURED of these files, evenly spread."""
-    return files[:: math.ceil(len(files) / MEASURED)]
+def measured_files(files: Sequence[Path], shape: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For at most MEASURED of these files, evenly spread: the pixels in this shape (H, W, 3), and their MEASURES."""
+    for path in files[:: math.ceil(len(files) / MEASURED)]:
+        image = load_image(path)
+        pixels = named(path, image, shape)
+        yield pixels, measured(pixels, quantization_step(image))
 
 
 def usual(measures: np.ndarray) -> np.ndarray:
     """What is usual among good images with these measures (n, 4): median and robust standard deviation, (2, 4)."""
-    middle = np.median(measures, axis=0)
-    deviation = np.median(np.abs(measures - middle), axis=0) / 0.6745
-    return np.stack([middle, deviation])
+    return np.stack([np.median(measures, axis=0), robust_deviation(measures)])
 
 
 def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
@@ -147,3 +95,36 @@ def told(words: list[str], images: int) -> str:
         f"{which} {listed} than the training images: expect more false alarms. Train again with some of them among the "
         "good images, or run --recalibrate with new good images"
     )
+
+
+def learn_usual(model: Detector, files: Sequence[Path]) -> None:
+    """Set what is usual in the training images: `camera` and `brightness` of the model, from some of these files."""
+    measures, brightness = [], []
+    for pixels, measures_of_one in measured_files(files, model.shape):
+        measures.append(measures_of_one)
+        brightness.append(model.brightness_of(to_tensor(pixels[None])))
+    model.camera = torch.from_numpy(usual(np.stack(measures))).to(model.camera)
+    model.learn_brightness(torch.cat(brightness, dim=1))
+
+
+# ---------------------------------------------------------------- the threshold, tried on camera copies
+
+
+@torch.no_grad()
+def judge_camera_copies(model: Detector, files: Sequence[Path]) -> None:
+    """Judge COPIES camera copies of these held-out images. If the method learns from camera copies, they raise the
+    threshold where this is needed. Prints lines on this, and on how many copies exceed the threshold."""
+    columns = []
+    for number in range(COPIES):
+        rng = np.random.default_rng([model.settings.seed, number])
+        copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
+        columns.append(model.scores(model.energies_in_windows(to_tensor(copy[None]))))
+    copies = torch.cat(columns, dim=1)
+    before = model.thresholds().score
+    if model.LEARNS_CAMERA_COPIES:
+        model.copies = copies
+    limit = model.thresholds().score
+    what = "slightly blurred, noisy or compressed copies of held-out good images"
+    if limit > before:
+        print(f"{what} raise the threshold from {before:.3f} to {limit:.3f}")
+    print(f"false alarms on {what}: {int((copies[0] > limit).sum())} of {COPIES}")

@@ -77,18 +77,6 @@ def category_folders(data: Path) -> list[Path]:
     return sorted(found) or [data]
 
 
-def readable(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """The files that can be read, and a line for each of the others. For --skip-bad: it reads every file."""
-    good, complaints = [], []
-    for path in files:
-        try:
-            read_image(path)
-            good.append(path)
-        except InputError as error:
-            complaints.append(str(error))
-    return good, complaints
-
-
 def print_skipped(complaints: list[str], images: int) -> None:
     """A line for each image that was skipped, and one with their number."""
     for complaint in complaints:
@@ -98,10 +86,17 @@ def print_skipped(complaints: list[str], images: int) -> None:
 
 
 def usable(files: list[Path], skip_bad: bool) -> list[Path]:
-    """`files`; with `skip_bad`, without those that cannot be read, for which lines are printed."""
+    """`files`; with `skip_bad`, which reads them all, without those that cannot be read. A line is printed for each of
+    these."""
     if not skip_bad:
         return files
-    good, complaints = readable(files)
+    good, complaints = [], []
+    for path in files:
+        try:
+            read_image(path)
+            good.append(path)
+        except InputError as error:
+            complaints.append(str(error))
     print_skipped(complaints, len(files))
     return good
 
@@ -156,10 +151,10 @@ def batches(files: list[Path], shape: Shape) -> Iterator[torch.Tensor]:
     """Images of `files` in their order, as (<= 8, 3, *shape) tensors; fewer at a time if they are large."""
     batch = at_once(shape)
     starts = range(0, len(files), batch)
-    yield from ahead(read_batch(files[start : start + batch], shape) for start in starts)
+    yield from prefetched(read_batch(files[start : start + batch], shape) for start in starts)
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def prefetched(items: Iterator[Item]) -> Iterator[Item]:
     """The items, each made in a thread while the one before is used: the next images are decoded while the network
     processes the present ones. Errors in the thread are raised here."""
     end = object()

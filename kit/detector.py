@@ -22,13 +22,12 @@ from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized, to_tensor
 from kit.settings import Settings, Shape, as_shape
-from kit.verdict import Thresholds, Verdict, decide, thresholds
-from kit.windows import in_windows, overlapping_parts
+from kit.verdict import Thresholds, Verdict, decide, robust_deviation, thresholds
+from kit.windows import SIDE, in_windows, overlapping_parts, side_of
 
 FORMAT = 14  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
 USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
-SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 
 
 def anomaly_map(e: Tensor, shape: Shape) -> Tensor:
@@ -66,15 +65,10 @@ def weights_along(positions: int, length: int, sigma: float, device: torch.devic
     return gaussian_blur(large, [1, kernel], [sigma, sigma])[0, 0]
 
 
-def side_of(pixels: int) -> float:
-    """The side of the square with this many pixels, at most SIDE."""
-    return min(math.sqrt(pixels), SIDE)
-
-
 def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
-    """(B, H, W) -> (B,): the mean of a map's highest 1 %. The 1 % is of `pixels`, if not all of them count, and of SIDE
-    x SIDE at most. The maximum alone would be more often noise than a defect. A large image gets the score of its worst
-    part of SIDE x SIDE: among the highest pixels of many parts a small defect would be lost."""
+    """Scores (B,) of maps (B, H, W): the mean of the highest 1 % of pixels. `pixels` is how many count (default: all).
+    For images larger than SIDE x SIDE, the highest such mean of their overlapping parts: in the whole image a small
+    defect would be lost. The maximum alone would often be noise."""
     count = max(1, int(side_of(pixels or maps[0].numel()) ** 2 / 100 + 1e-6))
     scores = [
         maps[:, rows, columns].flatten(1).topk(count, dim=1).values.mean(dim=1)
@@ -176,8 +170,8 @@ class Detector(nn.Module):
         """Set `brightness` from `brightness_of` n good images, (2, n): the median of the means, that of the standard
         deviations, and the greatest usual change of the mean's logarithm (four robust standard deviations)."""
         mean, deviation = found.median(dim=1).values
-        limit = 4 * 1.4826 * (found[0] / mean).log().abs().median()
-        self.brightness = torch.stack((mean, deviation, limit.clamp(min=USUAL_CHANGE)))
+        limit = max(USUAL_CHANGE, 4 * robust_deviation(found[0].log().cpu().numpy()))
+        self.brightness = torch.stack((mean, deviation, mean.new_tensor(limit)))
 
     def in_usual_brightness(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W). Unusually bright or dark ones get the usual mean and standard deviation, so that a lamp
@@ -192,7 +186,7 @@ class Detector(nn.Module):
         changed = usual_mean + (images - mean) * usual_deviation / deviation
         return torch.where(is_unusual, changed.clamp(0, 1), images)
 
-    def look_within(self, roi: Tensor) -> None:
+    def set_roi(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
         self.roi = roi.to(self.device)
         self.pixels = int(roi.sum())
@@ -331,7 +325,7 @@ class Detector(nn.Module):
             if name in checkpoint["state"]:  # training decides the lengths of the bank and the calibration
                 buffer.resize_(checkpoint["state"][name].shape)
         model.load_state_dict(checkpoint["state"])
-        model.look_within(model.roi)
+        model.set_roi(model.roi)
         return model.to(device).eval()
 
 

@@ -167,9 +167,9 @@ def fitting(name: str) -> str:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it against other calls. The system removes the lock when this process ends, in whatever
-    way. Raises InputError if another call holds the lock."""
+def locked(folder: Path) -> Iterator[None]:
+    """Make `folder` and lock it against other calls. The system removes the lock when this process and the workers that
+    it has started end, in whatever way. Raises InputError if another call holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -382,8 +382,6 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: i
         for name in (*TRAINED, *(epoch_file(number) for number in range(1, epochs + 1))):
             own.refuse_foreign(name)
     unfinished.refuse_foreign(STATE)
-    if (out / STATE).exists():
-        raise InputError(f"--out {out}: contains an unfinished training of an earlier version; give another --out")
     for checkpoint in (out / MODEL, out / UNFINISHED / STATE):
         if checkpoint.exists():
             refuse_other_data(out, checkpoint, data)

@@ -1,6 +1,7 @@
 """The good images of a training: the held-out ones and those to train on; batches of x+, the good images, and of x-,
 the anomalous images that a given function paints on some of them."""
 
+import io
 import math
 import os
 import sys
@@ -10,20 +11,23 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
+from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kit import data
-from kit.camera import camera_copy
 from kit.detector import Detector
-from kit.images import read_image, to_tensor
+from kit.images import is_grey, read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
 from kit.quantized import CALIBRATION_IMAGES, is_fast
 from kit.settings import UNIT
 from kit.windows import at_once, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
+BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
+NOISE = 0.03  # standard deviation, at most
+QUALITY = (40, 95)  # of the JPEG file
 LEAST_COPIES = 64  # camera copies: with fewer good images, there are several of each
 PATCH = 512  # side in pixels of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
@@ -205,48 +209,6 @@ class Painter:
         after, masks = zip(*(self.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
 
-    def pairs(self, numbers: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """This process's part of a batch of x+ with these numbers, and of x- for half of them (more x- did not help).
-
-        Returns B images x+, then A images x- that were made from the first A of them, as (B + A, H, W, 3) float32; the
-        masks, (A, H, W, 1) float32; and the boxes (y0, x0, y1, x1) around them, (A, 4). (H, W) is the images' shape, or
-        a patch's.
-
-        Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the
-        batch, so that each process makes one. Every process gets at least one image and one x-."""
-        rank, count = self.processes.rank, self.processes.count
-        mine = self.processes.part(numbers)
-        half = (len(numbers) + 1) // 2  # of the whole batch
-        with_defect = max(1, len(range(rank, half, count)))
-        normal, painted, masks, boxes = zip(*(self.anomalous(number) for number in mine[:with_defect]), strict=True)
-        others = [self.untouched(number) for number in mine[with_defect:]]
-        return np.stack([*normal, *others, *painted]), np.float32(masks)[..., None], np.array(boxes)
-
-
-class PairLoader:
-    """Random batches of a painter's `pairs`, epoch by epoch, as tensors on the detector's `device`. Small sets of files
-    are repeated to about `images_per_epoch`."""
-
-    def __init__(self, painter: Painter, images_per_epoch: int, batch: int, device: torch.device):
-        self.painter = painter
-        self.device = device
-        repeats = max(1, round(images_per_epoch / len(painter.files)))
-        self.loader = loader(range(len(painter.files) * repeats), painter.pairs, batch, shuffle=True)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of an epoch: images (B + A, 3, H, W), masks (A, 1, H, W), boxes (A, 4); see `Painter.pairs`."""
-        self.painter.epoch = number
-        drawn = iter(self.loader)  # draws the order of the images at once
-        return map(self.as_tensors, drawn)
-
-    def as_tensors(self, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        images, masks, boxes = batch
-        parts = to_tensor(images), to_tensor(masks), torch.from_numpy(boxes)
-        return tuple(part.to(self.device) for part in parts)
-
 
 def within(middle: int, length: int, limit: int) -> slice:
     """A part of this `length` of an axis of `limit` pixels, centred at `middle` as far as possible."""
@@ -276,3 +238,47 @@ def loader(numbers: Sequence[int], make: Callable[[list[int]], object], batch: i
     return DataLoader(
         numbers, batch, shuffle=shuffle, collate_fn=make, num_workers=workers, multiprocessing_context=context
     )
+
+
+# ---------------------------------------------------------------- camera copies
+
+
+def camera_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image as a slightly worse camera would see it: (H, W, 3) -> (H, W, 3).
+
+    A blur in half of the copies, then Gaussian noise of a random strength in all, then JPEG compression in two thirds.
+    Grey images stay grey."""
+    channels = 1 if is_grey(image) else 3
+    copy = image
+    if rng.random() < 1 / 2:
+        copy = blurred(copy, rng.uniform(*BLUR))
+    noise = rng.standard_normal((*image.shape[:2], channels), dtype=np.float32)
+    copy = (copy + np.float32(rng.uniform(0, NOISE)) * noise).clip(0, 1)
+    if rng.random() < 2 / 3:
+        copy = compressed(copy, int(rng.uniform(*QUALITY)))
+    return copy
+
+
+def with_camera_copies(paint: Callable) -> Callable:
+    """Wraps `paint`, a function of (x+, rng, other image, region) that returns (x-, mask, box): with probability 1/2,
+    x- is replaced by a camera copy of it. So noise and blur tell nothing about defects."""
+
+    def painted(image: np.ndarray, rng: np.random.Generator, other: np.ndarray, roi: np.ndarray) -> tuple:
+        anomalous, mask, box = paint(image, rng, other, roi)
+        if rng.random() < 0.5:
+            anomalous = camera_copy(anomalous, rng)
+        return anomalous, mask, box
+
+    return painted
+
+
+def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
+    """The image (H, W, 3) after a Gaussian filter; `sigma` in pixels."""
+    return ndimage.gaussian_filter(image, (sigma, sigma, 0))
+
+
+def compressed(image: np.ndarray, quality: int) -> np.ndarray:
+    """The image (H, W, 3) after it was written as a JPEG file of this quality (1 to 95) and read again."""
+    file = io.BytesIO()
+    Image.fromarray(np.uint8(np.round(image * 255))).save(file, "JPEG", quality=quality)
+    return np.float32(Image.open(file)) / 255

@@ -24,7 +24,7 @@ from kit.files import (
     OwnFiles,
     fitting,
     header_of,
-    held,
+    locked,
     move,
     plain_cell,
     refuse_inside,
@@ -229,7 +229,7 @@ def judge_new(work: Inspection, images: Path) -> None:
     print(basis(work.limits))
     shapes.print_others(files, work.model.shape)
     complaints = []
-    with held(out):
+    with locked(out):
         check_findings(out, images, work.detector, watch=False)
         judgements = Judgements(work, images)
         stamps = {path: stamp_of(path) or (0, 0) for path in files}
@@ -313,10 +313,11 @@ class Decoded:
 
 def decode(path: Path, model: Detector) -> Decoded:
     """Raises InputError, naming the file, if it cannot be read."""
-    image = turned(load_image(path))  # once, for all three
-    pixels = named(path, image, model.shape)
-    photo = draw.photo_of(image, model.roi)
-    return Decoded(path, pixels, photo, shape_of(image), camera.measured(pixels, path))
+    image = load_image(path)  # read once: later the file may have changed or vanished
+    upright = turned(image)
+    pixels = named(path, upright, model.shape)
+    measures = camera.measured(pixels, camera.quantization_step(image))
+    return Decoded(path, pixels, draw.photo_of(upright, model.roi), shape_of(upright), measures)
 
 
 def decoded_batches(files: list[Path], model: Detector, complaints: list[str]) -> Iterator[list[Decoded]]:
@@ -338,7 +339,7 @@ def judge_files(
 ) -> Iterator[tuple[Decoded, Verdict]]:
     """Each file, decoded, and the verdict on it. For each unreadable file a line is added to `complaints`, which is
     complete after the last file."""
-    for batch in data.ahead(decoded_batches(files, model, complaints)):
+    for batch in data.prefetched(decoded_batches(files, model, complaints)):
         images = to_tensor(np.stack([image.pixels for image in batch]))
         with torch.no_grad():
             maps, scores = model(images)

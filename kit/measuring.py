@@ -16,7 +16,7 @@ from kit import data, draw, metrics, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
-from kit.files import OwnFiles, fitting, folder_of, held, is_inside, write_text
+from kit.files import OwnFiles, fitting, folder_of, is_inside, locked, write_text
 from kit.images import load_image, shape_of, turned
 from kit.processes import ALONE, Processes, counted
 from kit.real_defects import files_of_training, is_among
@@ -177,7 +177,7 @@ def report(work: Inspection, category: Path) -> None:
         shares = ", ".join(f"{name} {figure_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
         print(f"with --false-alarm {point['false_alarm']}: threshold {figure_text(point['threshold'])}, {shares}")
     facts = {name: figure_text(figures[name]) for name in REPORTED}
-    with held(out):
+    with locked(out):
         own = OwnFiles(out, "measured")
         draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
         write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")

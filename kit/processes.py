@@ -56,10 +56,10 @@ ALONE = Processes()
 def join_processes() -> Processes:
     """Join the other processes if torchrun started several. Only the first one prints from now on."""
     here = Processes(
-        *(
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        )
+        rank=int(os.environ.get("RANK", 0)),
+        count=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        local_count=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
     )
     if here.count > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

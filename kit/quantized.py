@@ -118,13 +118,6 @@ class Rounding(nn.Module):
 def with_observers(net: fx.GraphModule) -> fx.GraphModule:
     """A copy of the network with an observer at each activation that is rounded."""
     net = copy.deepcopy(net).cpu()
-    for node in list(net.graph.nodes):
-        # What is left of a folded batch norm stands between convolution and ReLU. Without it the two are one step,
-        # whose result alone is rounded: all 256 values for positive numbers.
-        if node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            net.graph.erase_node(node)
-    net.recompile()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return quantize_fx.prepare_fx(net, get_default_qconfig_mapping(ENGINE), (torch.zeros(1, 3, 64, 64),))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from kit import data
-from kit.detector import Detector, side_of
+from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import Defect
 from kit.images import read_image, to_tensor
 from kit.processes import counted
 from kit.rows import touches
 from kit.settings import Settings
+from kit.windows import side_of
 
 COPIES = 8  # of each defect, including the original
 SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
@@ -71,7 +72,7 @@ def copies(
         yield np.ascontiguousarray(moved.clip(0, 1), dtype=np.float32), padded_mask[part][::down, ::across].copy()
 
 
-# ---------------------------------------------------------------- rows w (A, K)
+# ---------------------------------------------------------------- codes (A, K + 1)
 
 
 def real_rows(model: Detector, defects: list[Defect], count: int, preliminary_training: Callable[[], None]) -> Tensor:
@@ -97,14 +98,14 @@ def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
     rows, outside = [], []
     for defect in counted(defects, "features of real defects", len(defects)):
         image = read_image(defect.path, model.shape)
-        mask = whereabouts(model, defect, image)
+        mask = defect_mask_of(model, defect, image)
         if not mask.any():
             outside.append(defect.path.name)
             continue
         for copied, where_it_is in copies(image, mask, each, rng):
-            w = model.encode(to_tensor(copied[None]))
-            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), w.shape[2:])
-            rows.append(w.permute(0, 2, 3, 1)[touched].half())
+            code = model.encode(to_tensor(copied[None]))
+            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), code.shape[2:])
+            rows.append(code.permute(0, 2, 3, 1)[touched].half())
     if outside:
         print(
             f"skipped {len(outside)} defects, since their masks mark nothing in the region of interest: "
@@ -115,7 +116,7 @@ def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
     return torch.cat(rows)
 
 
-def whereabouts(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
+def defect_mask_of(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
     """Where a defect is in its image (H, W, 3), within the region of interest: (H, W) bool. Its mask says so; without a
     mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On *screw*, a sixth of these pixels
     lay outside the defect. Of all pixels above the level of good images, half lay outside."""

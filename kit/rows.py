@@ -17,7 +17,7 @@ from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
 from kit.good import GoodImages, Painter
-from kit.search import CANDIDATES, NOTHING_ELSE, residuals_as_new
+from kit.search import CANDIDATES, NOTHING_ELSE, residuals_without_own_image
 from kit.training import Epoch, seed_epoch
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18, without camera copies
@@ -66,8 +66,8 @@ def good_rows(model: Detector, painter: Painter) -> GoodRows:
 def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """Rows y (N, C) of this process's camera copies, and the indices (N,) of the images that these show.
 
-    Of the positions in `is_inside` (h, w), one in `every` becomes a row. Which ones, depends on the copy's number
-    alone, so several processes choose the same ones as one process."""
+    Of the positions in `is_inside` (h, w), one in `every` becomes a row. The choice depends only on the copy's number,
+    so several processes choose as one does."""
     mine = painter.copy_numbers()
     counts = [len(range(number % every, int(is_inside.sum()), every)) for number in mine]
     # Allocated once: many small tensors between large temporary ones take three times the memory.
@@ -104,8 +104,8 @@ def spread(
 
 
 def origins(rows: Tensor, indices: Sequence[int]) -> Tensor:
-    """The image indices (N,) of rows (N, C) that come from the images with these indices in this order, as many from
-    one as from another."""
+    """The image indices (N,) of rows (N, C) that come from the images with these indices in this order, the same number
+    from each."""
     return torch.as_tensor(indices).repeat_interleave(len(rows) // len(indices))
 
 
@@ -185,9 +185,10 @@ class HeldOut:
             self.codes.append(code)
 
     def encoded(self, files: list[Path]) -> Iterator[Tensor]:
-        """Maps of these files."""
+        """The codes of these files, batch by batch."""
         model = self.model
         for images in data.batches(files, model.shape):
+            images = model.in_usual_brightness(images)
             yield from model.in_windows(lambda part: [model.encode(part).half()], images)
 
     def calibrate(self) -> None:
@@ -200,7 +201,7 @@ class HeldOut:
         yield from self.encoded(self.files[kept_images:])
 
 
-def learn_anew(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
+def retrain(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
     """Train new experts in place of the model's present ones, in this `training`, then calibrate. `number` chooses
     their random seed."""
     model = held_out.model
@@ -235,20 +236,20 @@ class Feed:
         self.normal_index = torch.arange(len(self.normal))
         self.anomalous_index = torch.arange(len(self.anomalous))
 
-    def beside(self, real: Tensor) -> "Feed":
-        """The same, with these codes (A', K + 1) of real defects. They belong to no good image: `only` keeps all."""
+    def with_real_defects(self, real: Tensor) -> "Feed":
+        """The same, with these codes (A', K + 1) of real defects. They belong to no good image: `subset` keeps all."""
         more = copy(self)
         more.real = real
         return more
 
-    def only(self, allowed: Tensor) -> "Feed":
+    def subset(self, allowed: Tensor) -> "Feed":
         """The same with only the rows of those images that are `allowed` (n,) bool."""
         part = copy(self)
         part.normal_index = allowed[self.normal_images].nonzero()[:, 0]
         part.anomalous_index = allowed[self.anomalous_images].nonzero()[:, 0]
         return part
 
-    def code_map(self, index: int) -> Tensor | None:
+    def stored_code_map(self, index: int) -> Tensor | None:
         """The codes (1, K + 1, h, w) of the good image with this index, zero outside the region of interest.
 
         None if some of its rows are missing."""
@@ -282,7 +283,7 @@ def codes(model: Detector, rows: Rows) -> Tensor:
     """Rows y (N, C) -> codes (N, K + 1) in float16."""
     width = model.whitening.out_features + 1
     found, filled = rows.y.new_empty(len(rows.y), width, dtype=torch.half), 0
-    for r in residuals_as_new(model, rows.y, rows.image_indices):
+    for r in residuals_without_own_image(model, rows.y, rows.image_indices):
         found[filled : filled + len(r)] = model.code_of(r)
         filled += len(r)
     return found

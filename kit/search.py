@@ -228,7 +228,7 @@ def search_parts(height: int, width: int) -> int:
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
 
 
-def residuals_as_new(model: nn.Module, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
+def residuals_without_own_image(model: nn.Module, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
     """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,). `model` is
     a `clflow.CLFlow` here.
 
@@ -243,8 +243,8 @@ def residuals_as_new(model: nn.Module, rows: Tensor, image_indices: Tensor) -> I
 
 
 def prototype_count(settings: Settings, positions: int) -> int:
-    """The number of prototypes for --bank N and images with this many positions: N, but at most a tenth of all rows, so
-    that most rows are not prototypes."""
+    """The number of prototypes for --bank N and images with this many positions: N, but at most CANDIDATES, and at most
+    a tenth of all rows, so that most rows are not prototypes."""
     rows = (settings.images - settings.held_out) * positions
     return min(settings.bank, math.ceil(rows / 10), CANDIDATES)
 

@@ -55,7 +55,7 @@ class Descent:
     def state(self) -> dict:
         return {"adam": self.adam.state_dict(), "cycle": self.cycle.state_dict()}
 
-    def go_on_from(self, progress: dict | None) -> int:
+    def resume(self, progress: dict | None) -> int:
         """Restore the state of a stopped training, if there is one. Returns the number of its last complete epoch."""
         if progress is None:
             return 0
@@ -86,7 +86,7 @@ def train_epochs(
     an epoch; what it draws when it is called, such as the order of the images, is the same in all processes. With the
     `progress` of an earlier epoch, training continues from there. `name` names an epoch on the progress line."""
     settings, rank = descent.settings, descent.processes.rank
-    done = descent.go_on_from(progress)
+    done = descent.resume(progress)
     yield descent.epoch(done, [])
     for number in range(done + 1, settings.epochs + 1):
         seed_epoch(settings.seed, number)

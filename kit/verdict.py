@@ -12,6 +12,7 @@ CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
 FEW = 10  # good images: with fewer, `basis` warns that the threshold is unreliable
 LEAST_SCORE = 1e-6  # lowest score before the logarithm is taken
 CLIPPED_AT = 1.5  # robust standard deviations
+ODD = 4  # standard deviations above the median, of log scores
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
 TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
@@ -113,14 +114,20 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     if k >= 10 and images == len(logs):
         return float(np.sort(values)[-k])
     middle = np.median(logs)
-    first_guess = believed(np.median(np.abs(logs - middle)) / special.ndtri(0.75), images)
+    first_guess = pooled(robust_deviation(logs), images)
     clipped = np.clip(logs, middle - CLIPPED_AT * first_guess, middle + CLIPPED_AT * first_guess)
-    deviation = believed(clipped.std(ddof=1) / CLIPPED_DEVIATION, images)
+    deviation = pooled(clipped.std(ddof=1) / CLIPPED_DEVIATION, images)
     t = special.stdtrit(images - 1 + BELIEVED, 1 - rate)
     return float(np.exp(clipped.mean() + t * np.sqrt(1 + 1 / images) * deviation))
 
 
-def believed(deviation: float, images: int) -> float:
+def robust_deviation(values: np.ndarray) -> np.ndarray:
+    """The standard deviation of values (n, ...), estimated from their median distance to the median: (...). A few
+    outliers do not change it."""
+    return np.median(np.abs(values - np.median(values, axis=0)), axis=0) / special.ndtri(0.75)
+
+
+def pooled(deviation: float, images: int) -> float:
     """The deviation of this many images, pooled with the usual one."""
     return float(np.sqrt((BELIEVED * USUAL**2 + images * deviation**2) / (BELIEVED + images)))
 
@@ -148,6 +155,18 @@ def drift(scores: np.ndarray, normal: np.ndarray) -> str:
     if low > normal_high:
         return "higher"
     return "lower" if high < normal_low else ""
+
+
+def odd_ones(values: np.ndarray) -> np.ndarray:
+    """The indices, highest value first, of the outliers among scores (n,): their logarithms are more than ODD robust
+    standard deviations above the median. Fewer than five scores have no outliers."""
+    if len(values) < 5:
+        return np.array([], dtype=int)
+    logs = np.log(np.maximum(values, LEAST_SCORE))
+    away = logs - np.median(logs)
+    deviation = max(robust_deviation(logs), 0.01)  # for copies of one image it would be zero
+    odd = np.flatnonzero(away > ODD * deviation)
+    return odd[np.argsort(-away[odd], kind="stable")]
 
 
 def decide(score: float, anomaly_map: np.ndarray, limits: Thresholds) -> Verdict:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kit import data, shapes
 from kit.errors import InputError
-from kit.files import held, plain_cell, refuse_inside
+from kit.files import locked, plain_cell, refuse_inside
 from kit.inspection import (
     Judgements,
     Stamp,
@@ -43,7 +43,7 @@ def watch(work: Inspection, folder: Path) -> None:
     out = work.out
     refuse_inside(out, folder)
     print(basis(work.limits))
-    with held(out):
+    with locked(out):
         check_findings(out, folder, work.detector, watch=True)
         judgements = Judgements(work, folder)
         seen = {(cell, (int(size), int(changed))) for cell, size, changed in judgements.seen}

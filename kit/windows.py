@@ -13,6 +13,7 @@ from kit.settings import UNIT, Shape
 
 PIXELS = 2**21  # processed at once, of all images of a batch together: two million
 STRIP = 2**15  # of a map, that networks on single positions process at once
+SIDE = 384  # pixels: for larger images, filter widths and the count of highest pixels are those of this side
 CORE = 1024  # maximum side of a window in pixels, without the margin around it
 
 
@@ -25,6 +26,11 @@ def cuts(length: int) -> list[int]:
     """The ends of equal parts of an axis, of at most CORE pixels each. All but the last are multiples of UNIT."""
     count = math.ceil(length / CORE)
     return [round(i * length / count / UNIT) * UNIT for i in range(count)] + [length]
+
+
+def side_of(pixels: int) -> float:
+    """The side of the square with this many pixels, at most SIDE."""
+    return min(math.sqrt(pixels), SIDE)
 
 
 def part_shape(shape: Shape, side: int) -> Shape:

@@ -18,13 +18,14 @@ from kit import data
 from kit.backbone import BACKBONES
 from kit.calibration import calibrate_on
 from kit.detector import Detector
-from kit.good import GoodImages, Painter, PairLoader
+from kit.good import GoodImages, Painter
 from kit.rows import origins, spread
 from kit.search import prototype_count
 from kit.settings import AutoencoderSettings
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
 from methods.nearest import scaled_distances
+from methods.pairs import PairLoader
 from synth import synthesize
 
 WIDTHS = (32, 64, 128)  # channels of the encoder's blocks

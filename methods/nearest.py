@@ -13,7 +13,7 @@ from torch import Tensor
 from bank import Prototypes
 from kit import data
 from kit.backbone import BACKBONES, as_rows
-from kit.calibration import FOLDS, AsNew, alike_in_order, calibrate_on
+from kit.calibration import FOLDS, CrossValidation, alike_in_order, calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages
 from kit.processes import counted
@@ -79,11 +79,11 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     calibrate_on(model, good.held_out)
     yield Epoch(0, {}, {"epoch": 0})
     alike = alike_in_order(model.prototypes, model.dtype, good.trained_on, candidates, origin)
-    as_new = AsNew(good, model.settings.seed, alike)
+    validation = CrossValidation(good, model.settings.seed, alike)
     scores = {}
     for fold in range(FOLDS):
-        scores |= as_new.scores(model, fold)
-    as_new.settle(model, scores)
+        scores |= validation.scores(model, fold)
+    validation.set_threshold(model, scores)
 
 
 @torch.no_grad()

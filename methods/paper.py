@@ -19,11 +19,12 @@ from kit import data
 from kit.backbone import BACKBONES, as_rows
 from kit.calibration import calibrate_on
 from kit.detector import Detector
-from kit.good import GoodImages, Painter, PairLoader
+from kit.good import GoodImages, Painter
 from kit.rows import touches
 from kit.settings import PaperSettings, Shape
 from kit.training import Descent, Epoch, train_epochs
 from kit.windows import PIXELS
+from methods.pairs import PairLoader
 from synth import synthesize
 
 STRIDES = (4, 8, 16)  # pixels: the three scales

@@ -7,18 +7,10 @@ from PIL import Image
 from scipy import ndimage
 
 import evaluate
-from kit.camera import (
-    MEASURES,
-    blurred,
-    camera_copy,
-    compressed,
-    differences,
-    measured,
-    quantization_step,
-    told,
-    usual,
-)
+from kit.camera import MEASURES, differences, measured, quantization_step, told, usual
 from kit.demo import draw_button
+from kit.good import blurred, camera_copy, compressed
+from kit.images import load_image
 
 
 @cache
@@ -65,19 +57,25 @@ def test_images_of_the_same_camera_do_not_differ_nor_do_defects():
     assert differences(measures_of(photographs(20, "chip")), normal()) == []
 
 
+def step_of(path) -> float:
+    return quantization_step(load_image(path))
+
+
 def test_compression_is_read_from_the_file(tmp_path):
     image = Image.fromarray(np.uint8(photographs(1)[0] * 255))
     image.save(tmp_path / "fine.jpg", quality=95)
     image.save(tmp_path / "poor.jpg", quality=30)
     image.save(tmp_path / "a.png")
-    assert quantization_step(tmp_path / "a.png") == 0
-    assert 0 < quantization_step(tmp_path / "fine.jpg") < quantization_step(tmp_path / "poor.jpg")
-    data = (tmp_path / "fine.jpg").read_bytes()
-    renumbered = data.replace(b"\xff\xdb\x00\x43\x00", b"\xff\xdb\x00\x43\x01", 1)  # its table has another number
-    (tmp_path / "renumbered.jpg").write_bytes(renumbered)
-    assert quantization_step(tmp_path / "renumbered.jpg") > 0
+    assert step_of(tmp_path / "a.png") == 0
+    assert 0 < step_of(tmp_path / "fine.jpg") < step_of(tmp_path / "poor.jpg")
+    image.convert("L").save(tmp_path / "grey.jpg")
+    data = (tmp_path / "grey.jpg").read_bytes()
+    data = data.replace(b"\xff\xdb\x00\x43\x00", b"\xff\xdb\x00\x43\x01", 1)  # the table gets another number,
+    data = data.replace(b"\x01\x01\x11\x00", b"\x01\x01\x11\x01", 1)  # and the only channel refers to it
+    (tmp_path / "renumbered.jpg").write_bytes(data)
+    assert step_of(tmp_path / "renumbered.jpg") > 0
     pixels = photographs(1)[0]
-    fine, poor, png = (measured(pixels, tmp_path / name)[None] for name in ("fine.jpg", "poor.jpg", "a.png"))
+    fine, poor, png = (measured(pixels, step_of(tmp_path / name))[None] for name in ("fine.jpg", "poor.jpg", "a.png"))
     assert differences(poor, usual(fine)) == ["more strongly compressed"]
     assert differences(png, usual(fine)) == ["less compressed"]
     assert differences(measured(pixels)[None], usual(fine)) == []  # an array: its compression is unknown

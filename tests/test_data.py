@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 
 from kit.data import (
-    ahead,
     category_folders,
     category_name,
     good_folder,
     has_tests,
     labelled_images,
     list_images,
-    readable,
+    prefetched,
+    usable,
 )
 from kit.errors import InputError
 
@@ -84,11 +84,14 @@ def test_a_category_that_is_a_link_has_the_name_of_the_link(tmp_path, monkeypatc
     assert category_name(Path(".")) == "bottle" and category_name(Path("..")) == "a"
 
 
-def test_readable_files_and_a_line_on_each_other(tmp_path):
+def test_usable_files_and_a_line_on_each_other(tmp_path, capsys):
     touch(tmp_path, "a.png", "c.png")
     (tmp_path / "b.png").write_bytes(b"broken")
-    good, complaints = readable(list_images(tmp_path))
-    assert [p.name for p in good] == ["a.png", "c.png"] and len(complaints) == 1 and "b.png" in complaints[0]
+    files = list_images(tmp_path)
+    assert usable(files, skip_bad=False) == files and not capsys.readouterr().out
+    assert [path.name for path in usable(files, skip_bad=True)] == ["a.png", "c.png"]
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("skipped: ") and "b.png" in first and last == "skipped 1 of 3 images in total"
 
 
 def test_items_come_in_order_and_the_next_is_made_while_one_is_used():
@@ -101,7 +104,7 @@ def test_items_come_in_order_and_the_next_is_made_while_one_is_used():
         started[3].set()
 
     found = []
-    for number in ahead(items()):
+    for number in prefetched(items()):
         assert started[number + 1].wait(timeout=5)  # before it is requested
         found.append(number)
     assert found == [0, 1, 2]
@@ -112,7 +115,7 @@ def test_what_is_raised_while_an_item_is_made_is_raised_where_it_is_asked_for():
         yield 1
         raise OSError("broken")
 
-    coming = ahead(items())
+    coming = prefetched(items())
     assert next(coming) == 1
     with pytest.raises(OSError, match="broken"):
         next(coming)

@@ -45,7 +45,7 @@ def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, c
     mask = read_mask(test.mask, (192, 192))
     rows, columns = np.nonzero(mask)
     roi[:, : int(np.median(columns))] = True  # cuts the crack in two
-    model.look_within(roi)
+    model.set_roi(roi)
     found = real_defects.defect_rows(model, [Defect(test.path, test.mask)], 1)
     w = model.encode(data.read_batch([test.path], model.shape))[0]
     _, height, width = w.shape
@@ -77,7 +77,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         if not test.anomalous:
             continue
         image = read_image(test.path, model.shape)
-        found = real_defects.whereabouts(model, Defect(test.path, None), image)
+        found = real_defects.defect_mask_of(model, Defect(test.path, None), image)
         true = np.asarray(Image.fromarray(mask_of(test.path)).resize((192, 192))) > 0
         near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
         distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
@@ -85,8 +85,8 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         anomaly_map = maps[0].numpy()
         assert found.sum() == 37 and anomaly_map[found].min() > anomaly_map[~found].max()  # a thousandth of 192 x 192
         assert np.median(distances) < 12  # pixels: a position and a half
-    model.look_within(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
-    found = real_defects.whereabouts(model, Defect(test.path, None), image)
+    model.set_roi(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
+    found = real_defects.defect_mask_of(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
 
 
@@ -102,8 +102,8 @@ def test_real_rows_are_half_of_the_anomalous_ones_however_few_and_in_all_folds(m
     painted = Rows(torch.rand(30, channels, generator=generator).half(), torch.arange(3).repeat_interleave(10))
     real = torch.full((2, model.whitening.out_features + 1), 99.0).half()
     plain = Feed(model, normal, painted)
-    feed = plain.beside(real)
-    for some in (feed, feed.only(torch.tensor([True, False, True]))):
+    feed = plain.with_real_defects(real)
+    for some in (feed, feed.subset(torch.tensor([True, False, True]))):
         good, anomalous = some.draw(64)
         is_real = (anomalous == 99).all(dim=1)
         assert len(good) == 64 and len(anomalous) == 16 and is_real.sum() == 8

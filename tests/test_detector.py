@@ -63,7 +63,8 @@ def test_a_long_map_is_made_in_parts_that_are_the_whole(monkeypatch):
 
 def test_a_large_image_scores_as_its_worst_part(monkeypatch):
     """Parts of 20 x 20 pixels; 1 % of a part are four pixels."""
-    monkeypatch.setattr(kit.detector, "SIDE", 20)
+    for module in (kit.windows, kit.detector):
+        monkeypatch.setattr(module, "SIDE", 20)
     spot, scattered = torch.zeros(100, 80), torch.zeros(100, 80)
     spot[51:53, 37:39] = 1
     scattered[[3, 40, 70, 95], [5, 70, 10, 75]] = 1  # the same number of high pixels, in four parts
@@ -255,7 +256,7 @@ def test_usual_brightness_by_hand(finished_run):
     levels = torch.tensor([0.40, 0.42, 0.44, 0.50, 0.60])
     half = torch.ones(model.shape, dtype=torch.bool)
     half[:, ::2] = False
-    model.look_within(half)
+    model.set_roi(half)
     images = levels[:, None, None, None].repeat(1, 3, *model.shape)
     images[..., ::2] = 0  # outside the region of interest
     model.learn_brightness(model.brightness_of(images))

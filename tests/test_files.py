@@ -299,8 +299,7 @@ def test_the_demo_replaces_no_foreign_file(tmp_path):
     first.write_text("cut off")  # ours, so it is drawn again
     draw_demo(tmp_path, counts)
     assert said_by_pictures(tmp_path) == drawn
-    (tmp_path / files.LIST).unlink()  # as earlier versions left it
-    draw_demo(tmp_path, counts)
+    (tmp_path / files.LIST).unlink()
     first.write_text("foreign")
     with pytest.raises(InputError, match="train/good/000.png.*did not write.*another --out"):
         draw_demo(tmp_path, counts)

@@ -1,3 +1,4 @@
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ from helpers import QUICK, call
 import kit.good
 import train
 from kit.data import list_images
-from kit.good import GoodImages, Painter, PairLoader, held_out_count, split, widened
+from kit.good import GoodImages, Painter, held_out_count, split, widened
 from kit.images import read_image, to_tensor
 from kit.processes import Processes
 from kit.settings import UNIT
 from methods import load
+from methods.pairs import PairLoader, pairs
 from synth import bounding_box, synthesize
 
 
@@ -48,13 +50,13 @@ def test_held_out_images_are_not_trained_on(tmp_path):
 @pytest.mark.parametrize("world, size", [(2, 8), (2, 5), (3, 8), (3, 2)])
 def test_processes_divide_a_batch(category, world, size):
     indices = [5, 3, 8, 1, 9, 2, 7, 4][:size]
-    whole, masks, boxes = make_painter(category).pairs(indices)
+    whole, masks, boxes = pairs(make_painter(category), indices)
     assert len(masks) == (size + 1) // 2 and len(whole) == size + len(masks)
     assert [tuple(box) for box in boxes] == [bounding_box(mask[..., 0] > 0) for mask in masks]
     assert np.array_equal(whole[: len(masks)] * (masks == 0), whole[size:] * (masks == 0))  # made from the first ones
     normal, anomalous = [], []
     for rank in range(world):
-        images, masks, _ = make_painter(category, Processes(rank, world)).pairs(indices)
+        images, masks, _ = pairs(make_painter(category, Processes(rank, world)), indices)
         normal += list(images[: -len(masks)])
         anomalous += list(images[-len(masks) :])
     assert {x.sum() for x in normal} == {x.sum() for x in whole[:size]}
@@ -65,11 +67,11 @@ def test_processes_divide_a_batch(category, world, size):
 
 def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     painter = make_painter(category)
-    images, _, _ = painter.pairs([3, 4])
-    again, _, _ = painter.pairs([3, 9])
+    images, _, _ = pairs(painter, [3, 4])
+    again, _, _ = pairs(painter, [3, 9])
     assert np.array_equal(images[2], again[2])
     painter.epoch = 1
-    assert not np.array_equal(painter.pairs([3, 4])[0][2], images[2])
+    assert not np.array_equal(pairs(painter, [3, 4])[0][2], images[2])
 
 
 def test_small_sets_are_repeated(category):
@@ -94,7 +96,7 @@ def test_batches_need_no_shared_memory(category, monkeypatch):
     for kind in (torch.Tensor, torch.UntypedStorage):
         monkeypatch.setitem(ForkingPickler._extra_reducers, kind, refuse)
     painter = make_painter(category)
-    for make, images, masks in ((painter.pairs, 12, 4), (painter.all_surrounded, 8, 8)):
+    for make, images, masks in ((partial(pairs, painter), 12, 4), (painter.all_surrounded, 8, 8)):
         loader = kit.good.loader(range(24), make, batch=8, shuffle=True)
         assert loader.num_workers > 0
         loader.timeout = 30  # a worker that cannot send hangs

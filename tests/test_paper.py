@@ -133,6 +133,7 @@ def test_positions_in_boxes_are_those_with_a_pixel_of_the_box():
 
 
 def test_drawn_places_are_marked_and_rows_are_read_there():
+    torch.manual_seed(0)
     where = torch.rand(3, 5, 4) < 0.3
     places = paper.drawn_places(where)
     assert places.shape == (3, paper.POSITIONS) and where.flatten(1).gather(1, places).all()

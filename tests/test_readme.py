@@ -1,6 +1,7 @@
 import code
 import re
 
+import torch
 from helpers import ROOT
 from PIL import Image
 
@@ -10,6 +11,7 @@ def test_readme_draws_two_moons(tmp_path, monkeypatch, capsys):
     a block."""
     (toy,) = re.findall(r"^```python\n(import torch\n.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     prompt = code.InteractiveConsole()
     for line in f"{toy}print(loss.item())".splitlines():
         prompt.push(line)

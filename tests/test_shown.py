@@ -53,10 +53,10 @@ def test_the_toy_learns_two_moons(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import toy
 
-    call(toy.main, "--out", tmp_path / "toy.png", "--steps", 30)
+    call(toy.main, "--out", tmp_path / "toy.png", "--steps", 20)
     assert Image.open(tmp_path / "toy.png").width > 900
     torch.manual_seed(0)
-    flow = toy.train(steps=200, contrast_weight=0.0)
+    flow = toy.train(steps=100, contrast_weight=0.0)
     moons = toy.moons(500)
     with torch.no_grad():
         inside, outside = toy.energies(flow, moons).mean(), toy.energies(flow, toy.elsewhere(500)).mean()

@@ -2,10 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kit.calibration import odd_ones
 from kit.errors import InputError
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, decide, drift, threshold, thresholds
+from kit.verdict import Thresholds, decide, drift, odd_ones, threshold, thresholds
 
 
 def test_threshold_of_many_images_is_an_order_statistic():

@@ -5,7 +5,9 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from forked import CAN_FORK, start, wait_for
@@ -14,6 +16,8 @@ from helpers import call, refuse
 import evaluate
 from kit import data, inspection, measuring, watching
 from kit.detector import read_checkpoint
+from kit.images import load_image
+from methods import load
 
 
 def rows_of(out, table="scores.csv") -> list[dict]:
@@ -76,6 +80,19 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, mon
     regions = {(row["file"], row["bytes"], row["changed"]) for row in rows_of(out, "regions.csv")}
     assert len(stamps) == 6 and len(regions) >= 2 and regions < stamps
     assert rows_of(out)[0]["anomalous"] == "1" and (out / "report.html").exists()
+
+
+def test_an_image_may_vanish_while_it_is_judged(run, category, tmp_path, monkeypatch):
+    path = Path(shutil.copy(data.list_images(category / "test" / "chip")[0], tmp_path / "a.png"))
+
+    def loaded_and_gone(path):
+        image = load_image(path)
+        path.unlink()
+        return image
+
+    monkeypatch.setattr(inspection, "load_image", loaded_and_gone)
+    decoded = inspection.decode(path, load(run / "model.pt"))
+    assert not path.exists() and np.isfinite(decoded.measures).all()
 
 
 def test_watching_needs_a_folder(run, category, capsys):
