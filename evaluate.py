@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from kit import data, draw, quantized
-from kit.calibration import LIMIT, is_series, print_series
-from kit.camera import measured_files, usual
+from kit.calibration import LIMIT, is_series, measured_files, print_series
+from kit.camera import usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -136,7 +136,7 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
         )
     model.calibrate(energies)
     model.different = torch.tensor(different, device=model.device)
-    measures = np.stack([measures for _, measures in measured_files(files, model.shape)])
+    measures = np.stack([measures for _, measures in measured_files(model, files)])
     model.camera = torch.from_numpy(usual(measures)).to(model.camera)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from kit import data, draw, shapes
 from kit.backbone import BACKBONES
-from kit.camera import judge_camera_copies, learn_usual
+from kit.calibration import judge_camera_copies, learn_usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,

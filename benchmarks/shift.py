@@ -114,9 +114,11 @@ def chosen_tests(category: Path, count: int) -> list[LabelledImage]:
 @torch.no_grad()
 def judged(model: Detector, images: np.ndarray) -> tuple[np.ndarray, list[list[torch.Tensor]]]:
     """Scores (N,) of images (N, H, W, 3), and their energies, batch by batch."""
-    energies = [model.energies_in_windows(batch) for batch in to_tensor(images).split(8)]
+    batches = to_tensor(images).split(8)
+    energies = [model.energies_in_windows(batch) for batch in batches]
     scores = torch.cat([model.scores(batch)[0] for batch in energies])
-    return scores.cpu().numpy(), energies
+    allowed = torch.cat([model.allowance_of(batch).flatten() for batch in batches])
+    return (scores / allowed).cpu().numpy(), energies
 
 
 def figures(

@@ -895,9 +895,10 @@ for name, detector in detectors.items():
 # score rises much less, and it hardly rises any more with stronger noise. But it does rise. On this demo the scores of
 # good images are so much alike that the threshold is close to them, so noise of 0.02 still flags all of them. Camera
 # copies do not replace a calibration with images of the new camera (`--recalibrate`). The script `train.py` does one
-# thing more than this notebook: it judges camera copies of held-out images. From their scores it computes a second
-# threshold, which 10 % of such copies should exceed. If this is higher than the first one, it is used, but at most a
-# fifth higher. On photographs this is often enough ([results.md](results.md#other-light-camera-or-file-format)).
+# thing more than this notebook: it measures light, noise, sharpness and colour of the good images, and it judges camera
+# copies of held-out images. The score of an image that is noisier than usual, for example, is then divided by an
+# *allowance*: by how much camera copies exceed the threshold, at most 1.2. On photographs this is often enough
+# ([results.md](results.md#other-light-camera-or-file-format)).
 #
 # **The promise, checked by drawing.** The demo can draw as many new good buttons as we like. How many of 300 are
 # flagged?

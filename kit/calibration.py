@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from kit import data
+from kit.camera import quantization_step, usual, with_compression
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages
+from kit.good import GoodImages, camera_copy
+from kit.images import load_image, named, read_image, to_tensor
 from kit.processes import counted
 from kit.rows import Feed, HeldOut, retrain
 from kit.settings import LEAST_IMAGES
 from kit.training import Epoch
-from kit.verdict import LEAST_SCORE
+from kit.verdict import LEAST_SCORE, allowance
 
 FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
 EQUALS = 2  # held-out images; the weight of the assumption that thirds and held-out images have equal medians
+MEASURED = 50  # good images at most, to find what is usual
+COPIES = 30  # camera copies of held-out images, on which the detector is tested
 SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 ASKED = 40  # images at most that `alike_in_order` examines
@@ -207,3 +211,46 @@ def blocks(files: list[Path], count: int) -> Tensor:
 def natural(path: Path) -> list:
     """The key that sorts names as people do: digits count as numbers."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.as_posix())]
+
+
+def measured_files(model: Detector, files: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For at most MEASURED of these files, evenly spread: the pixels (H, W, 3) that the model sees, and their measures
+    (7,), see kit/camera.py."""
+    for path in files[:: math.ceil(len(files) / MEASURED)]:
+        image = load_image(path)
+        pixels = named(path, image, model.shape)
+        yield pixels, with_compression(model.measures(to_tensor(pixels[None])), quantization_step(image))
+
+
+def learn_usual(model: Detector, files: Sequence[Path]) -> None:
+    """Set what is usual in the training images: `camera` and `brightness` of the model, from some of these files."""
+    measures, brightness = [], []
+    for pixels, measures_of_one in measured_files(model, files):
+        measures.append(measures_of_one)
+        brightness.append(model.brightness_of(to_tensor(pixels[None])))
+    model.camera = torch.from_numpy(usual(np.stack(measures))).to(model.camera)
+    model.learn_brightness(torch.cat(brightness, dim=1))
+
+
+@torch.no_grad()
+def judge_camera_copies(model: Detector, files: Sequence[Path]) -> None:
+    """Judge COPIES camera copies of these held-out images, and print how many exceed the threshold. If the method
+    learns from camera copies, their scores set the model's `allowance`, which lowers the scores of unusual images."""
+    copies = []
+    for number in range(COPIES):
+        rng = np.random.default_rng([model.settings.seed, number])
+        copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
+        copies.append(to_tensor(copy[None]))
+    model.allowance.fill_(1)
+    scores = torch.cat([model(copy)[1] for copy in copies])
+    limit = model.thresholds().score
+    if model.LEARNS_CAMERA_COPIES:
+        model.allowance.fill_(allowance(limit, scores.cpu().numpy(), model.settings.false_alarm))
+    what = "slightly blurred, noisy or compressed copies of held-out good images"
+    if model.allowance > 1:
+        print(
+            f"{what} score higher: the score of an image that differs from the training images in light, noise, "
+            f"sharpness or colour will be divided by {model.allowance:.2f}"
+        )
+    allowed = torch.cat([model.allowance_of(copy).flatten() for copy in copies])
+    print(f"false alarms on {what}: {int((scores / allowed > limit).sum())} of {COPIES}")

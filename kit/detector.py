@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from kit import quantized
+from kit import camera, quantized
 from kit.backbone import Backbone
 from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized, to_tensor
@@ -25,7 +25,7 @@ from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, robust_deviation, thresholds
 from kit.windows import SIDE, in_windows, overlapping_parts, side_of
 
-FORMAT = 14  # of the checkpoint
+FORMAT = 15  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
 USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
 
@@ -96,10 +96,10 @@ class Detector(nn.Module):
     This class turns energies into map and score (`forward`), calibrates them on good images (`calibrate`), gives
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
-    images, each judged as if it were new; they count as `different` images. `copies` (2, m) are those of camera copies
-    of held-out images, which may raise the threshold; m is 0 if a method does not learn from camera copies. `camera`
-    (2, 4) is the usual light, noise, sharpness and compression of good images (see kit/camera.py). `brightness` (3,) is
-    the usual brightness of the training images (see `learn_brightness`). Only the region of interest `roi` (H, W)
+    images, each judged as if it were new; they count as `different` images. `camera` (2, 7) is what is usual in light,
+    noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images that differ
+    from it are divided by the `allowance`, which is 1 if a method does not learn from camera copies. `brightness` (3,)
+    is the usual brightness of the training images (see `learn_brightness`). Only the region of interest `roi` (H, W)
     counts."""
 
     SETTINGS: type[Settings]
@@ -120,8 +120,8 @@ class Detector(nn.Module):
         self.register_buffer("units", torch.ones(expert_count))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
-        self.register_buffer("copies", torch.zeros(2, 0))
-        self.register_buffer("camera", torch.full((2, 4), torch.nan))
+        self.register_buffer("allowance", torch.tensor(1.0))
+        self.register_buffer("camera", torch.full((2, len(camera.MEASURES)), torch.nan))
         self.register_buffer("brightness", torch.full((3,), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, images left out; of this training only
@@ -186,6 +186,12 @@ class Detector(nn.Module):
         changed = usual_mean + (images - mean) * usual_deviation / deviation
         return torch.where(is_unusual, changed.clamp(0, 1), images)
 
+    def measures(self, images: Tensor) -> Tensor:
+        """`camera.measures` of images (B, 3, H, W) within the region of interest: (B, 6)."""
+        images = images.to(self.device)
+        filled = torch.where(self.roi, images, self.inner_mean(images))
+        return camera.measures(filled, inside=self.pixels / math.prod(self.shape))
+
     def set_roi(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
         self.roi = roi.to(self.device)
@@ -242,8 +248,17 @@ class Detector(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps (B, H, W), higher is more anomalous, and scores (B,). Images do not influence each other."""
-        maps = self.maps(self.energies_in_windows(images))
+        maps = self.maps(self.energies_in_windows(images)) / self.allowance_of(images)
         return maps, self.score(maps)
+
+    def allowance_of(self, images: Tensor) -> Tensor:
+        """The `allowance` for images (B, 3, H, W) that look like another camera's, and 1 for others: (B, 1, 1). So it
+        costs no sensitivity where light and camera are the usual ones."""
+        images = images.to(self.device)
+        if not torch.compiler.is_compiling() and self.allowance == 1:
+            return images.new_ones(len(images), 1, 1)
+        is_unusual = camera.are_unusual(self.measures(images), self.camera)
+        return torch.where(is_unusual, self.allowance, 1.0)[:, None, None]
 
     def maps(self, energies: list[Tensor]) -> Tensor:
         """Anomaly maps (B, H, W) of the experts' energies, on the common scale that the calibration set:
@@ -279,7 +294,7 @@ class Detector(nn.Module):
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an outlier must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
-        self.copies = torch.zeros(2, 0, device=self.device)
+        self.allowance.fill_(1)
         self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 
@@ -294,7 +309,7 @@ class Detector(nn.Module):
         rate = self.settings.false_alarm if false_alarm is None else false_alarm
         if not 0 < rate < 1:
             raise InputError(f"false_alarm={rate}: out of range; give a share between 0 and 1")
-        return thresholds(self.normal.cpu().numpy(), rate, int(self.different), self.copies.cpu().numpy())
+        return thresholds(self.normal.cpu().numpy(), rate, int(self.different))
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:

@@ -302,7 +302,7 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
 @dataclass(frozen=True)
 class Decoded:
     """An image file as the detector sees it, `pixels` (h, w, 3); as a person does; its shape (H, W); and `measures`
-    (4,) of its camera."""
+    (7,) of its camera."""
 
     path: Path
     pixels: np.ndarray
@@ -316,7 +316,7 @@ def decode(path: Path, model: Detector) -> Decoded:
     image = load_image(path)  # read once: later the file may have changed or vanished
     upright = turned(image)
     pixels = named(path, upright, model.shape)
-    measures = camera.measured(pixels, camera.quantization_step(image))
+    measures = camera.with_compression(model.measures(to_tensor(pixels[None])), camera.quantization_step(image))
     return Decoded(path, pixels, draw.photo_of(upright, model.roi), shape_of(upright), measures)
 
 
@@ -362,7 +362,7 @@ def regions_rows(name: str, verdict: Verdict) -> list[list]:
 def print_camera(model: Detector, measures: list[np.ndarray]) -> None:
     """Print a line if light, noise, sharpness or compression of these images differ from those of the training images.
 
-    `measures` (4,) of each image: see kit/camera.py."""
+    `measures` (7,) of each image: see kit/camera.py."""
     if not measures:
         return
     words = camera.differences(np.stack(measures), model.camera.cpu().numpy())

@@ -16,7 +16,7 @@ ODD = 4  # standard deviations above the median, of log scores
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
 TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
-MOST_RAISED = 1.2  # the highest ratio by which camera copies raise a threshold
+MOST_ALLOWED = 1.2  # the highest allowance for images of another camera
 
 
 @dataclass(frozen=True)
@@ -55,29 +55,23 @@ class Verdict:
     found: np.ndarray  # (H, W) bool: all regions together
 
 
-def thresholds(
-    normal: np.ndarray, rate: float, different: int | None = None, copies: np.ndarray | None = None
-) -> Thresholds:
+def thresholds(normal: np.ndarray, rate: float, different: int | None = None) -> Thresholds:
     """Thresholds that a share `rate` of good images exceeds, from `normal` (2, n), the scores and the maps' maxima of
-    n images. They count as `different` images (default: n). Camera copies of good images raise them if their scores
-    and maxima `copies` (2, m) are higher: see `raised`. Raises InputError for fewer than LEAST_IMAGES."""
+    n images. They count as `different` images (default: n). Raises InputError for fewer than LEAST_IMAGES."""
     images = normal.shape[1] if different is None else different
     score = threshold(normal[0], rate, images)
     peak = threshold(normal[1], rate, images)
-    if copies is not None and copies.shape[1] > 0:
-        score, peak = raised(score, copies[0], rate), raised(peak, copies[1], rate)
     above = round(float((normal[0] > score).mean()) * images)
     # Clopper and Pearson's bound
     at_most = float(special.betaincinv(above + 1, images - above, CONFIDENCE)) if above < images else 1.0
     return Thresholds(score, peak, images, at_most)
 
 
-def raised(limit: float, copies: np.ndarray, rate: float) -> float:
-    """The threshold of camera copies with the values `copies` (m,), at the rate TIMES `rate`, if it is higher than
-    `limit`; else `limit`. So the verdict holds for a camera that is slightly worse. It is raised by a factor of
-    MOST_RAISED at most: beyond that, defects would be missed in images as they are."""
-    wanted = threshold(copies, min(TIMES * rate, 0.5))
-    return float(np.clip(wanted, limit, MOST_RAISED * limit))
+def allowance(limit: float, copies: np.ndarray, rate: float) -> float:
+    """By how much the scores of camera copies (m,) exceed those of good images as they are: the ratio of their
+    threshold, at the rate TIMES `rate`, to `limit`. It is at least 1, and at most MOST_ALLOWED: beyond that, too many
+    defects would be missed."""
+    return float(np.clip(threshold(copies, min(TIMES * rate, 0.5)) / limit, 1, MOST_ALLOWED))
 
 
 def basis(limits: Thresholds) -> str:

@@ -17,7 +17,7 @@ import pytest
 from helpers import FINISHED, LITE, NEAREST, SMALL, TINY, call, take_few_steps
 
 import train
-from kit import camera
+from kit import calibration
 from kit.demo import draw_demo
 from kit.windows import keep_freed_memory
 from methods import autoencoder, paper
@@ -31,7 +31,7 @@ def few_steps():
     Real processes use the full numbers."""
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=16, steps=5)
-        patch.setattr(camera, "COPIES", 6)
+        patch.setattr(calibration, "COPIES", 6)
         yield
 
 
@@ -66,7 +66,7 @@ def finished_run(category, tmp_path_factory) -> Path:
     """A CL-Flow run. Tests must not change it; they change a copy."""
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=64, steps=50)
-        patch.setattr(camera, "COPIES", 30)
+        patch.setattr(calibration, "COPIES", 30)
         return train_blind(category, tmp_path_factory.mktemp("run"), *LITE, *FINISHED)
 
 

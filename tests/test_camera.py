@@ -2,15 +2,16 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from helpers import call
 from PIL import Image
 from scipy import ndimage
 
 import evaluate
-from kit.camera import MEASURES, differences, measured, quantization_step, told, usual
+from kit.camera import MEASURES, are_unusual, differences, measures, quantization_step, told, usual, with_compression
 from kit.demo import draw_button
 from kit.good import blurred, camera_copy, compressed
-from kit.images import load_image
+from kit.images import load_image, to_tensor
 
 
 @cache
@@ -22,6 +23,10 @@ def photograph(number: int, defect: str) -> np.ndarray:
 
 def photographs(count: int, defect: str = "good") -> list[np.ndarray]:
     return [photograph(i, defect) for i in range(count)]
+
+
+def measured(image: np.ndarray, step: float = np.nan) -> np.ndarray:
+    return with_compression(measures(to_tensor(image.copy()[None])), step)
 
 
 def measures_of(images: list[np.ndarray]) -> np.ndarray:
@@ -40,6 +45,10 @@ CHANGES = {
     "sharper": lambda image: image + 2 * (image - ndimage.gaussian_filter(image, (1, 1, 0))),
     "brighter": lambda image: image * 1.2,
     "darker": lambda image: image * 0.8,
+    "brighter on the right": lambda image: image * np.linspace(0.8, 1.2, image.shape[1])[None, :, None],
+    "brighter at the top": lambda image: image * np.linspace(1.2, 0.8, image.shape[0])[:, None, None],
+    "redder": lambda image: image * (1.1, 1, 0.9),
+    "bluer": lambda image: image * (0.9, 1, 1.1),
 }
 
 
@@ -48,12 +57,17 @@ CHANGES = {
 def test_a_change_of_the_camera_is_named(word, count):
     images = [np.float32(CHANGES[word](image)).clip(0, 1) for image in photographs(count)]
     assert word in differences(measures_of(images), normal())
+    found = measures(to_tensor(np.stack(images)))
+    assert are_unusual(found, torch.from_numpy(normal())).all()
 
 
 def test_images_of_the_same_camera_do_not_differ_nor_do_defects():
     same_camera = measures_of(photographs(20))
     assert differences(same_camera, normal()) == []
     assert [differences(row[None], normal()) for row in same_camera] == [[]] * 20
+    found = measures(to_tensor(np.stack(photographs(20))))
+    assert not are_unusual(found, torch.from_numpy(normal())).any()
+    assert not are_unusual(found + 9, torch.full((2, 7), torch.nan)).any()  # nothing is known
     assert differences(measures_of(photographs(20, "chip")), normal()) == []
 
 
@@ -112,8 +126,25 @@ def test_blur_and_compression_against_pillow(tmp_path):
     assert (compressed(image, 50) == np.float32(Image.open(tmp_path / "a.jpg")) / 255).all()
 
 
-def test_measures_have_names():
-    assert measured(photographs(1)[0]).shape == (len(MEASURES),)
+def test_measures_by_numpy_and_scipy():
+    """The same definitions, with other libraries and all pixels; and half of an image is measured as the whole."""
+    (image,) = photographs(1)
+    grey = image.mean(axis=2)
+    binomial, wide = np.outer((1, 2, 1), (1, 2, 1)) / 16, np.zeros((5, 5))
+    wide[::2, ::2] = binomial
+    fine = ndimage.convolve(grey, binomial)
+    coarse = ndimage.convolve(fine, wide)
+    laplace = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
+    noise = np.median(np.abs(ndimage.convolve(grey, laplace))) / (6 * 0.6745)
+    sharpness = np.log(np.quantile(np.abs(grey - fine), 0.99) / np.quantile(np.abs(fine - coarse), 0.99))
+    colour = np.log(image[..., 0].mean() / image[..., 2].mean())
+    across, along = (np.log(half[128:].mean() / half[:128].mean()) for half in (grey.T, grey))
+    expected = [np.log(grey.mean()), across, along, np.log(noise + 2e-3), sharpness, colour]
+    whole = measures(to_tensor(image[None].copy()))
+    assert whole[0].tolist() == pytest.approx(expected, abs=0.03) and len(MEASURES) == len(expected) + 1
+    beside = np.concatenate((image, np.full_like(image, image.mean())), axis=1)
+    half = measures(to_tensor(beside[None]), inside=0.5)
+    assert torch.allclose(half[:, [0, 3, 4]], whole[:, [0, 3, 4]], atol=0.1)
 
 
 def test_evaluate_says_how_new_images_differ_and_recalibrating_learns_them(run, category, tmp_path, capsys):
