@@ -362,6 +362,9 @@ def test_exported_program_gives_the_same_scores_for_any_batch(exported, run, cat
     model = load(run / "model.pt")
     model.full_precision = True
     images = data.read_batch(data.list_images(category / "test" / "chip"), model.shape)
+    noise = 0.1 * torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0))
+    images[2] = (images[2] + noise[0]).clamp(0, 1)
+    assert model.allowance_of(images).flatten().tolist()[:3] == pytest.approx([1, 1, model.allowance.item()])
     for some in (images[:1], images[:3], images):
         with torch.no_grad():
             for ours, theirs in zip(model(some), program(some), strict=True):
@@ -378,6 +381,7 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     call(evaluate.main, run, "--export", tmp_path / "model.onnx")
+    limits = evaluate.exported_limits(load(run / "model.pt"))
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through the whole bank
     model = load(run / "model.pt")
@@ -389,7 +393,7 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
             expected = model(some)
         assert abs(maps - expected[0].numpy()).max() < 1e-4 and abs(scores - expected[1].numpy()).max() < 1e-4
     about = session.get_modelmeta().custom_metadata_map
-    assert float(about["score_threshold"]) == model.thresholds().score and "192" in about["images"]
+    assert float(about["score_threshold"]) == limits.score and "192" in about["images"]
 
 
 def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
