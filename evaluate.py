@@ -2,9 +2,10 @@
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
 from kit.command_line import evaluation_options
-from kit.errors import InputError, run_script
+from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
+    quit_on_signals()
     run_script(evaluation_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
@@ -39,6 +40,7 @@ from kit.files import (
     write_atomically,
     write_text,
 )
+from kit.good import camera_copy
 from kit.images import read_image, to_tensor
 from kit.inspection import findings_folder, judge_new, sentence
 from kit.measuring import (
@@ -52,7 +54,7 @@ from kit.measuring import (
     report,
 )
 from kit.processes import Processes, join_processes, pick_device
-from kit.real_defects import files_of_training, is_among
+from kit.real_defects import files_of_training, fingerprint, is_among
 from kit.settings import LEAST_IMAGES
 from kit.verdict import Thresholds, basis, drift
 from kit.watching import watch
@@ -109,8 +111,7 @@ def unseen(model: Detector, files: list[Path]) -> list[Path]:
     new = [path for path in files if not is_among(path, known)]
     if len(new) < len(files):
         print(
-            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained with them, so their "
-            "scores are too low"
+            f"left out {len(files) - len(new)} of {len(files)} images: the detector was trained or calibrated with them"
         )
     return new
 
@@ -154,7 +155,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
         taken = [files[i] for i in order]
         print(f"using {LIMIT} of {len(files)} images, chosen at random")
     recalibrate(model, taken, alike_among(model, taken))
-    model.settings = replace(model.settings, false_alarm=work.false_alarm)
+    known = sorted({*model.settings.good, *(fingerprint(path) for path in taken)})
+    model.settings = replace(model.settings, false_alarm=work.false_alarm, good=tuple(known))
     print(basis(model.thresholds()))
     with locked(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
@@ -211,8 +213,9 @@ def export(model: Detector, file: Path) -> None:
 
 def exported_limits(model: Detector) -> Thresholds:
     """The thresholds of a detector as it is exported. If it was calibrated in bfloat16 or with a backbone in int8, its
-    scores were slightly different: then the thresholds are multiplied by the median ratio of good images' scores as
-    exported and as they were before. After such a comparison the model computes as it is exported."""
+    scores were slightly different: then the thresholds are multiplied by the ratio of scores as exported and as they
+    were before, both summed over camera copies of good images. (The good images themselves have near zero scores: their
+    features are in the bank.) After such a comparison the model computes as it is exported."""
     limits = model.thresholds()
     if not model.halved and not model.has_int8:
         return limits
@@ -233,15 +236,18 @@ def exported_limits(model: Detector) -> Thresholds:
     some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
     model.for_export()
-    score_ratio, map_ratio = np.median(scores_and_peaks(model, some) / before, axis=1)
+    score_ratio, map_ratio = scores_and_peaks(model, some) / before
     return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
 
 
 @torch.no_grad()
 def scores_and_peaks(model: Detector, files: list[Path]) -> np.ndarray:
-    """(2, n): the scores of these images, and the maxima of their maps."""
-    parts = [model.scores(model.energies_in_windows(images)) for images in data.batches(files, model.shape)]
-    return torch.cat(parts, dim=1).cpu().numpy()
+    """The sums (2,) of the scores and of the maps' maxima, of a camera copy of each of these images."""
+    sums = np.zeros(2)
+    for number, path in enumerate(files):
+        copy = camera_copy(read_image(path, model.shape), np.random.default_rng(number))
+        sums += model.scores(model.energies_in_windows(to_tensor(copy[None])))[:, 0].cpu().numpy()
+    return sums
 
 
 def need_onnx() -> None:
@@ -320,8 +326,11 @@ def tell_unfinished(run: Path, checkpoint: Path) -> None:
         if saved["progress"]["epoch"] == 0 and "epochs" in saved["settings"]:
             raise InputError(f"{run}: training stopped before the first epoch ended; continue with train.py --resume")
         print(f"{run}: training is not finished; this uses its last complete epoch")
-    elif checkpoint == run / MODEL and is_unfinished(run):
-        print(f"{run}: a new training is not finished yet; this uses the earlier detector")
+    elif checkpoint == run / MODEL and checkpoint.exists() and is_unfinished(run):
+        print(
+            f"{run}: a later training in this folder is not finished (train.py --resume continues it); this uses the "
+            "detector that was complete before"
+        )
 
 
 def tell_precision(model: Detector, args: argparse.Namespace, processes: Processes) -> None:

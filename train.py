@@ -2,9 +2,10 @@
 
 import kit  # noqa: F401 (first, before PyTorch is imported)
 from kit.command_line import refuse_without_effect, training_options
-from kit.errors import InputError, run_script
+from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
+    quit_on_signals()
     run_script(training_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
@@ -36,6 +37,7 @@ from kit.files import (
     locked,
     resumable,
     unfinished_files,
+    withdraw,
     write_atomically,
     write_table,
     write_text,
@@ -77,7 +79,12 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     needs. An earlier detector stays in use until the new one is complete. So a kill costs at most one epoch, or the
     final calibration on all good images."""
     with locked(run.out) if processes.first else contextlib.nullcontext():
-        train_held(run, args, textures, processes)
+        try:
+            train_held(run, args, textures, processes)
+        except InputError:
+            if processes.first:
+                withdraw(run.out)
+            raise
 
 
 def train_held(run: Run, args: argparse.Namespace, textures: list[Path], processes: Processes) -> None:
@@ -93,7 +100,10 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         raise InputError(
             f"torchrun started {processes.count} processes for {images} training images; start at most {images}"
         )
-    beside = f" and {len(run.defects)} real defects" if run.defects else ""
+    beside = ""
+    if run.defects:
+        masks = sum(defect.mask is not None for defect in run.defects)
+        beside = f", and {len(run.defects)} images with real defects ({masks} with masks)"
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
     if line := shapes.told(run.files, model.shape):
         print(line)
@@ -108,11 +118,12 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     for epoch in method.train(model, good, progress):
         if epoch.losses:
             seconds = time.perf_counter() - started
-            print_epoch(epoch, run.settings.epochs, seconds)
             losses = {name: round(value, 5) for name, value in epoch.losses.items()}
             log.append({"epoch": epoch.number, **losses, "seconds": round(seconds, 2)})
         if processes.first:
             keep(epoch, model, log, run, args.keep_epochs)
+        if epoch.losses:  # printed when it is on the disk
+            print_epoch(epoch, run.settings.epochs, seconds)
         started = time.perf_counter()
     finish(model, good, run)
     print(f"wrote {run.out / MODEL}")
@@ -150,10 +161,10 @@ def keep(epoch: Epoch, model: Detector, log: list[dict], run: Run, keep_epochs: 
         own.remove([name for name in own.names() if name != STATE])  # of an abandoned training
     if log:
         write_log(own, log)
-    progress = epoch.progress | {"log": log, "files": names(run)}
-    write_atomically(own.claim(STATE), lambda to: model.save(to, progress))
     if keep_epochs and epoch.number > 0:
         write_atomically(own.claim(epoch_file(epoch.number)), model.save)
+    progress = epoch.progress | {"log": log, "files": names(run)}
+    write_atomically(own.claim(STATE), lambda to: model.save(to, progress))  # last: --resume continues after it
 
 
 def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:
@@ -197,8 +208,10 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
         anomaly_map = model.maps(energies)[0].cpu().numpy()
         photo = draw.photo_of(load_image(path), model.roi)
         verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)
+        if anomaly_map.max() < limits.anomaly_map:  # this map is of the final detector, the score of cross-validation
+            verdict = replace(verdict, found=np.zeros_like(verdict.found))
         names.append(path.name)
-        pictures.append(draw.verdict_picture(photo, path.name, verdict, limits))
+        pictures.append(draw.verdict_picture(photo, f"{path.name}, in cross-validation", verdict, limits))
     draw.save_picture(own.claim(SUSPECTS), draw.below_each_other(pictures))
     others = f" and {len(suspects) - len(names)} more" if len(suspects) > len(names) else ""
     print(
@@ -266,9 +279,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
         files = data.usable(files, args.skip_bad)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
-            raise InputError(
-                f"--data {category}: only {len(files)} good images; give at least {least}, better {4 * least}"
-            )
+            raise InputError(f"--data {category}: only {len(files)} good images; give at least {least}, better 50")
         for seed in range(args.seed, args.seed + args.seeds):
             target = out / name / f"seed{seed}" if several else out
             refuse_shared(target, category, planned)
@@ -360,7 +371,8 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     if processes.count > 1:
         dist.barrier()  # so that no process mistakes old metrics for new ones
     if several:
-        for run in mine:
+        for number, run in enumerate(mine, start=1):
+            print(f"{run.settings.category}, seed {run.settings.seed} (training {number} of {len(mine)})")
             train(run, args, textures, processes.alone())
     else:
         train(planned[0], args, textures, processes)
@@ -368,7 +380,11 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         for run in mine:
             evaluate_run(run, args)
     if several:
-        write_results([run for run in planned if data.has_tests(run.category)], out)
+        tested = [run for run in planned if data.has_tests(run.category)]
+        without = sorted({run.settings.category for run in planned if run not in tested})
+        if without:
+            print(f"not in table.md, since they have no test images: {', '.join(without)}")
+        write_results(tested, out)
 
 
 def prepare(run: Run, args: argparse.Namespace) -> None:

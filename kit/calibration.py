@@ -215,7 +215,7 @@ def natural(path: Path) -> list:
 
 def measured_files(model: Detector, files: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For at most MEASURED of these files, evenly spread: the pixels (H, W, 3) that the model sees, and their measures
-    (7,), see kit/camera.py."""
+    (8,), see kit/camera.py."""
     for path in files[:: math.ceil(len(files) / MEASURED)]:
         image = load_image(path)
         pixels = named(path, image, model.shape)

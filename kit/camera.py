@@ -18,7 +18,8 @@ MEASURES = {
     "light": ("brighter", "darker", 0.1),  # logarithm of the mean of all pixels
     "light across": ("brighter on the right", "brighter on the left", 0.1),  # logarithm of the ratio of both halves
     "light along": ("brighter at the bottom", "brighter at the top", 0.1),
-    "noise": ("noisier", "less noisy", 0.2),  # logarithm of the standard deviation
+    "contrast": ("of higher contrast", "of lower contrast", 0.05),  # logarithm of the standard deviation
+    "noise": ("noisier", "less noisy", 0.2),  # logarithm of its standard deviation
     "sharpness": ("sharper", "blurrier", 0.15),  # logarithm of a ratio of contrasts
     "colour": ("redder", "bluer", 0.05),  # logarithm of the ratio of red and blue
     "compression": ("more strongly compressed", "less compressed", 0.5),  # logarithm of 1 + quantization step
@@ -27,7 +28,7 @@ LEAST_CHANGE = [least for _, _, least in MEASURES.values()]
 
 
 def measures(images: Tensor, inside: float = 1.0) -> Tensor:
-    """All MEASURES but compression, of images (B, 3, H, W) in [0, 1]: (B, 6). `inside` is the share of pixels in
+    """All MEASURES but compression, of images (B, 3, H, W) in [0, 1]: (B, 7). `inside` is the share of pixels in
     the region of interest; the others must have one value.
 
     Noise is the median response of a Laplacian filter, after Immerkaer (1996). Sharpness compares the strongest details
@@ -43,6 +44,7 @@ def measures(images: Tensor, inside: float = 1.0) -> Tensor:
         mean_of(grey).log(),
         (mean_of(grey[:, :, grey.shape[2] // 2 :]) / mean_of(grey[:, :, : grey.shape[2] // 2])).log(),
         (mean_of(grey[:, grey.shape[1] // 2 :]) / mean_of(grey[:, : grey.shape[1] // 2])).log(),
+        (grey.std(dim=(1, 2)) + 0.01).log(),
         (noise + 2e-3).log(),
         (details / larger_details).log(),
         (mean_of(images[:, 0]) / mean_of(images[:, 2])).log(),
@@ -79,7 +81,7 @@ def value_above(values: Tensor, share: float) -> Tensor:
 
 
 def with_compression(found: Tensor, step: float) -> np.ndarray:
-    """All MEASURES (7,) of an image, from its other `measures` (1, 6) and the `quantization_step` of its file; NaN if
+    """All MEASURES (8,) of an image, from its other `measures` (1, 7) and the `quantization_step` of its file; NaN if
     that is unknown."""
     return np.append(found[0].cpu().numpy(), np.float32(math.log1p(step)))
 
@@ -92,12 +94,12 @@ def quantization_step(image: Image.Image) -> float:
 
 
 def usual(measures: np.ndarray) -> np.ndarray:
-    """What is usual among good images with these measures (n, 7): median and robust standard deviation, (2, 7)."""
+    """What is usual among good images with these measures (n, 8): median and robust standard deviation, (2, 8)."""
     return np.stack([np.median(measures, axis=0), robust_deviation(measures)])
 
 
 def are_unusual(found: Tensor, normal: Tensor) -> Tensor:
-    """Whether images with these `measures` (B, 6) differ from what is `usual` (2, 7), each by itself: (B,) bool. False
+    """Whether images with these `measures` (B, 7) differ from what is `usual` (2, 8), each by itself: (B,) bool. False
     for what is not known (NaN). Compression, which is not in the pixels, does not count."""
     middle, deviation = normal[:, : found.shape[1]]
     limit = torch.maximum(DEVIATIONS * deviation, found.new_tensor(LEAST_CHANGE[: found.shape[1]]))
@@ -105,7 +107,7 @@ def are_unusual(found: Tensor, normal: Tensor) -> Tensor:
 
 
 def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
-    """How new images with these measures (n, 7) differ from what is `usual` (2, 7): words such as "blurrier".
+    """How new images with these measures (n, 8) differ from what is `usual` (2, 8): words such as "blurrier".
 
     The median of n new images has to differ by DEVIATIONS / sqrt(n) standard deviations of single images, n at most 4.
     What is not known (NaN) does not differ."""

@@ -96,7 +96,7 @@ class Detector(nn.Module):
     This class turns energies into map and score (`forward`), calibrates them on good images (`calibrate`), gives
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
-    images, each judged as if it were new; they count as `different` images. `camera` (2, 7) is what is usual in light,
+    images, each judged as if it were new; they count as `different` images. `camera` (2, 8) is what is usual in light,
     noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images that differ
     from it are divided by the `allowance`, which is 1 if a method does not learn from camera copies. `brightness` (3,)
     is the usual brightness of the training images (see `learn_brightness`). Only the region of interest `roi` (H, W)
@@ -187,7 +187,7 @@ class Detector(nn.Module):
         return torch.where(is_unusual, changed.clamp(0, 1), images)
 
     def measures(self, images: Tensor) -> Tensor:
-        """`camera.measures` of images (B, 3, H, W) within the region of interest: (B, 6)."""
+        """`camera.measures` of images (B, 3, H, W) within the region of interest: (B, 7)."""
         images = images.to(self.device)
         filled = torch.where(self.roi, images, self.inner_mean(images))
         return camera.measures(filled, inside=self.pixels / math.prod(self.shape))
@@ -347,11 +347,15 @@ class Detector(nn.Module):
 def read_checkpoint(path: Path | str) -> dict:
     """Read a file of `Detector.save`: format, settings, state, progress. Raises InputError if it is missing, is not a
     checkpoint, or comes from another version."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; train.py writes a detector to runs/<name>/model.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])
     except Exception as error:  # a wrong file can fail in many ways inside the unpickler
-        raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
+        raise InputError(
+            f"{path}: cannot be read as a clflow checkpoint ({type(error).__name__}); give the model.pt of a training"
+        ) from error
     if version != FORMAT:
         raise InputError(f"{path}: has format {version}, but this version reads format {FORMAT}; train it again")
     return checkpoint

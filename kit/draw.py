@@ -83,27 +83,31 @@ def verdict_picture(
     }
     if mask is not None:
         panels["true mask"] = np.asarray(Image.fromarray(mask).resize((width, height)).convert("RGB"))
-    unit = max(16, width // (40 if is_wide(photo) else 16))  # of text, and of the colour bar
+    unit = max(20, width // (40 if is_wide(photo) else 16))  # of text, and of the colour bar
     if is_wide(photo):  # below each other
         places = [(0, unit + i * (height + unit)) for i in range(len(panels))]
         right, bottom = width, len(panels) * (height + unit)
     else:
         places = [(i * (width + GAP), unit) for i in range(len(panels))]
         right, bottom = len(panels) * (width + GAP) - GAP, unit + height
-    sheet = Image.new("RGB", (right + GAP + 5 * unit, bottom + unit), "white")
-    draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(0.65 * unit)
     said = "anomalous" if verdict.anomalous else "normal"
     title = f"{name}: {said}, score {verdict.score:.3f} (threshold {verdict.threshold:.3f})"
-    draw.text((3, 0.1 * unit), title, "black", font)
+    sheet = Image.new("RGB", (max(right + GAP + 5 * unit, int(font.getlength(title)) + 6), bottom + unit), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((3, unit // 10), title, "black", font)
     for (left, top), (label, panel) in zip(places, panels.items(), strict=True):
         sheet.paste(Image.fromarray(panel), (left, top))
-        draw.text((left + 3, top + height + 0.1 * unit), label, "black", font)
+        draw.text((left + 3, top + height + unit // 10), label, "black", font)
     highest = 2 * limits.anomaly_map  # of the colour bar
     falling = np.linspace(highest, 0, bottom - unit)[:, None].repeat(unit, axis=1)
     sheet.paste(Image.fromarray(heat_colours(falling, limits.anomaly_map)), (right + GAP, unit))
     for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.anomaly_map:.2f} limit"), (1, "0")):
-        draw.text((right + GAP + 1.2 * unit, unit + share * (bottom - 2 * unit)), label, "black", font)
+        place = (
+            right + GAP + round(1.2 * unit),
+            unit + round(share * (bottom - 2 * unit)),
+        )  # between pixels, points vanish
+        draw.text(place, label, "black", font)
     return sheet
 
 
@@ -185,6 +189,8 @@ def line_chart(title: str, lines: dict[str, list[tuple[float, float]]]) -> Image
     for i, (name, line) in enumerate(lines.items()):
         colour = f"hsl({(220 + 140 * i) % 360}, 75%, 42%)"
         draw.line([place(x, y) for x, y in line], colour, 3)
+        for x, y in line:  # a line of one point would be invisible
+            draw.circle(place(x, y), 4, colour)
         draw.text((left + width + 15, 50 + 20 * i), name, colour, font)
     return sheet
 

@@ -56,6 +56,13 @@ def stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt(number)
 
 
+def quit_on_signals() -> None:
+    """Until `run_script` handles them, such a signal ends the process at once, without a traceback: while PyTorch is
+    imported, there is nothing to complete."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """Both signals raise KeyboardInterrupt. By default, a script started with & or nohup ignores SIGINT, and SIGTERM

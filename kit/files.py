@@ -170,6 +170,8 @@ def fitting(name: str) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Make `folder` and lock it against other calls. The system removes the lock when this process and the workers that
     it has started end, in whatever way. Raises InputError if another call holds the lock."""
+    if folder.is_file():
+        raise InputError(f"--out {folder}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -388,7 +390,8 @@ def check_out(out: Path, data: Path, inputs: list[Path], resume: bool, epochs: i
     is_stopped = (out / UNFINISHED / STATE).exists() and not (out / UNFINISHED / MODEL).exists()
     if is_stopped and not resume:
         raise InputError(
-            f"--out {out}: contains an unfinished training; add --resume to continue it, or give another --out"
+            f"--out {out}: contains an unfinished training; add --resume to continue it, remove {out / UNFINISHED}, or "
+            "give another --out"
         )
 
 
@@ -406,6 +409,13 @@ def announce(out: Path) -> None:
     """Mark on the disk that a training will follow. Until it is complete, metrics in `out` belong to an earlier
     detector, and --resume starts the training."""
     unfinished_files(out).claim(STATE)
+
+
+def withdraw(out: Path) -> None:
+    """Remove the mark that a training will follow, if it ended before it wrote anything."""
+    own = unfinished_files(out)
+    if not (own.folder / STATE).exists():
+        own.remove([STATE])
 
 
 def install(out: Path) -> None:

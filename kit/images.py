@@ -110,7 +110,7 @@ def load_image(path: Path | str) -> Image.Image:
             image.load()
             return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
 def read_image(path: Path | str, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -123,7 +123,7 @@ def named(path: Path | str, image: Image.Image, shape: tuple[int, int] | None) -
     try:
         return to_rgb(image, shape)
     except (InputError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 
 def read_any(image: AnyImage, shape: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:

@@ -6,6 +6,7 @@ by the same detector. No other row is ever removed."""
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def findings_folder(run: str, images: Path, detector: str, watch: bool) -> Path:
     folder = Path("predictions", run)
     root = str(root_of(images).resolve())
     for out in sorted(path.parent for path in folder.glob(f"*/{ABOUT}")):
-        if out.name.startswith(name) and images_of(out) == root and not obstacle(out, images, detector, watch):
+        is_for_them = re.fullmatch(re.escape(name) + r"(-[0-9a-f]{12}(-\d+)?)?", out.name)
+        if is_for_them and images_of(out) == root and not obstacle(out, images, detector, watch):
             return out
     further = (folder / f"{name}-{detector}-{number}" for number in itertools.count(2))
     candidates = itertools.chain((folder / name, folder / f"{name}-{detector}"), further)
@@ -79,7 +81,8 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
     """The reason why results of this detector on these `images` must not be added to those in `out`; None if they may.
     With `watch`, results of another detector are no obstacle."""
     table = out / TABLE
-    OwnFiles(out, "judged").refuse_foreign(TABLE)
+    for file in (TABLE, REGIONS, PAGE, ABOUT):
+        OwnFiles(out, "judged").refuse_foreign(file)
     header = header_of(table)
     if header is None:
         return None
@@ -282,7 +285,7 @@ def name_below(root: Path, path: Path) -> str:
 
 def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list[Entry]:
     """The entries of report.html: the `images`, a file or a folder, that this detector judged, from the last row of
-    each in scores.csv. Their kind is their subfolder. `trained_on` is the category of the detector."""
+    each in scores.csv. Their kind is their folder. `trained_on` is the category of the detector."""
     root = root_of(images)
     good_folders = [trained_on, *(trained_on / "train" / name for name in data.GOOD_NAMES)]
     scores: dict[str, float] = {}
@@ -295,14 +298,15 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     entries = []
     for name, score in scores.items():
         path = root / name
-        entries.append(Entry(name, str(Path(name).parent), None, score, path, path.parent in good_folders))
+        kind = Path(name).parent.as_posix() if "/" in name else root.resolve().name
+        entries.append(Entry(name, kind, None, score, path, path.parent in good_folders))
     return entries
 
 
 @dataclass(frozen=True)
 class Decoded:
     """An image file as the detector sees it, `pixels` (h, w, 3); as a person does; its shape (H, W); and `measures`
-    (7,) of its camera."""
+    (8,) of its camera."""
 
     path: Path
     pixels: np.ndarray
@@ -362,7 +366,7 @@ def regions_rows(name: str, verdict: Verdict) -> list[list]:
 def print_camera(model: Detector, measures: list[np.ndarray]) -> None:
     """Print a line if light, noise, sharpness or compression of these images differ from those of the training images.
 
-    `measures` (7,) of each image: see kit/camera.py."""
+    `measures` (8,) of each image: see kit/camera.py."""
     if not measures:
         return
     words = camera.differences(np.stack(measures), model.camera.cpu().numpy())
@@ -374,10 +378,13 @@ def print_drift(model: Detector, scores: np.ndarray) -> None:
     """Print a line if the scores of images that were judged together have shifted."""
     where = drift(scores, model.normal[0].cpu().numpy())
     if where:
+        unless = (
+            "Unless most of them are defective" if where == "higher" else "Unless the detector was trained with them"
+        )
         print(
             f"drift: these {len(scores)} images score clearly {where} than the good images that set the threshold. "
-            "Unless most of them are defective, the light, the camera or the parts have changed: train again, or set a "
-            "new threshold with --recalibrate FOLDER (a folder of new good images)"
+            f"{unless}, the light, the camera or the parts have changed: train again, or set a new threshold with "
+            "--recalibrate FOLDER (a folder of new good images)"
         )
 
 

@@ -25,6 +25,7 @@ from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once
 
 KEPT = 250_000_000  # pixels of the maps of all test images together: 1 GB
+CURVE = ("curve.png", "curve.json")  # files of evaluate.py --curve
 OPERATING_POINTS = (0.01, 0.02, 0.05, 0.1)
 REPORTED = ("backbone", "size", "image_auroc", "pixel_auroc", "aupro", "ms_per_image")  # at the head of report.html
 COLUMNS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro", "recall", "false_alarms")  # of the table
@@ -220,8 +221,8 @@ def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | 
 
 def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Thresholds, facts: dict[str, str]) -> None:
     """Draw report.html, with `facts` at its top, and pictures/<kind>/<file>.png of every test image. The files of an
-    earlier evaluation are removed."""
-    own.remove_all()
+    earlier evaluation are removed, but not those of --curve."""
+    own.remove_all(but=CURVE)
     entries = []
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
     for test, score, anomaly_map, true in counted(all_of_them, "drawing pictures", len(judged.tests)):

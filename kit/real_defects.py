@@ -181,7 +181,10 @@ def read_corrections(file: Path) -> Corrections:
         if paths.count(path) > 1:
             raise InputError(f"--corrections {file}: {path} is in two of its lists; remove it from one")
         if not Path(path).is_file():
-            raise InputError(f"--corrections {file}: {path} no longer exists; remove it from the list")
+            raise InputError(
+                f"--corrections {file}: there is no file {Path(path).absolute()}; give its full path, or remove it "
+                "from the list"
+            )
     return Corrections(**{name: [Path(path) for path in dict.fromkeys(found.get(name, []))] for name in LISTS})
 
 

@@ -115,7 +115,7 @@ def check_rows(count: int, model: Detector) -> None:
     if count < least:
         raise InputError(
             f"--data: the training images give only {count} feature vectors in total, but {model.settings.backbone} "
-            f"needs {least}; give more good images, or a larger --size"
+            f"needs {least}; give more good images, a larger --size, or a larger area in --roi"
         )
 
 

@@ -33,6 +33,7 @@ def load(path: Path | str, device: str = "cpu") -> Detector:
     checkpoint."""
     checkpoint = read_checkpoint(path)
     try:
-        return METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint, device)
+        model = METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint)
     except (KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as a clflow checkpoint ({error!r:.200})") from error
+    return model.to(device)

@@ -47,6 +47,7 @@ CHANGES = {
     "darker": lambda image: image * 0.8,
     "brighter on the right": lambda image: image * np.linspace(0.8, 1.2, image.shape[1])[None, :, None],
     "brighter at the top": lambda image: image * np.linspace(1.2, 0.8, image.shape[0])[:, None, None],
+    "of lower contrast": lambda image: 0.5 + 0.7 * (image - 0.5),
     "redder": lambda image: image * (1.1, 1, 0.9),
     "bluer": lambda image: image * (0.9, 1, 1.1),
 }
@@ -67,7 +68,7 @@ def test_images_of_the_same_camera_do_not_differ_nor_do_defects():
     assert [differences(row[None], normal()) for row in same_camera] == [[]] * 20
     found = measures(to_tensor(np.stack(photographs(20))))
     assert not are_unusual(found, torch.from_numpy(normal())).any()
-    assert not are_unusual(found + 9, torch.full((2, 7), torch.nan)).any()  # nothing is known
+    assert not are_unusual(found + 9, torch.full((2, 8), torch.nan)).any()  # nothing is known
     assert differences(measures_of(photographs(20, "chip")), normal()) == []
 
 
@@ -139,12 +140,12 @@ def test_measures_by_numpy_and_scipy():
     sharpness = np.log(np.quantile(np.abs(grey - fine), 0.99) / np.quantile(np.abs(fine - coarse), 0.99))
     colour = np.log(image[..., 0].mean() / image[..., 2].mean())
     across, along = (np.log(half[128:].mean() / half[:128].mean()) for half in (grey.T, grey))
-    expected = [np.log(grey.mean()), across, along, np.log(noise + 2e-3), sharpness, colour]
+    expected = [np.log(grey.mean()), across, along, np.log(grey.std() + 0.01), np.log(noise + 2e-3), sharpness, colour]
     whole = measures(to_tensor(image[None].copy()))
     assert whole[0].tolist() == pytest.approx(expected, abs=0.03) and len(MEASURES) == len(expected) + 1
     beside = np.concatenate((image, np.full_like(image, image.mean())), axis=1)
     half = measures(to_tensor(beside[None]), inside=0.5)
-    assert torch.allclose(half[:, [0, 3, 4]], whole[:, [0, 3, 4]], atol=0.1)
+    assert torch.allclose(half[:, [0, 4, 5]], whole[:, [0, 4, 5]], atol=0.1)  # light, noise, sharpness
 
 
 def test_evaluate_says_how_new_images_differ_and_recalibrating_learns_them(run, category, tmp_path, capsys):

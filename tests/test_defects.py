@@ -236,7 +236,7 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
     attempt_corrections('{"mised": []}', ["not a corrections file", "missed"])
     attempt_corrections('{"missed": [1]}', ["not a corrections file"])
     attempt_corrections('{"missed": []}', ["contains no images"])
-    attempt_corrections(json.dumps({"missed": ["/gone.png"]}), ["/gone.png", "no longer exists"])
+    attempt_corrections(json.dumps({"missed": ["/gone.png"]}), ["/gone.png", "there is no file"])
     attempt_corrections(json.dumps({"missed": [here], "false_alarms": [here]}), ["two of its lists"])
     attempt_corrections(json.dumps({"not_good": [here]}), ["not among the good images"])
     attempt("--corrections", tmp_path / "gone.json", words=["gone.json"])

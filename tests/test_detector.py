@@ -283,7 +283,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path):
     torch.save({"format": 4, "settings": {}}, tmp_path / "older.pt")
     torch.save({"format": FORMAT, "settings": {"method": "x"}, "state": {}}, tmp_path / "strange.pt")
     for name, word in (("junk", "cannot be read"), ("other", "cannot be read"), ("older", "format 4.*train it again"),
-                       ("strange", "cannot be read"), ("missing", "cannot be read")):  # fmt: skip
+                       ("strange", "cannot be read"), ("missing", "no such file")):  # fmt: skip
         with pytest.raises(InputError, match=word) as error:
             load(tmp_path / f"{name}.pt")
         assert name in str(error.value) and "\n" not in str(error.value)

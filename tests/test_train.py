@@ -305,7 +305,7 @@ def test_a_retraining_that_is_stopped_leaves_the_detector_before(
     capsys.readouterr()
     call(evaluate.main, out, "--images", tiny / "test" / "chip", "--out", tmp_path / "found")
     said = capsys.readouterr().out
-    assert "a new training is not finished" in said and contents(out) == before
+    assert "a later training in this folder is not finished" in said and contents(out) == before
     call(train.main, *again, "--resume")
     assert load(out / "model.pt").settings.seed == 1
     assert visible(out) == ["log.csv", "loss.png", "model.pt"] and len(log_of(out)) == 2
