@@ -249,8 +249,8 @@ def judge_camera_copies(model: Detector, files: Sequence[Path]) -> None:
     what = "slightly blurred, noisy or compressed copies of held-out good images"
     if model.allowance > 1:
         print(
-            f"{what} score higher: the score of an image that differs from the training images in light, noise, "
-            f"sharpness or colour will be divided by {model.allowance:.2f}"
+            f"{what} score higher: the score of an image that differs from the training images in light, "
+            f"contrast, noise, sharpness or colour will be divided by {model.allowance:.2f}"
         )
     allowed = torch.cat([model.allowance_of(copy).flatten() for copy in copies])
     print(f"false alarms on {what}: {int((scores / allowed > limit).sum())} of {COPIES}")
