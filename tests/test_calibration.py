@@ -81,6 +81,7 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
     said = capsys.readouterr().out
     assert "left out 24 of 36 images: the detector was trained or calibrated with them" in said
     assert "from 12 good images" in said
+    refuse(evaluate.main, capsys, run / "recalibrated.pt", "--recalibrate", mixed, words=words)  # it knows them all
     # It flags no more of other good images than it promises.
     model = load(run / "recalibrated.pt")
     others = draw_buttons(tmp_path / "others", 16, day=3)

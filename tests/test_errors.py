@@ -1,9 +1,12 @@
 import argparse
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import script
+from helpers import ROOT, script
 
 from kit.command_line import check_range, refuse_without_effect
 from kit.errors import InputError, one_line, run_script
@@ -40,9 +43,15 @@ def test_a_programming_error_keeps_its_traceback():
         run_script(lambda: {}["missing"])
 
 
-def test_bad_input_is_one_line_in_a_real_process(tmp_path):
-    result = script("train.py", "--data", tmp_path / "nowhere")
-    assert result.returncode == 2 and result.stderr == f"error: --data {tmp_path / 'nowhere'}: no such folder\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_leaves_no_traceback(number):
+    code = "import time, kit.errors; kit.errors.quit_on_signals(); print('ready', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert "".join(process.communicate(timeout=60)) == "" and process.returncode == 128 + number
 
 
 def test_options():

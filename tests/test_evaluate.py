@@ -245,6 +245,10 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
         "run", Path("b/new"), detector_fingerprint(read_checkpoint(other / "model.pt")["state"]), True
     )
     assert found == Path("predictions/run", f"new-{detector_print}")
+    (tmp_path / "ne").mkdir()  # a name that another one begins with
+    shutil.copy(tmp_path / "a" / "new" / "000.png", tmp_path / "ne")
+    call(evaluate.main, run, "--images", "ne")
+    assert len(lines_of(Path("predictions/run/ne/scores.csv"))) == 2
 
 
 def test_figures_on_other_test_images_are_not_written_over(run, tiny, tmp_path, capsys):
@@ -453,6 +457,11 @@ def test_what_no_evaluation_wrote_is_not_removed(run, tiny, tmp_path, capsys):
     words = ["scores.csv", "give another --out"]
     refuse(evaluate.main, capsys, run, "--images", tiny / "test" / "good", "--out", tmp_path, words=words)
     assert "Ada" in (tmp_path / "scores.csv").read_text()
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text("mine")
+    options = ["--images", tiny / "test" / "good", "--out", tmp_path / "page"]
+    refuse(evaluate.main, capsys, run, *options, words=["report.html", "give another --out"])
+    assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]  # noticed before anything is judged
 
 
 def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, tiny, tmp_path):

@@ -185,6 +185,9 @@ def test_folder_of_categories_and_seeds(category, tiny, tmp_path):
     curves = json.loads((out / "curve.json").read_text())
     assert curves["image_auroc"]["nut/seed1"] == [[1, pytest.approx(rows[3]["image_auroc"])]]
     assert Image.open(out / "curve.png").width == 960
+    call(evaluate.main, out / "nut" / "seed0", "--curve")
+    call(evaluate.main, out / "nut" / "seed0")
+    assert (out / "nut" / "seed0" / "curve.png").exists()  # an evaluation replaces its own files alone
 
 
 # ---------------------------------------------------------------- interruptions
@@ -548,6 +551,13 @@ def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
     assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()
+
+
+def test_a_training_that_could_not_start_leaves_no_mark(run, capsys):
+    before = (run / "model.pt").read_bytes()
+    options = ["--data", load(run / "model.pt").settings.data, "--out", run, *QUICK, "--weights", "none.pth"]
+    refuse(train.main, capsys, *options, words=["none.pth"])
+    assert not (run / UNFINISHED).exists() and (run / "model.pt").read_bytes() == before
 
 
 def test_two_trainings_into_one_folder_the_second_is_refused(category, tmp_path, capsys):
