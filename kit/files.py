@@ -416,6 +416,8 @@ def withdraw(out: Path) -> None:
     own = unfinished_files(out)
     if not (own.folder / STATE).exists():
         own.remove([STATE])
+        if not any(own.folder.iterdir()):
+            own.folder.rmdir()
 
 
 def install(out: Path) -> None:
