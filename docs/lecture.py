@@ -2,7 +2,7 @@
 # # From an image to its verdict: the method in eight parts
 #
 # This lecture is for readers who know PyTorch, but neither flows nor anomaly detection. Each cell imports the project's
-# own functions and shows what they do. The notebook draws its own images, and runs from top to bottom in four to six
+# own functions and shows what they do. The notebook draws its own images, and runs from top to bottom in three to six
 # minutes on two CPU cores. Its last cell prints the time. Symbols are those of [method.md](method.md), which has every
 # equation beside its function.
 #

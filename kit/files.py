@@ -416,7 +416,7 @@ def withdraw(out: Path) -> None:
     own = unfinished_files(out)
     if not (own.folder / STATE).exists():
         own.remove([STATE])
-        if not any(own.folder.iterdir()):
+        if own.folder.is_dir() and not any(own.folder.iterdir()):
             own.folder.rmdir()
 
 
