@@ -68,7 +68,8 @@ def filtered(images: Tensor, weights: tuple[float, float, float], step: int = 1)
 
 def middle_of(images: Tensor) -> Tensor:
     """At most MIDDLE pixels along each axis, from the middle of images (B, 3, H, W)."""
-    top, left = (max(0, (length - MIDDLE) // 2) for length in images.shape[2:])
+    height, width = images.shape[2:]
+    top, left = max(0, (height - MIDDLE) // 2), max(0, (width - MIDDLE) // 2)
     return images[:, :, top : top + MIDDLE, left : left + MIDDLE]
 
 

@@ -97,10 +97,10 @@ class Detector(nn.Module):
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `camera` (2, 8) is what is usual in light,
-    noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images that differ
-    from it are divided by the `allowance`, which is 1 if a method does not learn from camera copies. `brightness` (3,)
-    is the usual brightness of the training images (see `learn_brightness`). Only the region of interest `roi` (H, W)
-    counts."""
+    contrast, noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images
+    that differ from it are divided by the `allowance`, which is 1 if a method does not learn from camera copies.
+    `brightness` (3,) is the usual brightness of the training images (see `learn_brightness`). Only the region of
+    interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training

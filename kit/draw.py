@@ -103,10 +103,8 @@ def verdict_picture(
     falling = np.linspace(highest, 0, bottom - unit)[:, None].repeat(unit, axis=1)
     sheet.paste(Image.fromarray(heat_colours(falling, limits.anomaly_map)), (right + GAP, unit))
     for share, label in ((0, f"{highest:.2f}"), (0.5, f"{limits.anomaly_map:.2f} limit"), (1, "0")):
-        place = (
-            right + GAP + round(1.2 * unit),
-            unit + round(share * (bottom - 2 * unit)),
-        )  # between pixels, points vanish
+        # Whole pixels: between them, decimal points vanish.
+        place = right + GAP + round(1.2 * unit), unit + round(share * (bottom - 2 * unit))
         draw.text(place, label, "black", font)
     return sheet
 

@@ -378,13 +378,11 @@ def print_drift(model: Detector, scores: np.ndarray) -> None:
     """Print a line if the scores of images that were judged together have shifted."""
     where = drift(scores, model.normal[0].cpu().numpy())
     if where:
-        unless = (
-            "Unless most of them are defective" if where == "higher" else "Unless the detector was trained with them"
-        )
+        unless = "most of them are defective" if where == "higher" else "the detector was trained with them"
         print(
             f"drift: these {len(scores)} images score clearly {where} than the good images that set the threshold. "
-            f"{unless}, the light, the camera or the parts have changed: train again, or set a new threshold with "
-            "--recalibrate FOLDER (a folder of new good images)"
+            f"Unless {unless}, the light, the camera or the parts have changed: train again, or set a new threshold "
+            "with --recalibrate FOLDER (a folder of new good images)"
         )
 
 
