@@ -34,7 +34,8 @@ def measures(images: Tensor, inside: float = 1.0) -> Tensor:
     Noise is the median response of a Laplacian filter, after Immerkaer (1996). Sharpness compares the strongest details
     of one pixel with those of two: differences of binomial filters. Of a large image only the middle counts."""
     images = middle_of(images)
-    grey = images.mean(dim=1)
+    red, green, blue = images.unbind(dim=1)
+    grey = (red + green + blue) / 3
     noise = value_above(filtered(grey, (1, -2, 1)).abs(), 0.5 * inside) / (6 * 0.6745)
     fine = filtered(grey, (0.25, 0.5, 0.25))
     coarse = filtered(fine, (0.25, 0.5, 0.25), step=2)
@@ -44,10 +45,10 @@ def measures(images: Tensor, inside: float = 1.0) -> Tensor:
         mean_of(grey).log(),
         (mean_of(grey[:, :, grey.shape[2] // 2 :]) / mean_of(grey[:, :, : grey.shape[2] // 2])).log(),
         (mean_of(grey[:, grey.shape[1] // 2 :]) / mean_of(grey[:, : grey.shape[1] // 2])).log(),
-        (grey.std(dim=(1, 2)) + 0.01).log(),
+        ((grey.square().mean(dim=(1, 2)) - grey.mean(dim=(1, 2)).square()).clamp(min=0).sqrt() + 0.01).log(),
         (noise + 2e-3).log(),
         (details / larger_details).log(),
-        (mean_of(images[:, 0]) / mean_of(images[:, 2])).log(),
+        (mean_of(red) / mean_of(blue)).log(),
     ]
     return torch.stack(found, dim=1)
 

@@ -189,8 +189,10 @@ class Detector(nn.Module):
     def measures(self, images: Tensor) -> Tensor:
         """`camera.measures` of images (B, 3, H, W) within the region of interest: (B, 7)."""
         images = images.to(self.device)
-        filled = torch.where(self.roi, images, self.inner_mean(images))
-        return camera.measures(filled, inside=self.pixels / math.prod(self.shape))
+        inside = self.pixels / math.prod(self.shape)
+        if inside < 1:
+            images = torch.where(self.roi, images, self.inner_mean(images))
+        return camera.measures(images, inside)
 
     def set_roi(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
