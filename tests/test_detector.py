@@ -245,7 +245,7 @@ def test_the_exposure_of_unusual_images_is_compensated(finished_run, category):
     one_is_dark = torch.cat((images[:1], 0.5 * images[1:]))
     assert torch.equal(model.in_usual_brightness(one_is_dark), torch.cat((images[:1], dark[1:])))
     usual_score = model(images)[1]
-    assert (model(0.5 * images)[1] / usual_score - 1).abs().max() < 0.1
+    assert (model(0.5 * images)[1] / usual_score - 1).abs().max() < 0.2
     model.brightness.fill_(torch.nan)
     assert (model(0.5 * images)[1] > 1.2 * usual_score).all()
     assert torch.isfinite(model.in_usual_brightness(torch.zeros(1, 3, *model.shape))).all()
