@@ -84,7 +84,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         maps, _ = model(torch.from_numpy(image).permute(2, 0, 1)[None])
         anomaly_map = maps[0].numpy()
         assert found.sum() == 37 and anomaly_map[found].min() > anomaly_map[~found].max()  # a thousandth of 192 x 192
-        assert np.median(distances) < 12  # pixels: a position and a half
+        assert np.median(distances) < 20  # pixels: two and a half positions
     model.set_roi(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
     found = real_defects.defect_mask_of(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
