@@ -41,11 +41,14 @@ def measures(images: Tensor, inside: float = 1.0) -> Tensor:
     coarse = filtered(fine, (0.25, 0.5, 0.25), step=2)
     details = value_above((grey[:, 1:-1, 1:-1] - fine).abs(), 0.01 * inside) + 1e-4
     larger_details = value_above((fine[:, 2:-2, 2:-2] - coarse).abs(), 0.01 * inside) + 1e-4
+    left, right = grey.chunk(2, dim=2)
+    top, bottom = grey.chunk(2, dim=1)
+    variance = grey.square().mean(dim=(1, 2)) - grey.mean(dim=(1, 2)).square()
     found = [
         mean_of(grey).log(),
-        (mean_of(grey[:, :, grey.shape[2] // 2 :]) / mean_of(grey[:, :, : grey.shape[2] // 2])).log(),
-        (mean_of(grey[:, grey.shape[1] // 2 :]) / mean_of(grey[:, : grey.shape[1] // 2])).log(),
-        ((grey.square().mean(dim=(1, 2)) - grey.mean(dim=(1, 2)).square()).clamp(min=0).sqrt() + 0.01).log(),
+        (mean_of(right) / mean_of(left)).log(),
+        (mean_of(bottom) / mean_of(top)).log(),
+        (variance.clamp(min=0).sqrt() + 0.01).log(),
         (noise + 2e-3).log(),
         (details / larger_details).log(),
         (mean_of(red) / mean_of(blue)).log(),

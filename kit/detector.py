@@ -170,7 +170,7 @@ class Detector(nn.Module):
         """Set `brightness` from `brightness_of` n good images, (2, n): the median of the means, that of the standard
         deviations, and the greatest usual change of the mean's logarithm (four robust standard deviations)."""
         mean, deviation = found.median(dim=1).values
-        limit = max(USUAL_CHANGE, 4 * robust_deviation(found[0].log().cpu().numpy()))
+        limit = max(USUAL_CHANGE, camera.DEVIATIONS * robust_deviation(found[0].log().cpu().numpy()))
         self.brightness = torch.stack((mean, deviation, mean.new_tensor(limit)))
 
     def in_usual_brightness(self, images: Tensor) -> Tensor:

@@ -81,8 +81,9 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
     """The reason why results of this detector on these `images` must not be added to those in `out`; None if they may.
     With `watch`, results of another detector are no obstacle."""
     table = out / TABLE
+    own = OwnFiles(out, "judged")
     for file in (TABLE, REGIONS, PAGE, ABOUT):
-        OwnFiles(out, "judged").refuse_foreign(file)
+        own.refuse_foreign(file)
     header = header_of(table)
     if header is None:
         return None
@@ -295,10 +296,11 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
             name = cells["file"].removeprefix(FORMULA_GUARD)
             scores.pop(name, None)  # ordered by the last time each was judged
             scores[name] = float(cells["score"])
+    kind_of_root = root.resolve().name
     entries = []
     for name, score in scores.items():
         path = root / name
-        kind = Path(name).parent.as_posix() if "/" in name else root.resolve().name
+        kind = Path(name).parent.as_posix() if "/" in name else kind_of_root
         entries.append(Entry(name, kind, None, score, path, path.parent in good_folders))
     return entries
 

@@ -43,6 +43,11 @@ def test_a_programming_error_keeps_its_traceback():
         run_script(lambda: {}["missing"])
 
 
+def test_bad_input_is_one_line_in_a_real_process(tmp_path):
+    result = script("train.py", "--data", tmp_path / "nowhere")
+    assert result.returncode == 2 and result.stderr == f"error: --data {tmp_path / 'nowhere'}: no such folder\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_leaves_no_traceback(number):
     code = "import time, kit.errors; kit.errors.quit_on_signals(); print('ready', flush=True); time.sleep(60)"
