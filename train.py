@@ -127,7 +127,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         started = time.perf_counter()
     finish(model, good, run)
     print(f"wrote {run.out / MODEL}")
-    if data.has_tests(run.category):
+    if data.good_folder(run.category) != run.category:  # it has the usual layout; training does not look for test/
         print(f"to measure it: python evaluate.py {run.out}")
     print(f"to judge new images: python evaluate.py {run.out} --images FOLDER")
 

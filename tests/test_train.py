@@ -553,6 +553,15 @@ def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
     assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()
 
 
+def test_training_does_not_even_list_the_test_folder(tiny, tmp_path, monkeypatch, capsys):
+    def refused(category):
+        raise AssertionError("training looks for test images")
+
+    monkeypatch.setattr(data, "test_folders", refused)
+    call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK)
+    assert "to measure it" in capsys.readouterr().out
+
+
 def test_a_training_that_could_not_start_leaves_no_mark(run, capsys):
     before = (run / "model.pt").read_bytes()
     options = ["--data", load(run / "model.pt").settings.data, "--out", run, *QUICK, "--weights", "none.pth"]
