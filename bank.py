@@ -32,7 +32,6 @@ class Prototypes(nn.Module):
         self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
         self.register_buffer("centres", torch.zeros(0, channels))
         self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
-        self.keys = search.Keys()
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the index of each
@@ -49,7 +48,8 @@ class Prototypes(nn.Module):
         self.bank = candidates[chosen].to(self.centre)
         self.origin = origin.to(chosen.device)[chosen].to(self.centre.device)
         self.spacing = spacing_of(self.bank)
-        search.divide(self)
+        if self.fast:
+            search.divide(self)
 
     def nearest(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None

@@ -18,8 +18,7 @@ from bank import Prototypes
 from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
-from kit.errors import InputError
-from kit.search import NOTHING_ELSE, prototype_count, residuals_without_own_image, search_parts
+from kit.search import in_parts, prototype_count, search_parts
 from kit.settings import CLFlowSettings
 from kit.windows import in_strips
 
@@ -115,6 +114,14 @@ class CLFlow(Detector):
             return rows
         return self.prototypes.residual(rows, parts, self.dtype, excluded)
 
+    def training_residuals(self, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
+        """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,).
+
+        Each is computed without the prototypes of its own image, since a new image has none in the bank. In a series
+        the prototypes of similar images stay, so there these rows lie nearer to the bank than those of a new image."""
+        for part, own in in_parts(rows, image_indices):
+            yield self.residual(part.float(), excluded=own[:, None])
+
     @torch.no_grad()
     def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
         """The part that training never changes: images -> codes (B, K + 1, h, w)."""
@@ -163,14 +170,11 @@ class CLFlow(Detector):
     @torch.no_grad()
     def fit(self, rows: Tensor, image_indices: Tensor, positions: int) -> None:
         """Fit prototypes and whitening, which are never trained, on rows y (N, C) from the good images with these
-        indices (N,). An image has this many `positions`. Raises InputError if all are copies of one image."""
+        indices (N,). An image has this many `positions`."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, image_indices, prototype_count(self.settings, positions), generator)
-        r = torch.cat(list(residuals_without_own_image(self, rows, image_indices)))
-        if not r.norm(dim=1).median() > 0:
-            raise InputError(NOTHING_ELSE)
-        self.whitening.fit(r)
+        self.whitening.fit(torch.cat(list(self.training_residuals(rows, image_indices))))
 
 
 # ---------------------------------------------------------------- the losses
@@ -206,8 +210,8 @@ class Losses(nn.Module):
     of them if A is 0): a density needs fewer than a classifier. In L_cls and L_con, A normal rows with added noise also
     count as anomalous. This is a module because DistributedDataParallel wraps modules.
 
-    `forward(normal, anomalous)`: whitened rows of good images (N, K) and of synthetic defects (A, K); A is 0 if no loss
-    learns from them. Returns the losses of the batch by name; training minimises "loss", their weighted sum."""
+    `forward(normal, anomalous)`: whitened rows of good images (N, K), and of synthetic or real defects (A, K); A is 0
+    if no loss learns from them. Returns the losses of a batch by name; training minimises "loss", the weighted sum."""
 
     def __init__(self, model: CLFlow):
         super().__init__()
@@ -248,8 +252,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
     from kit.calibration import FOLDS, calibrate_by_cross_validation, plan_cross_validation
     from kit.good import Painter, with_camera_copies
-    from kit.real_defects import real_rows
-    from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, retrain
+    from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, real_rows, retrain
     from synth import synthesize
 
     painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
@@ -257,25 +260,27 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     # Features of the good images, and of camera copies of them: each position is a row. Bank and whitening are fitted
     # once, on some of the rows.
     normal = good_rows(model, painter)
-    some = candidates(model, normal, good)
+    rows, image_indices = candidates(model, normal, good)
     if progress is None:
-        model.fit(*some, int(normal.inside.sum()))
-    validation = plan_cross_validation(model, good, *some)
+        model.fit(rows, image_indices, int(normal.inside.sum()))
+    validation = plan_cross_validation(model, good, rows, image_indices)
 
     # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
     painted = None
     if model.settings.has_classifier:  # only the classifier learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
         painted = painted_rows(model, painter, PAINTED // TOGETHER)
+    del painter, rows, image_indices  # frees up to 0.7 GB
     feed = Feed(model, normal, painted)
-    del normal, some, painted  # frees up to a gigabyte; the feed keeps what it needs
+    del normal, painted  # frees up to a gigabyte; the feed keeps what it needs
     held_out = HeldOut(model, good.held_out)
 
     # Rows of real defects, if any are given.
     if good.defects:
+        # A generator: it starts inside `retrain`, with the new experts.
         training = epochs(model, feed, good.processes, name="preliminary training, epoch")
         preliminary_training = partial(retrain, held_out, training, FOLDS)
-        feed = feed.with_real_defects(real_rows(model, good.defects, PAINTED, preliminary_training))
+        feed = feed.with_real_defects(real_rows(model, good.defects, preliminary_training))
 
     # For each step: the losses of a batch, and one gradient step. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
@@ -293,6 +298,12 @@ def epochs(
     progress line."""
     from kit.training import Descent, train_epochs
 
-    batch = math.ceil(model.settings.batch / processes.count)
+    batch = math.ceil(model.settings.batch / processes.count)  # this process's part
+
+    def batches(number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(STEPS_PER_EPOCH):
+            yield feed.draw(batch)
+
+    # A step (kit.training.Descent.step): the losses of a batch, their gradients, clipped, and one step of Adam.
     descent = Descent(Losses(model), STEPS_PER_EPOCH, WEIGHT_DECAY, processes)
-    yield from train_epochs(descent, lambda epoch: (feed.draw(batch) for _ in range(STEPS_PER_EPOCH)), progress, name)
+    yield from train_epochs(descent, batches, progress, name)

@@ -5,14 +5,16 @@ from kit.command_line import evaluation_options
 from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
-    quit_on_signals()
     run_script(evaluation_options)  # checks the options before the slow import of PyTorch
+    quit_on_signals()
 
 # isort: split
 import argparse
 import io
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +22,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import data, draw, quantized
-from kit.calibration import LIMIT, is_series, measured_files, print_series
+from bank import Prototypes
+from kit import data, draw, folders, quantized
+from kit.calibration import LIMIT, alike_in_order, is_series, measured_files, print_series
 from kit.camera import usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
     RECALIBRATED,
     STATE,
+    UNFINISHED,
     OwnFiles,
     checkpoint_of,
-    epoch_of,
     folder_of,
     is_unfinished,
-    kept_epochs,
     locked,
     refuse_inside,
     single_file,
@@ -42,7 +44,7 @@ from kit.files import (
 )
 from kit.good import camera_copy
 from kit.images import read_image, to_tensor
-from kit.inspection import findings_folder, judge_new, sentence
+from kit.inspection import drift, findings_folder, judge_new, sentence
 from kit.measuring import (
     Inspection,
     detector_fingerprint,
@@ -55,15 +57,17 @@ from kit.measuring import (
 )
 from kit.processes import Processes, join_processes, pick_device
 from kit.real_defects import files_of_training, fingerprint, is_among
+from kit.rows import origins, spread
+from kit.search import CANDIDATES
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, basis, drift
+from kit.verdict import Thresholds, basis
 from kit.watching import watch
 from kit.windows import keep_freed_memory
 from methods import load
-from methods.nearest import alike_among
-from methods.stages import stages_of
+from methods.stages import explanation, stages_of
 
 COMPARED = 100  # good images, to measure how another precision changes scores
+BANK = 4000  # prototypes, to find out whether new images are a series
 
 
 # ---------------------------------------------------------------- epoch by epoch
@@ -99,6 +103,22 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     draw.save_picture(own.claim("curve.png"), draw.below_each_other(charts))
     write_text(own.claim("curve.json"), json.dumps(lines) + "\n")
     print(f"wrote {run / 'curve.png'} and {run / 'curve.json'}")
+
+
+def epoch_of(path: Path) -> int:
+    return int(path.stem.removeprefix("epoch_"))
+
+
+def kept_epochs(out: Path) -> list[Path]:
+    """The epoch checkpoints of all runs in a folder or below it, sorted by run and epoch."""
+    found = out.glob("**/*.pt")
+    kept = [path for path in found if re.fullmatch(r"epoch_\d+", path.stem) and not is_of_successor(path)]
+    return sorted(kept, key=lambda path: (path.parent, epoch_of(path)))
+
+
+def is_of_successor(path: Path) -> bool:
+    """Whether a file belongs to an unfinished training in a folder that has a finished detector."""
+    return path.parent.name == UNFINISHED and (folder_of(path) / MODEL).exists()
 
 
 # ---------------------------------------------------------------- new good images
@@ -141,10 +161,22 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
     model.camera = torch.from_numpy(usual(measures)).to(model.camera)
 
 
+@torch.no_grad()
+def alike_among(model: Detector, files: Sequence[Path]) -> float:
+    """`alike_in_order` for images that the model has not seen, with a bank of their own features."""
+    generator = torch.Generator().manual_seed(model.settings.seed)
+    maps = map(model.features, data.batches(files, model.shape))
+    rows, _ = spread(maps, len(files), model, math.ceil(CANDIDATES / len(files)), generator)
+    images = origins(rows, range(len(files)))
+    prototypes = Prototypes(rows.shape[1]).to(rows.device)
+    prototypes.fit(rows, images, min(BANK, math.ceil(len(rows) / 10)), generator)
+    return alike_in_order(prototypes, model.dtype, files, rows, images)
+
+
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
     model = work.model
-    files = unseen(model, data.usable(data.list_images(folder, subfolders=True), work.skip_bad))
+    files = unseen(model, folders.usable(folders.list_images(folder, subfolders=True), work.skip_bad))
     if len(files) < LEAST_IMAGES:
         raise InputError(
             f"--recalibrate {folder}: only {len(files)} new images; give at least {LEAST_IMAGES}, better 50"
@@ -178,7 +210,7 @@ def explain(work: Inspection, path: Path) -> None:
     limits = work.limits
     as_drawn = model.verdict(scores.item(), maps[0].cpu().numpy(), image.shape[:2], limits)
     photo = draw.dimmed(Image.fromarray(draw.as_bytes(image)), model.roi)
-    draw.save_picture(work.out, draw.explanation(photo, path.name, stages, as_drawn, limits))
+    draw.save_picture(work.out, explanation(photo, path.name, stages, as_drawn, limits))
     verdict = model.inspect(path, work.false_alarm)  # the same, but its boxes are in the photograph's own pixels
     height, width = verdict.anomaly_map.shape
     print(f"{path}, {width} x {height}, judged at {model.shape[1]} x {model.shape[0]}: {sentence(verdict)}")
@@ -232,7 +264,7 @@ def exported_limits(model: Detector) -> Thresholds:
             f"converted ({reason}): they may be off by a few hundredths"
         )
         return limits
-    files = data.list_images(data.good_folder(folder))
+    files = folders.list_images(folders.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
     model.for_export()
@@ -370,7 +402,7 @@ def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     if checkpoint.name not in (MODEL, STATE):
         return run / "tests" / checkpoint.stem
     if category.resolve() != own_data:
-        return run / "tests" / data.category_name(category)
+        return run / "tests" / folders.category_name(category)
     return run
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Coupling(nn.Module):
     """One flow step: half of the channels scales and shifts the other half, then all are scaled, shifted and permuted.
 
-        x = [a, b];   [u, t] = subnet(a);   s = clamp tanh(0.1 u);   b' = b exp(s) + t
+        x = [a, b];   [u, t] = subnet(a);   log-scale s = clamp tanh(0.1 u);   b' = b exp(s) + t
         z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
 
     The subnet need not be invertible: `a` is unchanged, so the inverse computes s and t from it again. The soft clamp

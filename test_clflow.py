@@ -17,7 +17,6 @@ from kit.backbone import as_rows
 from kit.errors import InputError
 from kit.processes import Processes
 from kit.rows import Feed, GoodRows, Rows, codes, good_rows, origins, painted_rows, spread, touches
-from kit.search import residuals_without_own_image
 from kit.settings import CLFlowSettings
 
 
@@ -423,13 +422,13 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
         others = origin != image
         nearest = (bank[others] - row).norm(dim=1).argmin()
         expected.append((row - bank[others][nearest]) / spacing[others][nearest])
-    seen = torch.cat(list(residuals_without_own_image(model, rows, images)))
+    seen = torch.cat(list(model.training_residuals(rows, images)))
     assert torch.allclose(seen, torch.stack(expected), atol=1e-3)
     with_own = model.residual(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
     with pytest.raises(InputError, match="copies of one"):
-        list(residuals_without_own_image(model, rows, torch.zeros(len(rows), dtype=torch.long)))
+        list(model.training_residuals(rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
 def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, model):
@@ -448,12 +447,6 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48
     part = Feed(model, GoodRows(some, origins(some, range(5)), len(some), inside), Rows(rows[:4], torch.arange(4)))
     assert len(some) == 5 * 40 and part.stored_code_map(0) is None
-
-
-def test_what_is_fitted_on_copies_of_one_image_is_refused(model):
-    copies = torch.randn(20, CHANNELS).repeat(5, 1)  # fewer positions than prototypes
-    with pytest.raises(InputError, match="copies of one"):
-        model.fit(copies, origins(copies, range(5)), 64)
 
 
 def test_a_single_pixel_touches_its_position():

@@ -5,8 +5,8 @@ from kit.command_line import refuse_without_effect, training_options
 from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
-    quit_on_signals()
     run_script(training_options)  # checks the options before the slow import of PyTorch
+    quit_on_signals()
 
 # isort: split
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, shapes
+from kit import data, draw, folders, shapes
 from kit.backbone import BACKBONES
 from kit.calibration import judge_camera_copies, learn_usual
 from kit.detector import Detector, read_checkpoint
@@ -39,7 +39,7 @@ from kit.files import (
     unfinished_files,
     withdraw,
     write_atomically,
-    write_table,
+    write_rows,
     write_text,
 )
 from kit.good import Defect, GoodImages, held_out_count, round_backbone, split
@@ -127,7 +127,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         started = time.perf_counter()
     finish(model, good, run)
     print(f"wrote {run.out / MODEL}")
-    if data.good_folder(run.category) != run.category:  # it has the usual layout; training does not look for test/
+    if folders.good_folder(run.category) != run.category:  # it has the usual layout; training does not look for test/
         print(f"to measure it: python evaluate.py {run.out}")
     print(f"to judge new images: python evaluate.py {run.out} --images FOLDER")
 
@@ -175,7 +175,7 @@ def print_epoch(epoch: Epoch, epochs: int, seconds: float) -> None:
 
 def write_log(own: OwnFiles, log: list[dict]) -> None:
     """log.csv, a row an epoch, and loss.png, a line for each part of the loss."""
-    write_table(own.claim("log.csv"), log)
+    write_rows(own.claim("log.csv"), [list(log[0]), *(list(row.values()) for row in log)])
     parts = [name for name in log[0] if name not in ("epoch", "loss", "seconds")]
     lines = {name: [(row["epoch"], row[name]) for row in log] for name in parts}
     draw.save_picture(own.claim("loss.png"), draw.line_chart("losses by epoch", lines))
@@ -243,20 +243,15 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
     if checkpoint["progress"] is None:  # it is finished
         return
     before, now = set(checkpoint["progress"]["files"]), set(names(run))
-    complain_of_files(before - now, "missing", "put them back")
-    complain_of_files(now - before, "new", "remove them")
-
-
-def complain_of_files(files: set[str], what: str, remedy: str) -> None:
-    """Raises InputError, naming the first three of these files, if there are any."""
-    if not files:
-        return
-    named = ", ".join(sorted(files)[:3])
-    others = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    raise InputError(
-        f"--resume needs the same good images as before, or other images would be held out. These are {what}: "
-        f"{named}{others}; {remedy}, or give another --out"
-    )
+    for files, what, remedy in ((before - now, "missing", "put them back"), (now - before, "new", "remove them")):
+        if not files:
+            continue
+        named = ", ".join(sorted(files)[:3])
+        others = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        raise InputError(
+            "--resume needs the same good images as before, or other images would be held out. These are "
+            f"{what}: {named}{others}; {remedy}, or give another --out"
+        )
 
 
 # ---------------------------------------------------------------- all runs
@@ -269,14 +264,14 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
     taught = fingerprints([defect.path for defect in defects] + corrections.false_alarms)
     planned: list[Run] = []
     for category in categories:
-        folder = data.good_folder(category)
-        name = data.category_name(category)
+        folder = folders.good_folder(category)
+        name = folders.category_name(category)
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
-        files = corrections.of_good(data.list_images(folder), [defect.path for defect in defects])
-        files = data.usable(files, args.skip_bad)
+        files = corrections.of_good(folders.list_images(folder), [defect.path for defect in defects])
+        files = folders.usable(files, args.skip_bad)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
             raise InputError(f"--data {category}: only {len(files)} good images; give at least {least}, better 50")
@@ -323,7 +318,7 @@ def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[De
     found = list_defects(args.defects, args.defect_masks) if args.defects else []
     there = {defect.path.resolve() for defect in found}
     found += [Defect(path, None) for path in corrections.missed if path.resolve() not in there]
-    good = set(data.usable([defect.path for defect in found], args.skip_bad))
+    good = set(folders.usable([defect.path for defect in found], args.skip_bad))
     return [defect for defect in found if defect.path in good]
 
 
@@ -348,7 +343,7 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     Several processes (torchrun) train a single run together. Several runs are distributed over the processes: each run
     is trained by one process, into a folder of its own below `out`."""
     textures = texture_files(args)
-    categories = data.category_folders(args.data)
+    categories = folders.category_folders(args.data)
     if categories != [args.data] and (args.defects or args.corrections):
         flag = "--defects" if args.defects else "--corrections"
         raise InputError(
@@ -367,7 +362,10 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
     else:
         mine = planned if processes.first else []
     for run in mine:
-        prepare(run, args)
+        with locked(run.out):
+            install(run.out)  # completes what a kill left half done
+            if not args.resume:
+                announce(run.out)
     if processes.count > 1:
         dist.barrier()  # so that no process mistakes old metrics for new ones
     if several:
@@ -380,19 +378,11 @@ def train_all(args: argparse.Namespace, options: dict, out: Path, processes: Pro
         for run in mine:
             evaluate_run(run, args)
     if several:
-        tested = [run for run in planned if data.has_tests(run.category)]
+        tested = [run for run in planned if folders.has_tests(run.category)]
         without = sorted({run.settings.category for run in planned if run not in tested})
         if without:
             print(f"not in table.md, since they have no test images: {', '.join(without)}")
         write_results(tested, out)
-
-
-def prepare(run: Run, args: argparse.Namespace) -> None:
-    """Complete what a kill left half done in the run's folder, and mark there that a new training will follow."""
-    with locked(run.out):
-        install(run.out)
-        if not args.resume:
-            announce(run.out)
 
 
 def measured(run: Run) -> dict | None:
@@ -413,7 +403,7 @@ def evaluate_run(run: Run, args: argparse.Namespace) -> None:
     """Measure a run on its category's test images, unless there are none, or this has been done."""
     from kit.measuring import Inspection, report  # imported here: training alone does not need it
 
-    if data.has_tests(run.category) and measured(run) is None:
+    if folders.has_tests(run.category) and measured(run) is None:
         checkpoint = run.out / MODEL
         model = load(checkpoint, args.device)
         report(Inspection(model, checkpoint, run.out, FALSE_ALARM, bool(args.skip_bad)), run.category)
@@ -437,7 +427,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The images in --textures and its subfolders. Raises InputError if there are none."""
     if not args.textures:
         return []
-    textures = data.usable(data.list_images(args.textures, subfolders=True), args.skip_bad)
+    textures = folders.usable(folders.list_images(args.textures, subfolders=True), args.skip_bad)
     if not textures:
         raise InputError(
             f"--textures {args.textures}: no such folder, or no images in it; give a folder of texture images"
@@ -453,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.device = pick_device(args.device, processes.local_rank)
     if args.int8 and not is_fast(torch.device(args.device)):
         raise InputError(f"--int8: this device ({args.device}) is not fast at 8-bit integers (VNNI); leave it out")
-    out = args.out or Path("runs", "demo" if args.is_demo else data.category_name(args.data))
+    out = args.out or Path("runs", "demo" if args.is_demo else folders.category_name(args.data))
     if args.is_demo:
         from kit.demo import draw_demo
 

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
-from kit import data, metrics  # noqa: E402
+from kit import data, folders, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
@@ -68,8 +68,8 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     model = clflow.CLFlow(settings).eval()
     model.backbone.load_imagenet(weights)
     model.to(device)
-    files = data.list_images(data.good_folder(category))
-    tests = data.labelled_images(category)
+    files = folders.list_images(folders.good_folder(category))
+    tests = folders.labelled_images(category)
     started = time.perf_counter()
     round_backbone(model, files)
     paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
@@ -172,8 +172,8 @@ def kept_features(
     """The result of `extract`, made now or in an earlier call; its features are on args.device."""
     cache = args.out / f"{category.resolve().name}.pt"
     if not cache.exists():
-        images = len(data.list_images(data.good_folder(category)))
-        size = input_size(size, data.list_images(data.good_folder(category)))
+        images = len(folders.list_images(folders.good_folder(category)))
+        size = input_size(size, folders.list_images(folders.good_folder(category)))
         facts = {"images": images, "held_out": held_out_count(images), "size": size}
         settings = CLFlowSettings(backbone=args.backbone, int8=args.int8, **facts)
         write_atomically(cache, lambda to: torch.save(extract(category, settings, args.weights, args.device), to))

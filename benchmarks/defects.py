@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import clflow  # noqa: E402
 from clflow import CLFlow  # noqa: E402
-from kit import data, metrics  # noqa: E402
+from kit import data, folders, metrics  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
 from kit.good import (  # noqa: E402
     Defect,
@@ -41,8 +41,7 @@ from kit.good import (  # noqa: E402
     with_camera_copies,  # noqa: E402
 )
 from kit.processes import ALONE  # noqa: E402
-from kit.real_defects import defect_rows  # noqa: E402
-from kit.rows import Feed, candidates, good_rows, painted_rows  # noqa: E402
+from kit.rows import Feed, candidates, defect_rows, good_rows, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402
 from kit.shapes import input_size  # noqa: E402
 from synth import synthesize  # noqa: E402
@@ -61,7 +60,7 @@ class Shared:
     feed: Feed
     held_out: list[Tensor]
     test_maps: list[Tensor]
-    tests: list[data.LabelledImage]
+    tests: list[folders.LabelledImage]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def shared(category: Path, args: argparse.Namespace) -> Shared:
     """The shared parts, computed now or in an earlier call."""
     name = category.resolve().name
     model_file, rows_file = args.out / f"{name}.model.pt", args.out / f"{name}.rows.pt"
-    tests = data.labelled_images(category)
+    tests = folders.labelled_images(category)
     if not rows_file.exists():
         model, *rows = prepared(category, tests, args)
         model.save(model_file)
@@ -97,9 +96,9 @@ def shared(category: Path, args: argparse.Namespace) -> Shared:
 
 
 @torch.no_grad()
-def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Namespace) -> tuple:
+def prepared(category: Path, tests: list[folders.LabelledImage], args: argparse.Namespace) -> tuple:
     """The model, the feed, and the maps of held-out and test images, made in the same way as by clflow.train."""
-    files = data.list_images(data.good_folder(category))
+    files = folders.list_images(folders.good_folder(category))
     size = input_size(CLFlowSettings.size, files)
     settings = CLFlowSettings(images=len(files), held_out=held_out_count(len(files)), size=size)
     torch.manual_seed(settings.seed)
@@ -122,7 +121,7 @@ def prepared(category: Path, tests: list[data.LabelledImage], args: argparse.Nam
 # ---------------------------------------------------------------- the rows of the table
 
 
-def tasks(tests: list[data.LabelledImage], unknown: bool) -> Iterator[Task]:
+def tasks(tests: list[folders.LabelledImage], unknown: bool) -> Iterator[Task]:
     """All tasks of a category; in each draw, those without defects come first. With `unknown`, each kind is left out in
     turn."""
     good = [number for number, test in enumerate(tests) if not test.anomalous]
@@ -176,7 +175,7 @@ class Trainings:
         if task.given:
             tests = [self.common.tests[number] for number in task.given]
             defects = [Defect(test.path, test.mask if task.masks else None) for test in tests]
-            rows = defect_rows(self.common.model, defects, clflow.PAINTED)
+            rows = defect_rows(self.common.model, defects)
             self.learn(task.draw, self.common.feed.with_real_defects(rows))
         return self.figures(task.measured)
 
@@ -196,7 +195,7 @@ def run_category(category: Path, args: argparse.Namespace, unknown: bool) -> Non
     name = category.resolve().name
     file = args.out / f"{name}.jsonl"
     done = [{key: row[key] for key in ("draw", "left_out", "defects", "masks")} for row in read_results(file)]
-    missing = [task for task in tasks(data.labelled_images(category), unknown) if task.facts not in done]
+    missing = [task for task in tasks(folders.labelled_images(category), unknown) if task.facts not in done]
     if not missing:
         return
     trainings = Trainings(shared(category, args))

@@ -28,7 +28,7 @@ from ablation import LIKELIHOOD, read_results  # noqa: E402
 
 import clflow  # noqa: E402
 import train  # noqa: E402
-from kit import data  # noqa: E402
+from kit import data, folders  # noqa: E402
 from kit.files import MODEL, resumable  # noqa: E402
 from kit.settings import CLFlowSettings, PaperSettings  # noqa: E402
 from kit.windows import keep_freed_memory  # noqa: E402
@@ -84,7 +84,7 @@ def paper_step(category: Path, step: str, seed: int, args: argparse.Namespace) -
         options += ["--weights", args.weights]
     train.main([str(option) for option in options])
     model = load(out / MODEL, args.device)
-    tests = [test.path for test in data.labelled_images(category)]
+    tests = [test.path for test in folders.labelled_images(category)]
     with torch.no_grad():
         maps = torch.cat([model(images)[0] for images in data.batches(tests, model.shape)])
     with open(out / "log.csv") as file:

@@ -17,7 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import run_measured  # noqa: E402
-from kit import data, metrics  # noqa: E402
+from kit import data, folders, metrics  # noqa: E402
 from kit.data import marked  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.images import load_image  # noqa: E402
@@ -53,7 +53,7 @@ def corner(place: int) -> tuple[int, int]:
 def smallest_defects(category: Path) -> list[tuple[Path, np.ndarray]]:
     """The defective images with the smallest defects, smallest first, each with its mask at the size of a tile."""
     found = []
-    for test in data.labelled_images(category):
+    for test in folders.labelled_images(category):
         if test.mask:
             mask = Image.fromarray(marked(load_image(test.mask))).resize((TILE, TILE), Image.Resampling.NEAREST)
             found.append((test.path, np.asarray(mask)))
@@ -64,8 +64,8 @@ def smallest_defects(category: Path) -> list[tuple[Path, np.ndarray]]:
 def draw_all(category: Path, to: Path) -> dict[str, Box]:
     """Draw the photographs. Returns the box of the defect in each defective photograph, by name."""
     rng = np.random.default_rng(0)
-    good = [tile(path) for path in data.list_images(data.good_folder(category))]
-    other = [tile(test.path) for test in data.labelled_images(category) if not test.anomalous]
+    good = [tile(path) for path in folders.list_images(folders.good_folder(category))]
+    other = [tile(test.path) for test in folders.labelled_images(category) if not test.anomalous]
     if len(other) < 2 * TESTS:
         sys.exit(f"error: {category}: has {len(other)} good test images; {2 * TESTS} are needed")
     for folder in ("train", "new/good", "new/bad"):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kit import data, draw  # noqa: E402
+from kit import draw, folders  # noqa: E402
 from kit.command_line import Parser  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
 from kit.errors import InputError, run_script  # noqa: E402
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint["settings"]["method"] != "autoencoder":
         raise InputError(f"{run}: not a run of the autoencoder; train one with --method autoencoder")
     category = Path(checkpoint["settings"]["data"])
-    good_tests = [path for name in data.GOOD_NAMES for path in data.list_images(category / "test" / name)]
-    files = good_tests or data.list_images(data.good_folder(category))
+    good_tests = [path for name in folders.GOOD_NAMES for path in folders.list_images(category / "test" / name)]
+    files = good_tests or folders.list_images(folders.good_folder(category))
     draw_projection(Autoencoder.restore(checkpoint), files[:4], OwnFiles(run, "trained").claim("projection.png"))
     print(f"wrote {run / 'projection.png'}")
 

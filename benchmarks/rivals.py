@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.speed import SIZE, milliseconds_of, tests_auroc  # noqa: E402
-from kit import data  # noqa: E402
+from kit import data, folders  # noqa: E402
 from kit.backbone import DEVIATION, MEAN  # noqa: E402
 from kit.good import split  # noqa: E402
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="batch size for judging, in images (default: 8)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    _, files = split(data.list_images(data.good_folder(args.category)), seed=0)
+    _, files = split(folders.list_images(folders.good_folder(args.category)), seed=0)
     started = time.perf_counter()
     model = trained(args.model, files, args.weights, args.device)
     seconds = time.perf_counter() - started

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks.speed import run_measured  # noqa: E402
-from kit import data, draw  # noqa: E402
+from kit import draw, folders  # noqa: E402
 from kit.draw import photograph  # noqa: E402
 from kit.files import write_text  # noqa: E402
 from kit.images import load_image  # noqa: E402
@@ -37,7 +37,7 @@ def repeated(files: list[Path], count: int, folder: Path, side: int) -> Path:
         small.mkdir(parents=True)
         for i, path in enumerate(files):
             photograph(load_image(path), 10_000).resize((side, side), Image.Resampling.BICUBIC).save(small / f"{i}.png")
-    copies = data.list_images(small)
+    copies = folders.list_images(small)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         link = folder / f"{i:06}.png"
@@ -52,7 +52,7 @@ def measured(folder: Path, size: int, weights: str, out: Path) -> dict[str, floa
     options = ["--data", str(folder.resolve()), "--size", str(size), "--weights", weights, "--out", str(run.resolve())]
     seconds, memory = run_measured([sys.executable, "train.py", *options], out / "log.txt")
     return {
-        "images": len(data.list_images(folder)),
+        "images": len(folders.list_images(folder)),
         "size": size,
         "seconds": round(seconds, 1),
         "memory": round(memory),
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     args = parser.parse_args()
     weights = str(Path(args.weights).resolve())
-    files = data.list_images(args.folder)
+    files = folders.list_images(args.folder)
     rows = []
     for count in args.counts:
         folder = repeated(files, count, args.out / f"images{count}", SMALL)

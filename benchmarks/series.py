@@ -19,7 +19,7 @@ from scipy import ndimage
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from kit import data  # noqa: E402
+from kit import folders  # noqa: E402
 from kit.calibration import FOLDS, CrossValidation  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.good import GoodImages, split  # noqa: E402
@@ -46,7 +46,7 @@ def another_frame(image: np.ndarray, rng: np.random.Generator) -> Image.Image:
 def make_series(category: Path, to: Path) -> None:
     """Draw images and copy them. The other good images are added to the good test images."""
     rng = np.random.default_rng(0)
-    files = data.list_images(data.good_folder(category))
+    files = folders.list_images(folders.good_folder(category))
     drawn = sorted(rng.permutation(len(files))[:DRAWN])
     (to / "train" / "good").mkdir(parents=True)
     shutil.copytree(category / "test", to / "test", copy_function=shutil.copyfile)
@@ -79,9 +79,9 @@ def main() -> None:
         weights = ["--weights", args.weights] if args.weights else []
         train.main(["--data", str(folder), "--out", str(run), *weights])
         model = load(run / "model.pt")
-        judged = judge_tests(model, data.labelled_images(folder), ALONE)
+        judged = judge_tests(model, folders.labelled_images(folder), ALONE)
         good, bad = judged.scores[~judged.labels], judged.scores[judged.labels]
-        _, trained_on = split(data.list_images(data.good_folder(folder)), seed=0)
+        _, trained_on = split(folders.list_images(folders.good_folder(folder)), seed=0)
         limits = {"before": threshold(scores_before(model, trained_on), RATE), "now": model.thresholds(RATE).score}
         auroc = image_metrics(judged.labels, judged.scores)["image_auroc"]
         print(f"{category.name}: image AUROC {auroc:.3f}, {int(model.different)} different images")

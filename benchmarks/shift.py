@@ -27,15 +27,11 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
-from kit import data, metrics  # noqa: E402
-from kit.data import LabelledImage  # noqa: E402
+from kit import folders, metrics  # noqa: E402
 from kit.detector import Detector  # noqa: E402
 from kit.files import MODEL  # noqa: E402
-from kit.good import (  # noqa: E402
-    blurred,
-    compressed,
-    split,  # noqa: E402
-)
+from kit.folders import LabelledImage  # noqa: E402
+from kit.good import blurred, compressed, split  # noqa: E402
 from kit.images import read_image, to_tensor  # noqa: E402
 from kit.settings import LEAST_IMAGES, Shape  # noqa: E402
 from methods import load  # noqa: E402
@@ -102,7 +98,7 @@ def shifted(image: np.ndarray, shift: str, number: int) -> np.ndarray:
 
 def chosen_tests(category: Path, count: int) -> list[LabelledImage]:
     """At most `count` good and `count` defective test images, drawn at random."""
-    tests = data.labelled_images(category)
+    tests = folders.labelled_images(category)
     chosen = []
     for anomalous in (False, True):
         some = [test for test in tests if test.anomalous == anomalous]
@@ -161,7 +157,7 @@ def few_images(category: Path, count: int, draw: int, to: Path) -> Path:
     """A category with `count` of the good images, drawn at random: links to these and to the test images."""
     folder = to / f"{category.name}-{count}-{draw}"
     if not folder.exists():
-        files = data.list_images(data.good_folder(category))
+        files = folders.list_images(folders.good_folder(category))
         (folder / "train" / "good").mkdir(parents=True)
         for i in np.random.default_rng([draw, count]).permutation(len(files))[:count]:
             (folder / "train" / "good" / files[i].name).symlink_to(files[i].resolve())
@@ -203,7 +199,7 @@ def measure_rivals(category: Path, shifts: list[str], args: argparse.Namespace) 
     shape = (rivals.SIZE, rivals.SIZE)
     device = args.device or "cpu"
     tests = chosen_tests(category, args.tests)
-    held_out, files = split(data.list_images(data.good_folder(category)), seed=0)
+    held_out, files = split(folders.list_images(folders.good_folder(category)), seed=0)
     for name in args.rivals:
         method = f"anomalib {name}"
         left = missing(category, 0, method, shifts, args.out)

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from clflow import CLFlow, energy  # noqa: E402
-from kit import data, metrics  # noqa: E402
+from kit import data, folders, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.search import search_parts  # noqa: E402
 from kit.settings import Shape  # noqa: E402
@@ -66,14 +66,14 @@ def median_ms(run: Callable[[Tensor], object], batches: Sequence[Tensor], device
 
 def decoding_ms(category: Path, shape: Shape) -> float:
     """Milliseconds to read one of the category's images."""
-    files = data.list_images(data.good_folder(category))[:40]
+    files = folders.list_images(folders.good_folder(category))[:40]
     started = time.perf_counter()
     data.read_batch(files, shape)
     return 1000 * (time.perf_counter() - started) / len(files)
 
 
 def tests_auroc(scores: Callable[[Tensor], Tensor], category: Path, shape: Shape) -> float:
-    tests = data.labelled_images(category)
+    tests = folders.labelled_images(category)
     found = torch.cat([scores(images) for images in data.batches([test.path for test in tests], shape)])
     labels = np.array([test.anomalous for test in tests])
     return metrics.image_metrics(labels, found.cpu().numpy())["image_auroc"]
@@ -98,7 +98,7 @@ def milliseconds_of(
     whole: Callable, backbone: Callable, category: Path, shape: Shape, batch: int, device: str
 ) -> dict[str, float]:
     """Milliseconds per image: the backbone, everything, and everything for a single image."""
-    tests = data.labelled_images(category)
+    tests = folders.labelled_images(category)
     images = data.read_batch([tests[i * len(tests) // batch].path for i in range(batch)], shape)
     return {
         "backbone": median_ms(backbone, [images], device),
@@ -144,7 +144,7 @@ def stages(model: CLFlow, images: Tensor) -> dict[str, float]:
 
 def print_stages(category: Path, weights: list[str], batch: int) -> None:
     """Train CL-Flow, and print the milliseconds of each stage with one thread and with all of them."""
-    tests = data.labelled_images(category)
+    tests = folders.labelled_images(category)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [sys.executable, "train.py", "--data", str(category), "--out", str(out), "--device", "cpu", *weights]

@@ -103,7 +103,7 @@ from bank import NEIGHBOURS, Prototypes
 from benchmarks import toy
 from clflow import CLFlow
 from flows import Coupling, Flow2D  # noqa: F401 (for the exercises)
-from kit import data, draw
+from kit import data, draw, folders
 from kit.backbone import as_rows
 from kit.data import read_mask
 from kit.demo import draw_button, draw_demo
@@ -115,7 +115,7 @@ from kit.processes import ALONE
 from kit.settings import CLFlowSettings, NearestSettings
 from methods import nearest
 from methods.nearest import Nearest
-from methods.stages import stages_of
+from methods.stages import explanation, stages_of
 
 began = time.perf_counter()
 plt.rcParams["figure.dpi"] = 70
@@ -160,9 +160,9 @@ with patch.dict("kit.demo.SHADES", stain=0.9):
         Image.fromarray(stained).save(folder / f"test/faint/{number:03}.png")
         Image.fromarray(mask).save(folder / f"ground_truth/faint/{number:03}.png")
 
-files = data.list_images(data.good_folder(folder))
+files = folders.list_images(folders.good_folder(folder))
 good = GoodImages(*split(files, seed=SEED))
-tests = data.labelled_images(folder)
+tests = folders.labelled_images(folder)
 labels = np.array([test.anomalous for test in tests])
 kind_of_test = np.array([test.defect_type for test in tests])
 print(f"{len(good.trained_on)} images to train on, {len(good.held_out)} held out")
@@ -844,7 +844,7 @@ stages = [(name, values.numpy()) for name, values in stages_of(model, data.read_
 number = tests.index(crack)
 as_judged = model.verdict(float(judged.scores[number]), judged.maps[number], model.shape, threshold)
 photo = Image.fromarray(draw.as_bytes(read_image(crack.path, model.shape)))
-picture = draw.explanation(photo, "crack", stages, as_judged, threshold)
+picture = explanation(photo, "crack", stages, as_judged, threshold)
 display(picture.resize((picture.width * 2 // 3, picture.height * 2 // 3)))
 verdict = model.inspect(crack.path)
 print(f"anomalous: {verdict.anomalous}, in the boxes (x0, y0, x1, y1) {[region.box for region in verdict.regions]}")

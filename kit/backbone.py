@@ -3,7 +3,6 @@ torchvision's ResNets. To add another one, write a class here and a line in BACK
 
 import contextlib
 import copy
-import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -68,7 +67,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 class Convolutional(Backbone):
     """Layers of a convolutional network at the given `strides`, finest first, each averaged 3x3. `features`
-    concatenates them at the finest stride, as in PatchCore."""
+    concatenates them at the finest stride, as in PatchCore.
+
+    A subclass gives TAPS, `normalised(images)`, which normalises images as in the network's ImageNet training, and
+    `published()`, the state dict of the published weights (it may raise any error that a download can raise)."""
 
     TAPS: dict[int, str]  # the name of the layer at each stride
     reach = 192  # pixels farther away change features by less than a thousandth, which a test checks
@@ -135,14 +137,6 @@ class Convolutional(Backbone):
         if self.has_int8:
             self.net = quantized.as_rounded(self.net, self.rounding)
             self.rounding = torch.zeros(0, 2)
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """Images, normalised as in the network's ImageNet training."""
-        raise NotImplementedError
-
-    def published(self) -> dict[str, Tensor]:
-        """The state dict of the published ImageNet weights. May raise any error that a download can raise."""
-        raise NotImplementedError
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict, with its keys renamed to torchvision's parameter names."""
@@ -238,20 +232,12 @@ class EfficientNetLite0(Convolutional):
 # ---------------------------------------------------------------- EfficientNet-Lite0, from torchvision's EfficientNet
 
 
-def same_padding(pixels: int, kernel: int, stride: int) -> tuple[int, int]:
-    """The pixels to pad before and after, so that the output has ceil(pixels / stride): TensorFlow's "same"."""
-    missing = max((math.ceil(pixels / stride) - 1) * stride + kernel - pixels, 0)
-    return missing // 2, missing - missing // 2
-
-
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "same" padding: the odd pixel goes to the right and the bottom."""
+    """Convolution at stride 2 with TensorFlow's "same" padding of even sides: one pixel more after than before."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        top, bottom = same_padding(x.shape[2], kernel, stride)
-        left, right = same_padding(x.shape[3], kernel, stride)
-        return super().forward(F.pad(x, (left, right, top, bottom)))
+        before = self.kernel_size[0] // 2 - 1
+        return super().forward(F.pad(x, (before, before + 1, before, before + 1)))
 
 
 def efficientnet_lite0() -> EfficientNet:

@@ -238,7 +238,7 @@ def judge_camera_copies(model: Detector, files: Sequence[Path]) -> None:
     learns from camera copies, their scores set the model's `allowance`, which lowers the scores of unusual images."""
     copies = []
     for number in range(COPIES):
-        rng = np.random.default_rng([model.settings.seed, number])
+        rng = np.random.default_rng([model.settings.seed, number, 1])  # other draws than those of the training copies
         copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
         copies.append(to_tensor(copy[None]))
     model.allowance.fill_(1)

@@ -1,5 +1,4 @@
-"""What a camera changes in an image, and not the part: light, noise, sharpness, colour and compression. `differences`
-names how new images differ from good ones."""
+"""What a camera changes in an image, and not the part: light, noise, sharpness, colour and compression."""
 
 import math
 
@@ -7,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import center_crop
 
 from kit.verdict import robust_deviation
 
@@ -33,7 +33,7 @@ def measures(images: Tensor, inside: float = 1.0) -> Tensor:
 
     Noise is the median response of a Laplacian filter, after Immerkaer (1996). Sharpness compares the strongest details
     of one pixel with those of two: differences of binomial filters. Of a large image only the middle counts."""
-    images = middle_of(images)
+    images = center_crop(images, [min(side, MIDDLE) for side in images.shape[2:]])
     red, green, blue = images.unbind(dim=1)
     grey = (red + green + blue) / 3
     noise = value_above(filtered(grey, (1, -2, 1)).abs(), 0.5 * inside) / (6 * 0.6745)
@@ -70,13 +70,6 @@ def filtered(images: Tensor, weights: tuple[float, float, float], step: int = 1)
     return images
 
 
-def middle_of(images: Tensor) -> Tensor:
-    """At most MIDDLE pixels along each axis, from the middle of images (B, 3, H, W)."""
-    height, width = images.shape[2:]
-    top, left = max(0, (height - MIDDLE) // 2), max(0, (width - MIDDLE) // 2)
-    return images[:, :, top : top + MIDDLE, left : left + MIDDLE]
-
-
 def value_above(values: Tensor, share: float) -> Tensor:
     """The value that a `share` of values (B, H, W) exceeds: (B,). Every fourth pixel is enough. `topk`, unlike
     `quantile`, can be exported to all formats."""
@@ -109,28 +102,3 @@ def are_unusual(found: Tensor, normal: Tensor) -> Tensor:
     middle, deviation = normal[:, : found.shape[1]]
     limit = torch.maximum(DEVIATIONS * deviation, found.new_tensor(LEAST_CHANGE[: found.shape[1]]))
     return ((found - middle).abs() > limit).any(dim=1)
-
-
-def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
-    """How new images with these measures (n, 8) differ from what is `usual` (2, 8): words such as "blurrier".
-
-    The median of n new images has to differ by DEVIATIONS / sqrt(n) standard deviations of single images, n at most 4.
-    What is not known (NaN) does not differ."""
-    middle, deviation = normal
-    change = np.median(measures, axis=0) - middle
-    deviations = DEVIATIONS / math.sqrt(min(len(measures), 4))
-    words = []
-    for (rise, fall, least), by, usual_deviation in zip(MEASURES.values(), change, deviation, strict=True):
-        if abs(by) > max(least, deviations * usual_deviation):
-            words.append(rise if by > 0 else fall)
-    return words
-
-
-def told(words: list[str], images: int) -> str:
-    """A line on the `differences` of new images."""
-    which = f"these {images} images are" if images > 1 else "this image is"
-    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return (
-        f"{which} {listed} than the training images: expect more false alarms. Train again with some of them among the "
-        "good images, or run --recalibrate with new good images"
-    )

@@ -86,13 +86,7 @@ def add_folders(parser: Parser) -> None:
         type=Path,
         help="folder with train/good, folder of good images, or folder of several categories (default: a drawn demo)",
     )
-    add(
-        "--method",
-        type=method_name,
-        metavar="{" + ",".join(OPTIONS) + "}",
-        default="clflow",
-        help="method to train (default: clflow)",
-    )
+    add("--method", choices=OPTIONS, default="clflow", help="method to train (default: clflow)")
     add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
     add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
     add("--defects", type=Path, help="folder of images with real defects to learn from (default: none)")
@@ -169,16 +163,6 @@ def add_method_groups(parser: Parser) -> None:
     add("--temperature", type=float, help=default_text("temperature", "temperature of L_con"))
 
 
-def method_name(name: str) -> str:
-    """A method's name. Raises argparse's error for anything else, with a hint for the former name of a method."""
-    if name == "patchcore":
-        hint = "is called nearest now; for PatchCore's own distance use --method nearest --no-local"
-        raise argparse.ArgumentTypeError(f"patchcore {hint}")
-    if name not in OPTIONS:
-        raise argparse.ArgumentTypeError(f"{name}: unknown method; choose from {', '.join(OPTIONS)}")
-    return name
-
-
 def default_text(name: str, meaning: str) -> str:
     """The help of an option: its meaning and its default, for each method and for the demo where they differ."""
     defaults = {}
@@ -229,7 +213,7 @@ def method_options(args: argparse.Namespace) -> dict:
     for name in ("textures", "defects", "defect_masks", "corrections", "roi"):
         if getattr(args, name):
             options[name] = str(getattr(args, name).resolve())
-    if not method.is_trained:
+    if "epochs" not in method.defaults:
         refuse_without_effect(args, ["keep_epochs"], f"with --method {args.method}")
     return options
 

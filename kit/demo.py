@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kit import data, draw
+from kit import draw, folders
 from kit.command_line import Parser
 from kit.files import OwnFiles, refuse_inside, single_file
 from kit.images import foreground, read_image
@@ -105,8 +105,8 @@ def draw_sheet(synthesize: Callable, arguments: list[str] | None = None) -> None
     args = parser.parse_args(arguments)
     check_size(args.size)
     rng = np.random.default_rng(args.seed)
-    folder = data.good_folder(args.folder, "FOLDER")
-    files = data.list_images(folder)
+    folder = folders.good_folder(args.folder, "FOLDER")
+    files = folders.list_images(folder)
     out = single_file(args.out, Path("synthetic.png"), "--out", files)
     refuse_inside(out, folder)
     chosen = [files[i] for i in rng.permutation(len(files))[:SHEET_ROWS]]

@@ -106,7 +106,7 @@ class Detector(nn.Module):
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
     MOST_PIXELS: int | None = None  # of an image; None: large images are processed in windows
 
-    def __init__(self, settings: Settings, backbone: Backbone | None, expert_count: int):
+    def __init__(self, settings: Settings, backbone: Backbone, expert_count: int):
         super().__init__()
         self.settings = settings
         self.shape = as_shape(settings.size)
@@ -140,8 +140,6 @@ class Detector(nn.Module):
 
     def in_windows(self, function: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
         """`function` of images, in windows; it must not look farther around a position than the backbone does."""
-        if self.backbone is None:
-            return function(images)
         return in_windows(function, images, self.backbone.stride, self.backbone.reach)
 
     @torch.no_grad()
@@ -210,7 +208,7 @@ class Detector(nn.Module):
     @property
     def has_int8(self) -> bool:
         """Whether the features are computed from numbers of 8 bits."""
-        return self.backbone is not None and self.backbone.has_int8
+        return self.backbone.has_int8
 
     def for_export(self) -> None:
         """Compute in float32 from now on, even where bfloat16 or int8 is faster."""

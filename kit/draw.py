@@ -114,36 +114,6 @@ def is_wide(photo: Image.Image) -> bool:
     return photo.width > 2 * photo.height
 
 
-def explanation(
-    photo: Image.Image, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
-) -> Image.Image:
-    """From an image, in the size in which it is judged, to its verdict: the image, each of the `stages` (title, map)
-    with its lowest and highest value, and the combined map with the verdict; three panels per row. Black is the lowest
-    value, yellow the highest; the combined map has the colours of all verdicts. Panels of wide images are stacked."""
-    columns = 1 if is_wide(photo) else 3
-    panels = [(f"{name}", photo)]
-    for title, values in stages:
-        low, high = float(values.min()), float(values.max())
-        shade = heat_colours(values - low, max(high - low, 1e-9) / 2)
-        panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
-    said = "anomalous" if verdict.anomalous else "normal"
-    line = outline(verdict.found)
-    joint = np.where(line, np.uint8(255), heat_colours(verdict.anomaly_map, limits.anomaly_map))
-    panels.append(
-        (f"combined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
-    )
-    width = WIDTH // columns
-    height = max(1, round((width - GAP) * photo.height / photo.width)) + GAP
-    rows = math.ceil(len(panels) / columns)
-    sheet = Image.new("RGB", (columns * width, rows * (height + 42)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (title, panel) in enumerate(panels):
-        left, top = i % columns * width, i // columns * (height + 42)
-        pen.multiline_text((left + 4, top + 2), title, "black", ImageFont.load_default(14))
-        sheet.paste(panel.resize((width - GAP, height - GAP)), (left, top + 40))
-    return sheet
-
-
 def as_bytes(panel: np.ndarray) -> np.ndarray:
     """A panel (H, W, 3) in [0, 1], or (H, W) bool, as (H, W, 3) uint8."""
     grey = panel[..., None] if panel.ndim == 2 else panel

@@ -1,11 +1,10 @@
 """How a script ends on bad input: one line on standard error, exit code 2, no traceback."""
 
-import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 
@@ -22,21 +21,6 @@ def one_line(error: BaseException) -> str:
     return lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
-def is_of_another_process(error: RuntimeError) -> bool:
-    """Whether the error only says that another process of this run has ended. Gloo's errors have no class of their
-    own."""
-    import torch.distributed as dist  # imported here: the command line is read without it
-
-    return isinstance(error, dist.DistBackendError) or "/gloo/transport/" in str(error)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the error says that a GPU's memory is full."""
-    import torch
-
-    return isinstance(error, torch.cuda.OutOfMemoryError)
-
-
 def is_first() -> bool:
     """Whether this is the first of torchrun's processes, or the only one."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -46,6 +30,7 @@ def fail(line: str) -> None:
     """Write the line and end with code 2. If all processes of torchrun fail, only the first one writes: it ends, and
     torchrun then ends the others while they wait."""
     if not is_first():
+        quit_on_signals()
         time.sleep(AFTER_THE_FIRST)
     print("error:", line, file=sys.stderr)
     sys.exit(2)
@@ -57,31 +42,20 @@ def stop(number: int, frame: object) -> None:
 
 
 def quit_on_signals() -> None:
-    """Until `run_script` handles them, such a signal ends the process at once, without a traceback: while PyTorch is
+    """Until the next `run_script`, such a signal ends the process at once, without a traceback: while PyTorch is
     imported, there is nothing to complete."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt. By default, a script started with & or nohup ignores SIGINT, and SIGTERM
-    ends it at once."""
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     """Call `main`. An error that only the user can fix becomes one line and exit code 2. A signal that asks to end
     becomes the line `on_interrupt` and exit code 128 + its number, as shells report it."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
+    for number in (signal.SIGINT, signal.SIGTERM):  # by default, a script started with & or nohup ignores SIGINT
+        signal.signal(number, stop)
     try:
-        with stoppable():
-            main()
+        main()
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         if is_first():
@@ -90,9 +64,10 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     except (InputError, OSError, MemoryError) as error:
         fail(one_line(error))
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        kind = type(error).__name__  # PyTorch's classes, without importing it: the command line is read before
+        if kind == "OutOfMemoryError":  # of a GPU
             fail(one_line(error))
-        if not is_of_another_process(error):
+        if kind != "DistBackendError" and "/gloo/transport/" not in str(error):  # Gloo's errors have no class
             raise
         fail(
             "another process of this run has ended; read the error that it printed, perhaps on another machine "

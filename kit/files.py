@@ -87,11 +87,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write_text(text, "utf-8", "surrogateescape", newline="\n"))
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write rows, dicts with the same keys, as a CSV file with a header."""
-    write_rows(path, [list(rows[0]), *(list(row.values()) for row in rows)])
-
-
 def write_rows(path: Path, rows: list[list]) -> None:
     """Write rows as a CSV file."""
 
@@ -112,21 +107,10 @@ def plain_cell(text: str) -> str:
     return f"{FORMULA_GUARD}{text}" if text.startswith(("=", "+", "-", "@", "\t", FORMULA_GUARD)) else text
 
 
-def read_as_is(path: Path) -> str:
-    """A file's text with unchanged line ends."""
-    return path.read_bytes().decode("utf-8", errors="surrogateescape")
-
-
-def header_of(path: Path) -> list[str] | None:
-    """The names of the columns of a CSV file; None if there is no such file, or its first line is not complete."""
-    text = read_as_is(path) if path.exists() else ""
-    return next(csv.reader(io.StringIO(text[: text.find("\n") + 1], newline="")), None)
-
-
-def rows_of(path: Path) -> list[list[str]]:
-    """The rows of a CSV file without its header and without a half-written last line; none if there is no such file."""
-    text = read_as_is(path) if path.exists() else ""
-    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))[1:]
+def table_of(path: Path) -> list[list[str]]:
+    """The rows of a CSV file, its header first, without a half-written last line; none if there is no such file."""
+    text = path.read_bytes().decode("utf-8", errors="surrogateescape") if path.exists() else ""
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
 
 
 class GrowingTable:
@@ -461,22 +445,6 @@ def remove_measured(out: Path) -> None:
 def epoch_file(epoch: int) -> str:
     """The file name that train.py --keep-epochs gives to the checkpoint of an epoch."""
     return f"epoch_{epoch:02}.pt"
-
-
-def epoch_of(path: Path) -> int:
-    return int(path.stem.removeprefix("epoch_"))
-
-
-def kept_epochs(out: Path) -> list[Path]:
-    """The epoch checkpoints of all runs in a folder or below it, sorted by run and epoch."""
-    found = out.glob("**/*.pt")
-    kept = [path for path in found if re.fullmatch(r"epoch_\d+", path.stem) and not is_of_successor(path)]
-    return sorted(kept, key=lambda path: (path.parent, epoch_of(path)))
-
-
-def is_of_successor(path: Path) -> bool:
-    """Whether a file belongs to an unfinished training in a folder that has a finished detector."""
-    return path.parent.name == UNFINISHED and (folder_of(path) / MODEL).exists()
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -95,7 +95,7 @@ class Painter:
         self.paint = paint
         self.shape = model.shape
         self.patch = part_shape(model.shape, PATCH)
-        self.reach = model.backbone.reach if model.backbone else 0
+        self.reach = model.backbone.reach
         self.roi = model.roi.cpu().numpy()
         self.seed = model.settings.seed
         self.epoch = 0
@@ -196,7 +196,10 @@ class Painter:
         """`surrounded` x- (A, 3, H, W), their masks (A, 1, H, W), and their numbers (A,): this process's part of
         `count` in total, which are spread evenly over the files."""
         order = np.random.default_rng(self.seed).permutation(len(self.files))[:count]
-        numbers = [n for i, file in enumerate(order) for n in range(file, file + count - i, len(self.files))]
+        numbers = []
+        for place, file in enumerate(order):  # file by file: a large image is decoded only once
+            rounds = math.ceil((count - place) / len(self.files))
+            numbers += [file + number * len(self.files) for number in range(rounds)]
         mine = self.processes.part(numbers)
         # Surroundings end where the image ends, so they have different shapes and cannot be stacked.
         batch = at_once(self.shape) if self.patch == self.shape else 1

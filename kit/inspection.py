@@ -5,6 +5,7 @@ by the same detector. No other row is ever removed."""
 
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import camera, data, draw, shapes
+from kit import camera, data, draw, folders, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
@@ -24,19 +25,18 @@ from kit.files import (
     GrowingTable,
     OwnFiles,
     fitting,
-    header_of,
     locked,
     move,
     plain_cell,
     refuse_inside,
-    rows_of,
+    table_of,
     write_rows,
     write_text,
 )
 from kit.images import load_image, named, shape_of, to_tensor, turned
 from kit.measuring import Inspection
 from kit.processes import clear, counted
-from kit.verdict import Thresholds, Verdict, basis, drift
+from kit.verdict import Thresholds, Verdict, basis
 from kit.windows import at_once
 
 # In both tables: size and time (ns) of the image's file, the fingerprint of the detector, and its threshold. The same
@@ -84,10 +84,9 @@ def obstacle(out: Path, images: Path, detector: str, watch: bool) -> str | None:
     own = OwnFiles(out, "judged")
     for file in (TABLE, REGIONS, PAGE, ABOUT):
         own.refuse_foreign(file)
-    header = header_of(table)
+    header, *rows = table_of(table) or [None]
     if header is None:
         return None
-    rows = rows_of(table)
     if header != SCORES_COLUMNS or not all(is_whole(row) for row in rows):
         return f"its {TABLE} was written by an earlier version, or changed by hand"
     other = images_of(out)
@@ -143,14 +142,14 @@ class Judgements:
         self.complaints: list[str] = []  # about pictures that could not be written
         about = {"images": str(root_of(images).resolve()), "checkpoint": str(work.checkpoint.resolve())}
         write_text(self.own.claim(ABOUT), json.dumps(about, indent=2) + "\n")
-        rows = rows_of(work.out / TABLE)
+        rows = table_of(work.out / TABLE)[1:]
         self.keep_page(rows)
         self.seen = {stamped(row) for row in rows}
         self.done = {stamped(row) for row in rows if row[-2:] == self.tail}
         self.scores = GrowingTable(self.own.claim(TABLE), SCORES_COLUMNS, rows)
         # A kill may have left regions of an image without a row in scores.csv; it will be judged again.
         complete = {judged_as(row) for row in rows}
-        regions = [row for row in rows_of(work.out / REGIONS) if judged_as(row) in complete]
+        regions = [row for row in table_of(work.out / REGIONS)[1:] if judged_as(row) in complete]
         self.regions = GrowingTable(self.own.claim(REGIONS), REGIONS_COLUMNS, regions)
 
     def keep_page(self, rows: list[list[str]]) -> None:
@@ -193,7 +192,7 @@ class Judgements:
         """Close the tables. If there are several rows on one image by this detector, the last one stays."""
         self.scores.close()
         self.regions.close()
-        rows, regions = rows_of(self.own.folder / TABLE), rows_of(self.own.folder / REGIONS)
+        rows, regions = (table_of(self.own.folder / name)[1:] for name in (TABLE, REGIONS))
         latest = {(*stamped(row), row[-2]): row for row in rows}
         if len(latest) < len(rows):
             kept = {judged_as(row) for row in latest.values()}
@@ -262,7 +261,7 @@ def judge_new(work: Inspection, images: Path) -> None:
             f"{len(complaints)} of {len(files)} images could not be judged; replace or remove them, or give "
             f"--skip-bad: {'; '.join(complaints)}"
         )
-    data.print_skipped(complaints, len(files))
+    folders.print_skipped(complaints, len(files))
 
 
 def new_images(images: Path, out: Path) -> list[Path]:
@@ -273,7 +272,7 @@ def new_images(images: Path, out: Path) -> list[Path]:
     if not images.is_dir():
         return [images]
     refuse_inside(out, images)
-    files = data.list_images(images, subfolders=True)
+    files = folders.list_images(images, subfolders=True)
     if not files:
         raise InputError(f"--images {images}: no images in this folder")
     return files
@@ -288,9 +287,9 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     """The entries of report.html: the `images`, a file or a folder, that this detector judged, from the last row of
     each in scores.csv. Their kind is their folder. `trained_on` is the category of the detector."""
     root = root_of(images)
-    good_folders = [trained_on, *(trained_on / "train" / name for name in data.GOOD_NAMES)]
+    good_folders = [trained_on, *(trained_on / "train" / name for name in folders.GOOD_NAMES)]
     scores: dict[str, float] = {}
-    for row in rows_of(out / TABLE):
+    for row in table_of(out / TABLE)[1:]:
         cells = dict(zip(SCORES_COLUMNS, row, strict=True))
         if cells["detector"] == detector:
             name = cells["file"].removeprefix(FORMULA_GUARD)
@@ -371,9 +370,34 @@ def print_camera(model: Detector, measures: list[np.ndarray]) -> None:
     `measures` (8,) of each image: see kit/camera.py."""
     if not measures:
         return
-    words = camera.differences(np.stack(measures), model.camera.cpu().numpy())
+    words = differences(np.stack(measures), model.camera.cpu().numpy())
     if words:
-        print(camera.told(words, len(measures)), flush=True)
+        print(camera_line(words, len(measures)), flush=True)
+
+
+def differences(measures: np.ndarray, normal: np.ndarray) -> list[str]:
+    """How new images with these measures (n, 8) differ from what is `usual` (2, 8): words such as "blurrier".
+
+    The median of n new images has to differ by `camera.DEVIATIONS` / sqrt(n) standard deviations of single images, n at
+    most 4. What is not known (NaN) does not differ."""
+    middle, deviation = normal
+    change = np.median(measures, axis=0) - middle
+    deviations = camera.DEVIATIONS / math.sqrt(min(len(measures), 4))
+    words = []
+    for (rise, fall, least), by, usual_deviation in zip(camera.MEASURES.values(), change, deviation, strict=True):
+        if abs(by) > max(least, deviations * usual_deviation):
+            words.append(rise if by > 0 else fall)
+    return words
+
+
+def camera_line(words: list[str], images: int) -> str:
+    """A line on the `differences` of new images."""
+    which = f"these {images} images are" if images > 1 else "this image is"
+    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return (
+        f"{which} {listed} than the training images: expect more false alarms. Train again with some of them among the "
+        "good images, or run --recalibrate with new good images"
+    )
 
 
 def print_drift(model: Detector, scores: np.ndarray) -> None:
@@ -386,6 +410,20 @@ def print_drift(model: Detector, scores: np.ndarray) -> None:
             f"Unless {unless}, the light, the camera or the parts have changed: train again, or set a new threshold "
             "with --recalibrate FOLDER (a folder of new good images)"
         )
+
+
+def drift(scores: np.ndarray, normal: np.ndarray) -> str:
+    """Whether the scores of many images have shifted: "higher" or "lower", else "".
+
+    They have if the middle halves of both (from the 25 % to the 75 % quantile) do not overlap. A folder with up to two
+    thirds of defects does not trigger this. Fewer than ten images give ""."""
+    if len(scores) < 10:
+        return ""
+    low, high = np.quantile(scores, (0.25, 0.75))
+    normal_low, normal_high = np.quantile(normal, (0.25, 0.75))
+    if low > normal_high:
+        return "higher"
+    return "lower" if high < normal_low else ""
 
 
 def sentence(verdict: Verdict) -> str:

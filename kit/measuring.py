@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, metrics, shapes
+from kit import data, draw, folders, metrics, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
 from kit.errors import InputError
@@ -68,7 +68,7 @@ class Judged:
     """The results of a detector on N test images: labels, scores (N,), maps and true masks (N, H, W), and the median
     time per image in milliseconds, without decoding."""
 
-    tests: list[data.LabelledImage]
+    tests: list[folders.LabelledImage]
     labels: np.ndarray
     scores: np.ndarray
     maps: np.ndarray
@@ -76,7 +76,7 @@ class Judged:
     milliseconds: float
 
 
-def judge_tests(model: Detector, tests: list[data.LabelledImage], processes: Processes) -> Judged:
+def judge_tests(model: Detector, tests: list[folders.LabelledImage], processes: Processes) -> Judged:
     """Judge test images. Each process judges a part, and all get the whole result."""
     step = math.ceil(math.sqrt(len(tests) * math.prod(model.shape) / KEPT))
     maps = torch.zeros(len(tests), *(math.ceil(side / step) for side in model.shape))
@@ -116,16 +116,16 @@ def measure(judged: Judged) -> dict[str, float | None]:
     return {**metrics.image_metrics(judged.labels, judged.scores), **pixel}
 
 
-def readable_tests(category: Path, skip_bad: bool) -> list[data.LabelledImage]:
+def readable_tests(category: Path, skip_bad: bool) -> list[folders.LabelledImage]:
     """The test images of a category. With `skip_bad`, a line is printed for each unreadable one, and it is left out."""
-    tests = data.labelled_images(category)
-    good = set(data.usable([test.path for test in tests], skip_bad))
+    tests = folders.labelled_images(category)
+    good = set(folders.usable([test.path for test in tests], skip_bad))
     if not good:
         raise InputError(f"--data {category}: none of the test images can be read; replace them")
     return [test for test in tests if test.path in good]
 
 
-def left_to_measure(model: Detector, tests: list[data.LabelledImage]) -> list[data.LabelledImage]:
+def left_to_measure(model: Detector, tests: list[folders.LabelledImage]) -> list[folders.LabelledImage]:
     """The test images without those that the detector was trained with, or copies of them; a line names these. Raises
     InputError if none is left."""
     known = files_of_training(model.settings)
@@ -156,7 +156,7 @@ def report(work: Inspection, category: Path) -> None:
     figures = {
         "checkpoint": work.checkpoint.name,
         "detector": work.detector,
-        "category": data.category_name(category),
+        "category": folders.category_name(category),
         "data": str(category.resolve()),
         "method": settings.method,
         "backbone": settings.backbone,

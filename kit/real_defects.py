@@ -1,49 +1,35 @@
 """Real defects that a user gives in addition to the good images, as a folder or in corrections.json (saved from
-report.html): files and masks, augmented copies, rows, and fingerprints. Images are numpy, (H, W, 3) float32 in [0, 1],
-masks (H, W) bool."""
+report.html), and the fingerprints of files."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from kit import data
-from kit.detector import Detector
+from kit import folders
 from kit.errors import InputError
 from kit.good import Defect
-from kit.images import read_image, to_tensor
-from kit.processes import counted
-from kit.rows import touches
 from kit.settings import Settings
-from kit.windows import side_of
-
-COPIES = 8  # of each defect, including the original
-SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
-LIGHT = 0.1  # largest relative change of brightness
 
 
 def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
     """The images in `folder`, with masks of the same stems from the folder `masks`. If that is not given, from
     ground_truth/<its name>, next to the folder or, as in MVTec AD, next to its parent test/. Raises InputError if there
     are no images, or no masks in a given folder."""
-    files = data.list_images(folder)
+    files = folders.list_images(folder)
     if not files:
         raise InputError(
             f"--defects {folder}: no such folder, or no images in it; give a folder of images with defects"
         )
-    found = data.by_stem(data.list_images(masks or usual_masks(folder)))
+    found = folders.by_stem(folders.list_images(masks or usual_masks(folder)))
     if masks and not any(path.stem in found for path in files):
         raise InputError(
             f"--defect-masks {masks}: no such folder, or no mask in it has the name of an image in --defects; give "
             "each mask the name of its image"
         )
     if found:
-        data.by_stem(files)  # no two images may claim one mask
+        folders.by_stem(files)  # no two images may claim one mask
     return [Defect(path, found.get(path.stem)) for path in files]
 
 
@@ -54,89 +40,10 @@ def usual_masks(folder: Path) -> Path:
     return root / "ground_truth" / folder.name
 
 
-def copies(
-    image: np.ndarray, mask: np.ndarray, count: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`count` pairs of image and mask: first the original, then copies that are flipped, shifted by some pixels, and
-    brighter or darker. Both image and mask are reflected at the borders."""
-    yield image, mask
-    height, width = mask.shape
-    padded = np.pad(image, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="reflect")
-    padded_mask = np.pad(mask, SHIFT, mode="reflect")
-    for _ in range(count - 1):
-        top, left = rng.integers(0, 2 * SHIFT + 1, 2)
-        part = slice(top, top + height), slice(left, left + width)
-        down, across = rng.choice([-1, 1], 2)
-        light = rng.uniform(1 - LIGHT, 1 + LIGHT)
-        moved = padded[part][::down, ::across] * light
-        yield np.ascontiguousarray(moved.clip(0, 1), dtype=np.float32), padded_mask[part][::down, ::across].copy()
-
-
-# ---------------------------------------------------------------- codes (A, K + 1)
-
-
-def real_rows(model: Detector, defects: list[Defect], count: int, preliminary_training: Callable[[], None]) -> Tensor:
-    """Codes (A, K + 1) of real defects, from about `count` images including copies: from the area of the masks, or from
-    the area that stands out after a preliminary training."""
-    untrained = model.flow, model.classifier
-    if not all(defect.mask for defect in defects):
-        print("a preliminary training, to find where the defects without masks are", flush=True)
-        preliminary_training()
-    rows = defect_rows(model, defects, count)
-    model.flow, model.classifier = untrained
-    return rows
-
-
-@torch.no_grad()
-def defect_rows(model: Detector, defects: list[Defect], count: int) -> Tensor:
-    """Codes (A, K + 1) of real defects and of some copies of each (fewer copies if there are many defects), in float16.
-
-    They belong to no good image, so all prototypes count. Raises InputError if no mask marks
-    anything."""
-    each = max(1, min(COPIES, count // len(defects)))
-    rng = np.random.default_rng(model.settings.seed)
-    rows, outside = [], []
-    for defect in counted(defects, "features of real defects", len(defects)):
-        image = read_image(defect.path, model.shape)
-        mask = defect_mask_of(model, defect, image)
-        if not mask.any():
-            outside.append(defect.path.name)
-            continue
-        for copied, where_it_is in copies(image, mask, each, rng):
-            code = model.encode(to_tensor(copied[None]))
-            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), code.shape[2:])
-            rows.append(code.permute(0, 2, 3, 1)[touched].half())
-    if outside:
-        print(
-            f"skipped {len(outside)} defects, since their masks mark nothing in the region of interest: "
-            f"{', '.join(outside)}"
-        )
-    if not rows:
-        raise InputError("--defects: no mask marks anything in the region of interest; check the masks and --roi")
-    return torch.cat(rows)
-
-
-def defect_mask_of(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
-    """Where a defect is in its image (H, W, 3), within the region of interest: (H, W) bool. Its mask says so; without a
-    mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On *screw*, a sixth of these pixels
-    lay outside the defect. Of all pixels above the level of good images, half lay outside."""
-    roi = model.roi.cpu().numpy()
-    if defect.mask:
-        return data.read_mask(defect.mask, model.shape) & roi
-    maps, _ = model(to_tensor(image[None]))
-    anomaly_map = np.where(roi, maps[0].cpu().numpy(), -np.inf)
-    count = max(1, round(side_of(model.pixels) ** 2 / 1000))
-    return (anomaly_map >= np.sort(anomaly_map, axis=None)[-count]) & roi
-
-
 # ---------------------------------------------------------------- corrections.json: what a person ticked on the page
 
 
-LISTS = {
-    "missed": "defects that were not flagged",
-    "false_alarms": "good images that were flagged",
-    "not_good": "images in the good training set that are not good",
-}
+LISTS = ("missed", "false_alarms", "not_good")  # see `Corrections`
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@ features, in float16; w (N, K), whitened by the model, which is a `clflow.CLFlow
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,14 +17,21 @@ from kit import data
 from kit.backbone import as_rows
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, Painter
-from kit.search import CANDIDATES, NOTHING_ELSE, residuals_without_own_image
+from kit.good import Defect, GoodImages, Painter
+from kit.images import read_image, to_tensor
+from kit.processes import counted
+from kit.search import CANDIDATES, NOTHING_ELSE
 from kit.training import Epoch, seed_epoch
+from kit.windows import side_of
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18, without camera copies
 COPIED = 4  # one row of a camera copy for every four rows of its original
 ROWS_PER_CHANNEL = 3  # at least, to fit the whitening. With fewer, these rows look more normal than new ones do
 HELD_OUT_BYTES = 1e9  # kept maps of held-out images: 1,100 images of 384 x 384, or 13 of 13 megapixels
+DEFECT_COPIES = 8  # of each defect, including the original
+MOST_DEFECT_IMAGES = 600  # defects and their copies; if there are more defects, there are no copies
+SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
+LIGHT = 0.1  # largest relative change of brightness
 
 
 # ---------------------------------------------------------------- rows y, of features
@@ -122,14 +130,9 @@ def check_rows(count: int, model: Detector) -> None:
 def check_different(normal: GoodRows) -> None:
     """Raises InputError if all good images are copies of one: nothing would tell how much good images differ. Their
     camera copies would hide that."""
-    originals = normal.y[: normal.originals]
-    image_indices = normal.image_indices[: normal.originals]
-    first = originals[image_indices == image_indices[0]]
-    for index in image_indices.unique()[1:]:
-        another = originals[image_indices == index]
-        if not torch.allclose(another, first, atol=0.01):
-            return
-    if len(image_indices.unique()) > 1:
+    images = len(normal.image_indices[: normal.originals].unique())
+    first, *others = normal.y[: normal.originals].chunk(images)  # each image has the same number of rows
+    if others and all(torch.allclose(rows, first, atol=0.01) for rows in others):
         raise InputError(NOTHING_ELSE)
 
 
@@ -283,7 +286,81 @@ def codes(model: Detector, rows: Rows) -> Tensor:
     """Rows y (N, C) -> codes (N, K + 1) in float16."""
     width = model.whitening.out_features + 1
     found, filled = rows.y.new_empty(len(rows.y), width, dtype=torch.half), 0
-    for r in residuals_without_own_image(model, rows.y, rows.image_indices):
+    for r in model.training_residuals(rows.y, rows.image_indices):
         found[filled : filled + len(r)] = model.code_of(r)
         filled += len(r)
     return found
+
+
+# ---------------------------------------------------------------- codes of real defects
+
+
+def real_rows(model: Detector, defects: list[Defect], preliminary_training: Callable[[], None]) -> Tensor:
+    """Codes (A, K + 1) of real defects: from the area of the masks, or from the area that stands out after a
+    preliminary training."""
+    untrained = model.flow, model.classifier
+    if not all(defect.mask for defect in defects):
+        print("a preliminary training, to find where the defects without masks are", flush=True)
+        preliminary_training()
+    rows = defect_rows(model, defects)
+    model.flow, model.classifier = untrained
+    return rows
+
+
+@torch.no_grad()
+def defect_rows(model: Detector, defects: list[Defect]) -> Tensor:
+    """Codes (A, K + 1) of real defects and of some copies of each, in float16.
+
+    They belong to no good image, so all prototypes count. Raises InputError if no mask marks anything."""
+    each = max(1, min(DEFECT_COPIES, MOST_DEFECT_IMAGES // len(defects)))
+    rng = np.random.default_rng(model.settings.seed)
+    rows, outside = [], []
+    for defect in counted(defects, "features of real defects", len(defects)):
+        image = read_image(defect.path, model.shape)
+        mask = defect_mask_of(model, defect, image)
+        if not mask.any():
+            outside.append(defect.path.name)
+            continue
+        for copied, where_it_is in augmented(image, mask, each, rng):
+            code = model.encode(to_tensor(copied[None]))
+            touched = touches(to_tensor(np.float32(where_it_is)[None, ..., None]).to(model.device), code.shape[2:])
+            rows.append(code.permute(0, 2, 3, 1)[touched].half())
+    if outside:
+        print(
+            f"skipped {len(outside)} defects, since their masks mark nothing in the region of interest: "
+            f"{', '.join(outside)}"
+        )
+    if not rows:
+        raise InputError("--defects: no mask marks anything in the region of interest; check the masks and --roi")
+    return torch.cat(rows)
+
+
+def defect_mask_of(model: Detector, defect: Defect, image: np.ndarray) -> np.ndarray:
+    """Where a defect is in its image (H, W, 3), within the region of interest: (H, W) bool. Its mask says so; without a
+    mask, the highest thousandth of the model's map (of 384 x 384 pixels at most). On *screw*, a sixth of these pixels
+    lay outside the defect. Of all pixels above the level of good images, half lay outside."""
+    roi = model.roi.cpu().numpy()
+    if defect.mask:
+        return data.read_mask(defect.mask, model.shape) & roi
+    maps, _ = model(to_tensor(image[None]))
+    anomaly_map = np.where(roi, maps[0].cpu().numpy(), -np.inf)
+    count = max(1, round(side_of(model.pixels) ** 2 / 1000))
+    return (anomaly_map >= np.sort(anomaly_map, axis=None)[-count]) & roi
+
+
+def augmented(
+    image: np.ndarray, mask: np.ndarray, count: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`count` pairs of image and mask: first the original, then copies that are flipped, shifted by some pixels, and
+    brighter or darker. Both image and mask are reflected at the borders."""
+    yield image, mask
+    height, width = mask.shape
+    padded = np.pad(image, ((SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="reflect")
+    padded_mask = np.pad(mask, SHIFT, mode="reflect")
+    for _ in range(count - 1):
+        top, left = rng.integers(0, 2 * SHIFT + 1, 2)
+        part = slice(top, top + height), slice(left, left + width)
+        down, across = rng.choice([-1, 1], 2)
+        light = rng.uniform(1 - LIGHT, 1 + LIGHT)
+        moved = padded[part][::down, ::across] * light
+        yield np.ascontiguousarray(moved.clip(0, 1), dtype=np.float32), padded_mask[part][::down, ::across].copy()

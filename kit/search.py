@@ -7,7 +7,8 @@ parts. The buffers belong to the bank: `prototypes` is a `bank.Prototypes` here.
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,13 @@ def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype,
     exports = torch.compiler.is_compiling()
     # An export cannot have loops that depend on values; on a GPU, starting each step of these loops takes too long.
     if exports or rows.device.type != "cpu":
-        keys = keys_of(prototypes.bank, dtype) if exports else prototypes.keys.of(prototypes, dtype)
-        return among_all(in_equal_parts(queries, parts), keys, out)
+        keys = keys_of(prototypes.bank, dtype) if exports else kept_keys(prototypes.bank, prototypes.sizes, dtype)
+        # Equal parts (N / parts, C). Without len(queries), which would fix the batch size in an export.
+        return among_all(queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind(), keys, out)
     found = among_cells(prototypes, queries, out, LOOKED_INTO)
     is_far = prototypes.difference(rows, found).norm(dim=1) > prototypes.spacing[found]
     if is_far.any():
-        out = None if out is None else out.of(is_far)
+        out = None if out is None else replace(out, kind=out.kind[is_far])
         found[is_far] = among_cells(prototypes, queries[is_far], out, LOOKED_INTO_IF_FAR)
     return found
 
@@ -62,10 +64,6 @@ class LeftOut:
     is_out: Tensor
     kind: Tensor
 
-    def of(self, rows: Tensor) -> "LeftOut":
-        """The same for some of the rows, given by indices or (N,) bool."""
-        return LeftOut(self.is_out, self.kind[rows])
-
 
 def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
     """For each of N rows, the prototypes that come from the images `excluded` (N, n). `origin` (P,) is the image of
@@ -77,21 +75,11 @@ def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
     return LeftOut(is_out, kind)
 
 
-class Keys:
-    """Caches the keys of a bank: computing them takes a tenth of the time of a search."""
-
-    def __init__(self):
-        self.made: Tensor | list[Tensor] = []
-        self.made_of, self.dtype = torch.zeros(0), torch.float32  # the bank that they belong to
-
-    def of(self, prototypes: nn.Module, dtype: torch.dtype) -> Tensor | list[Tensor]:
-        """`keys_of` the bank; on a CPU those of each cell, see `keys_in_cells`."""
-        bank = prototypes.bank
-        if self.made_of is not bank or self.dtype != dtype:
-            made = keys_of(bank, dtype)
-            self.made = keys_in_cells(made, prototypes.sizes) if bank.device.type == "cpu" else made
-            self.made_of, self.dtype = bank, dtype
-        return self.made
+@lru_cache(maxsize=1)  # computing them takes a tenth of the time of a search
+def kept_keys(bank: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor | list[Tensor]:
+    """`keys_of` the bank; on a CPU those of each cell, see `keys_in_cells`."""
+    keys = keys_of(bank, dtype)
+    return keys_in_cells(keys, sizes) if bank.device.type == "cpu" else keys
 
 
 def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,7 +160,7 @@ def among_cells(prototypes: nn.Module, queries: Tensor, out: LeftOut | None, loo
     visitor[place] = order // looks
 
     found = []
-    parts = zip(visitor.split(places.tolist()), prototypes.keys.of(prototypes, queries.dtype), strict=True)
+    parts = zip(visitor.split(places.tolist()), kept_keys(prototypes.bank, sizes, queries.dtype), strict=True)
     for number, (visitors, keys) in enumerate(parts):
         similar = queries.index_select(0, visitors) @ keys.T  # queries[visitors] takes four times as long
         if out is not None and cells[number].any():
@@ -216,11 +204,6 @@ def among_all(parts: Sequence[Tensor], keys: Tensor, out: LeftOut | None = None)
     return torch.cat(found)
 
 
-def in_equal_parts(queries: Tensor, parts: int) -> Sequence[Tensor]:
-    """(N, C) -> `parts` tensors (N / parts, C). Without len(queries), which would fix the batch size in an export."""
-    return queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind()
-
-
 def search_parts(height: int, width: int) -> int:
     """The number of equal parts for `among_all`, for the rows of a batch of maps (height, width). A part has eight
     lines of each map if that divides the height, and fewer if lines are long. With parts of one line, a single square
@@ -228,15 +211,10 @@ def search_parts(height: int, width: int) -> int:
     return height // math.gcd(height, max(1, min(8, CHUNK // width)))
 
 
-def residuals_without_own_image(model: nn.Module, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
-    """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,). `model` is
-    a `clflow.CLFlow` here.
-
-    Each is computed without the prototypes of its own image, since a new image has none in the bank. In a series the
-    prototypes of similar images stay, so there these rows lie nearer to the bank than those of a new image."""
+def in_parts(rows: Tensor, image_indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (N, C) and their images (N,), as many at a time as are searched at once."""
     count = ROWS_AT_ONCE if rows.device.type == "cpu" else CHUNK  # a GPU holds all products with the bank at once
-    for part, own in zip(rows.split(count), image_indices.split(count), strict=True):
-        yield model.residual(part.float(), excluded=own[:, None])
+    return zip(rows.split(count), image_indices.split(count), strict=True)
 
 
 # ---------------------------------------------------------------- the choice of a bank

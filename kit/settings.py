@@ -126,11 +126,6 @@ class Options:
         facts = {fact.name for fact in fields(Settings)}
         return {option.name: option.default for option in fields(self.settings) if option.name not in facts}
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether the method has training epochs."""
-        return "epochs" in self.defaults
-
 
 OPTIONS = {
     "clflow": Options(CLFlowSettings, {"backbone": LITE0, "size": 256}),

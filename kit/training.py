@@ -31,7 +31,9 @@ class Descent:
         self.settings = losses.model.settings
         self.steps_per_epoch = steps_per_epoch
         self.processes = processes
-        self.losses = shared(losses, processes)
+        self.losses = losses
+        if processes.count > 1:  # gradients are averaged; buffers, such as the bank, are the same from the start
+            self.losses = nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False)
         self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
         lr = self.settings.lr
         self.adam = optim.Adam(self.parameters, lr, weight_decay=weight_decay, fused=True)
@@ -52,9 +54,6 @@ class Descent:
         self.cycle.step()
         return {name: value.item() for name, value in losses.items()}
 
-    def state(self) -> dict:
-        return {"adam": self.adam.state_dict(), "cycle": self.cycle.state_dict()}
-
     def resume(self, progress: dict | None) -> int:
         """Restore the state of a stopped training, if there is one. Returns the number of its last complete epoch."""
         if progress is None:
@@ -66,7 +65,7 @@ class Descent:
     def epoch(self, number: int, steps: list[dict[str, float]]) -> Epoch:
         """The record of an epoch with these steps: the means over the steps and over all processes. Each process has
         seen its part of every batch."""
-        progress = self.state() | {"epoch": number}
+        progress = {"epoch": number, "adam": self.adam.state_dict(), "cycle": self.cycle.state_dict()}
         if not steps:
             return Epoch(number, {}, progress)
         means = torch.tensor([list(step.values()) for step in steps]).mean(dim=0)
@@ -96,12 +95,6 @@ def train_epochs(
         what = f"{name} {number}/{settings.epochs}, steps"
         steps = [descent.step(batch) for batch in counted(drawn, what, descent.steps_per_epoch)]
         yield descent.epoch(number, steps)
-
-
-def shared(losses: nn.Module, processes: Processes) -> nn.Module:
-    """The losses, with gradients averaged over all processes. Buffers, such as the bank, are the same in all processes
-    from the start and need not be sent at each step."""
-    return losses if processes.count == 1 else nn.parallel.DistributedDataParallel(losses, broadcast_buffers=False)
 
 
 def seed_epoch(seed: int, number: int, rank: int = 0) -> None:

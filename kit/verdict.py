@@ -12,6 +12,7 @@ CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
 FEW = 10  # good images: with fewer, `basis` warns that the threshold is unreliable
 LEAST_SCORE = 1e-6  # lowest score before the logarithm is taken
 CLIPPED_AT = 1.5  # robust standard deviations
+CLIPPED_DEVIATION = 0.8823067585451615  # of a standard normal variable that is clipped to -CLIPPED_AT..CLIPPED_AT
 ODD = 4  # standard deviations above the median, of log scores
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
@@ -124,31 +125,6 @@ def robust_deviation(values: np.ndarray) -> np.ndarray:
 def pooled(deviation: float, images: int) -> float:
     """The deviation of this many images, pooled with the usual one."""
     return float(np.sqrt((BELIEVED * USUAL**2 + images * deviation**2) / (BELIEVED + images)))
-
-
-def clipped_deviation(reach: float) -> float:
-    """The deviation of a standard normal variable that is clipped to -reach..reach."""
-    inside = special.ndtr(reach) - special.ndtr(-reach)
-    density = np.exp(-(reach**2) / 2) / np.sqrt(2 * np.pi)
-    variance = inside - 2 * reach * density + reach**2 * (1 - inside)
-    return float(np.sqrt(variance))
-
-
-CLIPPED_DEVIATION = clipped_deviation(CLIPPED_AT)
-
-
-def drift(scores: np.ndarray, normal: np.ndarray) -> str:
-    """Whether the scores of many images have shifted: "higher" or "lower", else "".
-
-    They have if the middle halves of both (from the 25 % to the 75 % quantile) do not overlap. A folder with up to two
-    thirds of defects does not trigger this. Fewer than ten images give ""."""
-    if len(scores) < 10:
-        return ""
-    low, high = np.quantile(scores, (0.25, 0.75))
-    normal_low, normal_high = np.quantile(normal, (0.25, 0.75))
-    if low > normal_high:
-        return "higher"
-    return "lower" if high < normal_low else ""
 
 
 def odd_ones(values: np.ndarray) -> np.ndarray:

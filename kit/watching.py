@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit import data, shapes
+from kit import folders, shapes
 from kit.errors import InputError
 from kit.files import locked, plain_cell, refuse_inside
 from kit.inspection import (
@@ -136,13 +136,13 @@ class Listing:
         with os.scandir(directory) as entries:  # distinguishes folders from files without a system call for each
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    if data.is_hidden(entry.name):
+                    if folders.is_hidden(entry.name):
                         continue
                     self.times.setdefault(directory / entry.name, -1)
                 elif entry.name not in names:
                     names.add(entry.name)
                     path = directory / entry.name
-                    if data.is_image(path):
+                    if folders.is_image(path):
                         new.append(path)
 
     def next_in_turn(self) -> list[Path]:

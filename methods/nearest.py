@@ -4,8 +4,7 @@ and classifier have to beat this. With one scale for all (--no-local) it is Patc
 without its reweighting of the image score."""
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ from kit.search import CANDIDATES, prototype_count, search_parts
 from kit.settings import NearestSettings
 from kit.training import Epoch
 from kit.windows import at_once
-
-BANK = 4000  # prototypes, to find out whether new images are a series
 
 
 class Nearest(Detector):
@@ -42,11 +39,7 @@ class Nearest(Detector):
 
     @torch.no_grad()
     def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return [self.energies_of(self.features(images), without)]
-
-    def energies_of(self, x: Tensor, without: Tensor | None = None) -> Tensor:
-        """Features (B, C, h, w) -> E (B, h, w)."""
-        return scaled_distances(self.prototypes, x, self.settings.local, self.dtype, without)
+        return [scaled_distances(self.prototypes, self.features(images), self.settings.local, self.dtype, without)]
 
 
 def scaled_distances(
@@ -84,15 +77,3 @@ def train(model: Nearest, good: GoodImages, progress: dict | None = None) -> Ite
     for fold in range(FOLDS):
         scores |= validation.scores(model, fold)
     validation.set_threshold(model, scores)
-
-
-@torch.no_grad()
-def alike_among(model: Detector, files: Sequence[Path]) -> float:
-    """`alike_in_order` for images that the model has not seen, with a bank of their own features."""
-    generator = torch.Generator().manual_seed(model.settings.seed)
-    maps = map(model.features, data.batches(files, model.shape))
-    rows, _ = spread(maps, len(files), model, math.ceil(CANDIDATES / len(files)), generator)
-    images = origins(rows, range(len(files)))
-    prototypes = Prototypes(rows.shape[1]).to(rows.device)
-    prototypes.fit(rows, images, min(BANK, math.ceil(len(rows) / 10)), generator)
-    return alike_in_order(prototypes, model.dtype, files, rows, images)

@@ -1,11 +1,17 @@
 """The steps from an image to its energies, for a figure: evaluate.py --explain draws them."""
 
+import math
+
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from clflow import CLFlow, energy, tamed
+from kit import draw
 from kit.backbone import as_rows
 from kit.detector import Detector
+from kit.verdict import Thresholds, Verdict
 from methods.autoencoder import Autoencoder
 from methods.nearest import scaled_distances
 from methods.paper import STRIDES, Paper
@@ -69,3 +75,33 @@ def of_autoencoder(model: Autoencoder, images: Tensor) -> Stages:
         ("|d|, features", moved[0].norm(dim=0)),
         ("E, compared with the bank", scaled_distances(model.prototypes, moved, True, model.dtype)[0]),
     ]
+
+
+def explanation(
+    photo: Image.Image, name: str, stages: list[tuple[str, np.ndarray]], verdict: Verdict, limits: Thresholds
+) -> Image.Image:
+    """From an image, in the size in which it is judged, to its verdict: the image, each of the `stages` (title, map)
+    with its lowest and highest value, and the combined map with the verdict; three panels per row. Black is the lowest
+    value, yellow the highest; the combined map has the colours of all verdicts. Panels of wide images are stacked."""
+    columns = 1 if draw.is_wide(photo) else 3
+    panels = [(f"{name}", photo)]
+    for title, values in stages:
+        low, high = float(values.min()), float(values.max())
+        shade = draw.heat_colours(values - low, max(high - low, 1e-9) / 2)
+        panels.append((f"{title}\n{low:.2f} to {high:.2f}", Image.fromarray(shade)))
+    said = "anomalous" if verdict.anomalous else "normal"
+    line = draw.outline(verdict.found)
+    joint = np.where(line, np.uint8(255), draw.heat_colours(verdict.anomaly_map, limits.anomaly_map))
+    panels.append(
+        (f"combined map; score {verdict.score:.2f}: {said}\nthreshold {limits.score:.2f}", Image.fromarray(joint))
+    )
+    width = draw.WIDTH // columns
+    height = max(1, round((width - draw.GAP) * photo.height / photo.width)) + draw.GAP
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * (height + 42)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (title, panel) in enumerate(panels):
+        left, top = i % columns * width, i // columns * (height + 42)
+        pen.multiline_text((left + 4, top + 2), title, "black", ImageFont.load_default(14))
+        sheet.paste(panel.resize((width - draw.GAP, height - draw.GAP)), (left, top + 40))
+    return sheet

@@ -11,6 +11,7 @@ from PIL import Image
 
 import clflow
 import evaluate
+from kit.backbone import Backbone
 from kit.demo import draw_sheet
 from kit.errors import run_script
 from kit.files import LIST
@@ -84,3 +85,9 @@ def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float) ->
 def mask_of(path: Path) -> np.ndarray:
     """The true mask of a test image of a drawn category."""
     return np.asarray(Image.open(path.parents[2] / "ground_truth" / path.parent.name / path.name))
+
+
+class NoBackbone(Backbone):
+    """For detectors whose energies come from the pixels."""
+
+    stride = 1

@@ -13,7 +13,7 @@ from scipy import ndimage
 import evaluate
 import train
 from benchmarks import projection
-from kit import data
+from kit import data, folders
 from kit.good import GoodImages, split
 from kit.images import read_image
 from methods import autoencoder, load
@@ -96,7 +96,7 @@ def test_skips_are_convex_combinations_of_encoder_and_decoder():
 
 def test_projection_repairs_and_is_idempotent(projecting_run, category):
     model, moves, distances = load(projecting_run / "model.pt"), [], []
-    for i, image in enumerate(read_image(p, SHAPE) for p in data.list_images(category / "test" / "good")):
+    for i, image in enumerate(read_image(p, SHAPE) for p in folders.list_images(category / "test" / "good")):
         rng = np.random.default_rng(i)
         corrupted, mask, _ = synthesize(image, rng)
         clean, x = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (image, corrupted))
@@ -114,7 +114,7 @@ def test_dilated_layers_take_part_in_the_repair(projecting_run, category):
     """In an earlier version they died in training unnoticed, because a skip connection bypassed them: f was the same
     without them."""
     model, outputs = load(projecting_run / "model.pt"), []
-    images = [read_image(p, SHAPE) for p in data.list_images(category / "test" / "good")]
+    images = [read_image(p, SHAPE) for p in folders.list_images(category / "test" / "good")]
     corrupted = [synthesize(image, np.random.default_rng(i))[0] for i, image in enumerate(images)]
     x = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_projection_puts_the_mean_colour_back():
 def test_energy_is_the_distance_to_the_nearest_movement_of_a_normal_image(projecting_run, category):
     model = load(projecting_run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "crack"), SHAPE)
+    images = data.read_batch(folders.list_images(category / "test" / "crack"), SHAPE)
     large = torch.nn.functional.interpolate(torch.cat((model.project(images), images)), (144, 144), mode="bilinear",
                                             antialias=True).clamp(0, 1)  # fmt: skip
     after, before = model.backbone.features(large).chunk(2)
@@ -152,7 +152,7 @@ def test_the_bank_is_of_the_present_projection(projecting_run, category):
     """The bank changes with the images that it is fitted to, and with each training step. Otherwise it depends on the
     seed alone."""
     model = load(projecting_run / "model.pt")
-    files = data.list_images(category / "train" / "good")
+    files = folders.list_images(category / "train" / "good")
     images = data.read_batch(files, SHAPE)
     banks = []
     for shift in (0.0, 0.0, 0.1):
@@ -174,7 +174,7 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
-    images = data.read_batch(data.list_images(category / "test" / "good")[:3], SHAPE)
+    images = data.read_batch(folders.list_images(category / "test" / "good")[:3], SHAPE)
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(projection.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960
@@ -190,6 +190,6 @@ def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, mon
     monkeypatch.setattr(train, "odd_ones", lambda scores: np.array([1]))
     options = ["--method", "autoencoder", *LITE, "--size", 64, "--epochs", 1, "--bank", 100]
     call(train.main, "--data", category, "--out", tmp_path, *options)
-    held_out, _ = split(data.list_images(category / "train" / "good"), seed=0)
+    held_out, _ = split(folders.list_images(category / "train" / "good"), seed=0)
     assert f"1 of the good images look unlike the others: {held_out[1].name}" in capsys.readouterr().out
     assert (tmp_path / "suspects.png").exists() and (tmp_path / "model.pt").exists()

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import LITE, NEAREST, QUICK, call, refuse, take_few_steps
+from helpers import LITE, NEAREST, QUICK, NoBackbone, call, refuse, take_few_steps
 from PIL import Image
 
 import evaluate
 import train
-from kit import calibration, data, draw
+from kit import calibration, data, draw, folders
 from kit.demo import draw_button
 from kit.detector import Detector
 from kit.errors import InputError
@@ -32,7 +32,7 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
     seed = ["--seed", 1]  # with seed 0 the two runs hold out images that differ much
     call(train.main, "--data", good, "--out", tmp_path / "clean", *NEAREST, *seed)
     assert "unlike the others" not in capsys.readouterr().out and not (tmp_path / "clean/suspects.png").exists()
-    shutil.copy(data.list_images(category / "test/chip")[3], good / "chip.png")
+    shutil.copy(folders.list_images(category / "test/chip")[3], good / "chip.png")
     call(train.main, "--data", good, "--out", tmp_path / "spoilt", *NEAREST, *seed)
     assert "1 of the good images look unlike the others: chip.png" in capsys.readouterr().out
     assert Image.open(tmp_path / "spoilt/suspects.png").width == 960
@@ -40,7 +40,7 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
     assert spoilt.normal.shape == (2, 25)
     limits = clean.thresholds().score, spoilt.thresholds().score
     assert limits[1] == pytest.approx(limits[0], rel=0.15)
-    chip = data.list_images(category / "test/chip")[1]
+    chip = folders.list_images(category / "test/chip")[1]
     assert clean.inspect(chip).anomalous and spoilt.inspect(chip).anomalous
 
 
@@ -91,7 +91,7 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
 
 def test_altered_copies_of_the_training_are_warned_of(category, nearest_run, tmp_path, capsys):
     shutil.copytree(nearest_run, tmp_path / "run")
-    for path in data.list_images(category / "train/good"):  # the same pixels in another file format
+    for path in folders.list_images(category / "train/good"):  # the same pixels in another file format
         (tmp_path / "copies").mkdir(exist_ok=True)
         Image.open(path).save(tmp_path / "copies" / f"{path.stem}.bmp")
     capsys.readouterr()
@@ -103,7 +103,7 @@ def test_what_calibrates_is_judged_in_usual_brightness_like_new_images(run, cate
     """Held-out images in unusual light get the scores that the detector gives them when it judges."""
     model = load(run / "model.pt")
     model.brightness[0] *= 1.5  # so all images are unusually dark
-    held_out = data.list_images(category / "train" / "good")[:6]
+    held_out = folders.list_images(category / "train" / "good")[:6]
     images = data.read_batch(held_out, model.shape)
     assert not torch.equal(model.in_usual_brightness(images), images)
     HeldOut(model, held_out).calibrate()
@@ -221,7 +221,7 @@ class Scored(Detector):
     """The energies of an image are its grey value plus the number of images that are left out."""
 
     def __init__(self):
-        super().__init__(NearestSettings(images=30, held_out=2, size=64), None, expert_count=1)
+        super().__init__(NearestSettings(images=30, held_out=2, size=64), NoBackbone(), expert_count=1)
 
     def energies(self, images, without=None):
         return [torch.full((len(images), 8, 8), float(images.mean()) + len(without))]
@@ -234,7 +234,7 @@ class Scored(Detector):
 def test_scores_belong_to_their_images_whatever_the_processes(tmp_path, monkeypatch, processes):
     for number in range(30):
         Image.new("RGB", (64, 64), (5 * number,) * 3).save(tmp_path / f"{number}.png")
-    good = GoodImages([], data.list_images(tmp_path))  # 0, 1, 10, 11, ...: not the natural order
+    good = GoodImages([], folders.list_images(tmp_path))  # 0, 1, 10, 11, ...: not the natural order
     parts = []
     monkeypatch.setattr(Processes, "concatenated", lambda self, rows: parts.append(rows) or torch.cat(parts))
     found = {}
@@ -295,10 +295,11 @@ def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category
     model = load(run / "model.pt")
     model.LEARNS_CAMERA_COPIES = learns
     model.allowance.fill_(1)
-    held_out = data.list_images(category / "train" / "good")[:6]
+    held_out = folders.list_images(category / "train" / "good")[:6]
     scores = []
     for number, path in enumerate(held_out):
-        copy = camera_copy(read_image(path, model.shape), np.random.default_rng([0, number]))
+        rng = np.random.default_rng([0, number, 1])  # training copies have [0, number]
+        copy = camera_copy(read_image(path, model.shape), rng)
         scores.append(model(torch.from_numpy(copy).permute(2, 0, 1)[None])[1].item())
     highest, second = sorted(scores, reverse=True)[:2]
     usual = model.normal / model.thresholds().score  # scores whose threshold is 1

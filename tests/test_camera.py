@@ -8,10 +8,11 @@ from PIL import Image
 from scipy import ndimage
 
 import evaluate
-from kit.camera import MEASURES, are_unusual, differences, measures, quantization_step, told, usual, with_compression
+from kit.camera import MEASURES, are_unusual, measures, quantization_step, usual, with_compression
 from kit.demo import draw_button
 from kit.good import blurred, camera_copy, compressed
 from kit.images import load_image, to_tensor
+from kit.inspection import camera_line, differences
 
 
 @cache
@@ -96,9 +97,11 @@ def test_compression_is_read_from_the_file(tmp_path):
     assert differences(measured(pixels)[None], usual(fine)) == []  # an array: its compression is unknown
 
 
-def test_told_names_all_differences():
-    assert told(["noisier"], 1).startswith("this image is noisier than the training images")
-    assert told(["darker", "noisier", "blurrier"], 9).startswith("these 9 images are darker, noisier and blurrier than")
+def test_the_line_names_all_differences():
+    assert camera_line(["noisier"], 1).startswith("this image is noisier than the training images")
+    assert camera_line(["darker", "noisier", "blurrier"], 9).startswith(
+        "these 9 images are darker, noisier and blurrier than"
+    )
 
 
 def test_copies_are_a_little_worse_and_reproducible():

@@ -13,13 +13,13 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import data, real_defects
+from kit import data, folders
 from kit.data import read_mask
 from kit.detector import read_checkpoint
 from kit.good import Defect
 from kit.images import read_image
-from kit.real_defects import copies, list_defects
-from kit.rows import Feed, GoodRows, Rows, good_rows
+from kit.real_defects import list_defects
+from kit.rows import Feed, GoodRows, Rows, augmented, defect_mask_of, defect_rows, good_rows
 from methods import load
 
 
@@ -39,14 +39,14 @@ def pixel_box(position: int, pixels: int, positions: int) -> slice:
 
 def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, category, monkeypatch):
     """Computed position by position, from the pixels of the mask."""
-    monkeypatch.setattr(real_defects, "COPIES", 1)
-    (test,) = [t for t in data.labelled_images(category) if t.defect_type == "crack"][:1]
+    monkeypatch.setattr("kit.rows.DEFECT_COPIES", 1)
+    (test,) = [t for t in folders.labelled_images(category) if t.defect_type == "crack"][:1]
     roi = torch.zeros(192, 192, dtype=torch.bool)
     mask = read_mask(test.mask, (192, 192))
     rows, columns = np.nonzero(mask)
     roi[:, : int(np.median(columns))] = True  # cuts the crack in two
     model.set_roi(roi)
-    found = real_defects.defect_rows(model, [Defect(test.path, test.mask)], 1)
+    found = defect_rows(model, [Defect(test.path, test.mask)])
     w = model.encode(data.read_batch([test.path], model.shape))[0]
     _, height, width = w.shape
     expected = []
@@ -64,7 +64,7 @@ def test_copies_move_image_and_mask_together(category):
     mask = np.zeros((64, 96), dtype=bool)
     mask[10:14, 20:50] = mask[30:50, 60:63] = True
     image = np.repeat(np.where(mask, 0.8, 0.3)[..., None], 3, axis=-1).astype(np.float32)
-    pairs = list(copies(image, mask, 8, np.random.default_rng(0)))
+    pairs = list(augmented(image, mask, 8, np.random.default_rng(0)))
     assert np.array_equal(pairs[0][0], image) and np.array_equal(pairs[0][1], mask)
     for copied, where in pairs:
         assert copied.shape == image.shape and copied.dtype == np.float32 and where.any()
@@ -73,11 +73,11 @@ def test_copies_move_image_and_mask_together(category):
 
 
 def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
-    for test in data.labelled_images(category):
+    for test in folders.labelled_images(category):
         if not test.anomalous:
             continue
         image = read_image(test.path, model.shape)
-        found = real_defects.defect_mask_of(model, Defect(test.path, None), image)
+        found = defect_mask_of(model, Defect(test.path, None), image)
         true = np.asarray(Image.fromarray(mask_of(test.path)).resize((192, 192))) > 0
         near = np.argwhere(found)[:, None] - np.argwhere(true)[None]
         distances = np.sqrt((near**2).sum(axis=2)).min(axis=1)
@@ -86,7 +86,7 @@ def test_without_a_mask_the_defect_is_where_the_map_stands_out(model, category):
         assert found.sum() == 37 and anomaly_map[found].min() > anomaly_map[~found].max()  # a thousandth of 192 x 192
         assert np.median(distances) < 20  # pixels: two and a half positions
     model.set_roi(torch.arange(192).repeat(192, 1) < 10)  # the defect is outside
-    found = real_defects.defect_mask_of(model, Defect(test.path, None), image)
+    found = defect_mask_of(model, Defect(test.path, None), image)
     assert found.any() and not found[:, 10:].any()
 
 
@@ -157,14 +157,14 @@ def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypa
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.rmtree(mine / "ground_truth")
     (tmp_path / "bad").mkdir()
-    given, others = data.list_images(mine / "test" / "chip")[:2], data.list_images(mine / "test" / "chip")[2:]
+    given, others = folders.list_images(mine / "test" / "chip")[:2], folders.list_images(mine / "test" / "chip")[2:]
     for path in given:
         shutil.copy(path, tmp_path / "bad")
     odds = []
     for name, more in (("without", []), ("with", ["--defects", tmp_path / "bad"])):
         call(train.main, "--data", mine, "--out", tmp_path / name, *QUICK, "--size", 128, "--batch", 256, *more)
         model = load(tmp_path / name / "model.pt")
-        normal = model.energies(data.read_batch(data.list_images(mine / "test" / "good"), model.shape))[-1]
+        normal = model.energies(data.read_batch(folders.list_images(mine / "test" / "good"), model.shape))[-1]
         defective = model.energies(data.read_batch(others, model.shape))[-1]
         odds.append(float(defective.flatten(1).amax(dim=1).mean() - normal.flatten(1).amax(dim=1).mean()))
     assert odds[1] > odds[0] + 0.3, odds
@@ -194,19 +194,18 @@ def test_interrupted_training_with_defects_resumes_to_the_same_weights(category,
 
 def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatch):
     seen = {}
-    defect_rows = real_defects.defect_rows
 
     def watching_good(model, pairs):
         seen["trained_on"] = set(pairs.files)
         return good_rows(model, pairs)
 
-    def watching_defects(model, defects, count):
+    def watching_defects(model, defects):
         seen["defects"] = [(defect.path, defect.mask) for defect in defects]
-        return defect_rows(model, defects, count)
+        return defect_rows(model, defects)
 
     monkeypatch.setattr("kit.rows.good_rows", watching_good)
-    monkeypatch.setattr(real_defects, "defect_rows", watching_defects)
-    good = data.list_images(category / "train" / "good")
+    monkeypatch.setattr("kit.rows.defect_rows", watching_defects)
+    good = folders.list_images(category / "train" / "good")
     missed = [category / "test/stain/001.png", good[4]]  # the second one was among the good images
     alarm = category / "test" / "good" / "002.png"
     told = {"missed": missed, "false_alarms": [alarm], "not_good": [good[7]]}
@@ -245,7 +244,7 @@ def test_bad_defects_and_corrections(category, tmp_path, capsys):
     attempt("--defects", tmp_path / "empty", words=["--defects", "no images"])
     crack = ["--defects", category / "test" / "crack"]
     attempt(*crack, "--defect-masks", tmp_path / "empty", words=["--defect-masks", "no mask"])
-    for path in data.list_images(category / "test" / "crack"):
+    for path in folders.list_images(category / "test" / "crack"):
         Image.new("L", (256, 256)).save(tmp_path / "black" / path.name)
     attempt(*crack, "--defect-masks", tmp_path / "black", words=["--defects", "no mask marks anything"])
     attempt("--defect-masks", tmp_path / "empty", words=["--defect-masks has no effect without --defects"])

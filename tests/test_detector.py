@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import call, mask_of
+from helpers import NoBackbone, call, mask_of
 from PIL import Image
 from scipy import ndimage
 from torchvision.transforms.functional import gaussian_blur
 
 import evaluate
 import kit.detector
-from kit import data
+from kit import data, folders
 from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint
 from kit.errors import InputError
 from kit.images import read_image
@@ -85,7 +85,7 @@ class Brightness(Detector):
     """Two experts with energies that are easy to compute: the grey value of a position, and ten times its square."""
 
     def __init__(self, held_out: int):
-        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), backbone=None, expert_count=2)
+        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), NoBackbone(), expert_count=2)
 
     def energies(self, images, without=None):
         grey = images[:, 0, ::8, ::8]
@@ -145,11 +145,11 @@ def model(finished_run) -> Detector:
 
 @pytest.fixture(scope="module")
 def chip(category):
-    return data.list_images(category / "test" / "chip")[0]
+    return folders.list_images(category / "test" / "chip")[0]
 
 
 def test_score_is_a_pure_function_of_one_image(model, category):
-    files = data.list_images(category / "test" / "good")
+    files = folders.list_images(category / "test" / "good")
     images = data.read_batch(files, model.shape)
     with torch.no_grad():
         together = model(images)[1]
@@ -165,7 +165,7 @@ def test_another_precision_than_that_of_the_calibration_is_told(
     model = load(run / "model.pt")
     model.halved = torch.tensor(calibrated == "bfloat16")
     model.save(run / "model.pt")
-    image = data.list_images(tiny / "test/good")[0]
+    image = folders.list_images(tiny / "test/good")[0]
     line = f"the threshold comes from scores in {calibrated}, but this machine judges in {judged}"
     out = ["--out", tmp_path / "out"]
     ways = [["--data", tiny], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
@@ -235,7 +235,7 @@ def test_a_tensor_of_0_to_255_is_not_taken_for_one_of_0_to_1(model):
 def test_the_exposure_of_unusual_images_is_compensated(finished_run, category):
     """Images of half the brightness get the usual mean and standard deviation, and almost the score that they had."""
     model = load(finished_run / "model.pt")
-    images = data.read_batch(data.list_images(category / "test/good")[:3], model.shape)
+    images = data.read_batch(folders.list_images(category / "test/good")[:3], model.shape)
     assert torch.equal(model.in_usual_brightness(images), images)
     dark = model.in_usual_brightness(0.5 * images)
     usual_mean, usual_deviation, _ = model.brightness.tolist()

@@ -14,7 +14,7 @@ from helpers import SMALL, TINY, call, draw_synthetic, mask_of, refuse, visible
 from PIL import Image
 
 import evaluate
-from kit import data, files, inspection
+from kit import data, files, folders, inspection
 from kit.backbone import BACKBONES
 from kit.detector import read_checkpoint
 from kit.errors import InputError
@@ -46,7 +46,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
     assert all(a["threshold"] >= b["threshold"] for a, b in zip(points, points[1:], strict=False))
     assert metrics["image_auroc"] >= 0.95 and metrics["pixel_auroc"] >= 0.9 and metrics["recall"] >= 0.7
     model = load(run / "model.pt")
-    judged = judge_tests(model, data.labelled_images(category), ALONE)
+    judged = judge_tests(model, folders.labelled_images(category), ALONE)
     flagged = judged.scores > metrics["threshold"]
     hits, alarms = (flagged & judged.labels).sum(), (flagged & ~judged.labels).sum()
     assert metrics["recall"] == hits / judged.labels.sum()
@@ -58,7 +58,7 @@ def test_evaluate_finds_the_drawn_defects(run, category):
 
 def test_pictures_of_images_whose_names_collide_are_distinct(run, category, tmp_path):
     """a_b/c.png and a/b_c.png; and two files that differ only in the suffix."""
-    chip = data.list_images(category / "test" / "chip")[0]
+    chip = folders.list_images(category / "test" / "chip")[0]
     for name in ("a_b/c.png", "a/b_c.png", "a/c.png", "a/c.bmp", "good/c.png"):
         (tmp_path / "data" / "test" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.open(chip).save(tmp_path / "data" / "test" / name)
@@ -89,7 +89,7 @@ def test_figures_of_another_checkpoint_stay_apart(run):
 def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, capsys):
     images = tmp_path / "neue Bilder für heute"
     (images / "tray 2").mkdir(parents=True)
-    chip, good = (data.list_images(category / "test" / kind)[0] for kind in ("chip", "good"))
+    chip, good = (folders.list_images(category / "test" / kind)[0] for kind in ("chip", "good"))
     shutil.copy(chip, images / "chip.png")
     shutil.copy(chip, images / "tray 2" / "=chip.png")
     Image.open(chip).save(images / "chip.bmp")
@@ -124,7 +124,7 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
 
 def test_names_that_look_like_formulas_are_none_in_the_table(run, category, tmp_path):
     (tmp_path / "images").mkdir()
-    shutil.copy(data.list_images(category / "test" / "chip")[0], tmp_path / "images" / "=cmd.png")
+    shutil.copy(folders.list_images(category / "test" / "chip")[0], tmp_path / "images" / "=cmd.png")
     call(evaluate.main, run, "--images", tmp_path / "images", "--out", tmp_path / "out")
     assert list(rows_of(tmp_path / "out")) == ["'=cmd.png"]
 
@@ -326,12 +326,12 @@ def test_recalibrated_on_images_in_other_light_it_takes_them_for_normal(run, cat
     unchanged."""
     light = np.linspace(0.4, 1.2, 256)[None, :, None]
     for part in ("train/good", "test/good"):
-        for path in data.list_images(category / part)[:12]:
+        for path in folders.list_images(category / part)[:12]:
             to = tmp_path / part / path.name
             to.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.uint8((np.asarray(Image.open(path)) * light).clip(0, 255))).save(to)
     old = load(run / "model.pt")
-    before = [old.inspect(path) for path in data.list_images(tmp_path / "train/good")]
+    before = [old.inspect(path) for path in folders.list_images(tmp_path / "train/good")]
     assert sum(verdict.anomalous for verdict in before) > 6
     call(evaluate.main, run, "--images", tmp_path / "train/good", "--out", tmp_path / "out")
     assert "score clearly higher" in capsys.readouterr().out
@@ -339,7 +339,7 @@ def test_recalibrated_on_images_in_other_light_it_takes_them_for_normal(run, cat
     assert "from 12 good images" in capsys.readouterr().out
     new = load(run / "recalibrated.pt")
     assert new.thresholds() == new.thresholds(0.05) != new.thresholds(0.02)
-    again = [new.inspect(path).anomalous for path in data.list_images(tmp_path / "test/good")]
+    again = [new.inspect(path).anomalous for path in folders.list_images(tmp_path / "test/good")]
     assert sum(again) <= 2
     assert load(run / "model.pt").thresholds() == old.thresholds()
     call(evaluate.main, run / "recalibrated.pt", "--images", tmp_path / "test/good", "--out", tmp_path / "again")
@@ -365,7 +365,7 @@ def test_exported_program_gives_the_same_scores_for_any_batch(exported, run, cat
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through the whole bank
     model = load(run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "chip"), model.shape)
+    images = data.read_batch(folders.list_images(category / "test" / "chip"), model.shape)
     noise = 0.1 * torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0))
     images[2] = (images[2] + noise[0]).clamp(0, 1)
     assert model.allowance_of(images).flatten().tolist()[:3] == pytest.approx([1, 1, model.allowance.item()])
@@ -390,7 +390,7 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through the whole bank
     model = load(run / "model.pt")
     model.full_precision = True
-    images = data.read_batch(data.list_images(category / "test" / "chip"), model.shape)
+    images = data.read_batch(folders.list_images(category / "test" / "chip"), model.shape)
     for some in (images[:1], images[:3]):
         maps, scores = session.run(None, {"images": some.numpy()})
         with torch.no_grad():
@@ -489,7 +489,7 @@ def test_no_name_in_a_list_leads_out_of_the_folder(run, tiny, tmp_path):
 
 
 def test_a_table_that_was_changed_by_hand_is_not_written_over(run, category, tmp_path, capsys):
-    out, chip = tmp_path / "out", data.list_images(category / "test" / "chip")[0]
+    out, chip = tmp_path / "out", folders.list_images(category / "test" / "chip")[0]
     call(evaluate.main, run, "--images", chip, "--out", out)
     with open(out / "scores.csv", "a") as file:
         file.write("mine,1,0,,,,\n")

@@ -15,12 +15,11 @@ from kit.files import (
     GrowingTable,
     OwnFiles,
     fitting,
-    header_of,
     plain_cell,
-    rows_of,
     single_file,
+    table_of,
     write_atomically,
-    write_table,
+    write_rows,
     write_text,
 )
 
@@ -70,8 +69,8 @@ def test_a_growing_table_has_each_row_on_disk_at_once_and_drops_half_a_line(tmp_
     assert path.read_text() == 'file,score\n"a, b.png",0.5\n'  # the table is still open
     table.close()
     path.write_text(path.read_text() + "c.png,0.")  # killed within a row
-    assert rows_of(path) == [["a, b.png", "0.5"]] and header_of(path) == ["file", "score"]
-    again = GrowingTable(path, ["file", "score"], rows_of(path))
+    assert table_of(path) == [["file", "score"], ["a, b.png", "0.5"]]
+    again = GrowingTable(path, ["file", "score"], table_of(path)[1:])
     again.add(["c.png", 0.25])
     again.close()
     with open(path, newline="") as file:
@@ -80,8 +79,7 @@ def test_a_growing_table_has_each_row_on_disk_at_once_and_drops_half_a_line(tmp_
 
 def test_a_table_killed_within_its_header_has_none(tmp_path):
     (tmp_path / "scores.csv").write_text("file,sc")
-    assert header_of(tmp_path / "scores.csv") is None and rows_of(tmp_path / "scores.csv") == []
-    assert header_of(tmp_path / "none.csv") is None and rows_of(tmp_path / "none.csv") == []
+    assert table_of(tmp_path / "scores.csv") == table_of(tmp_path / "none.csv") == []
 
 
 @pytest.mark.parametrize("letter", ["a", "\u00e4", "\u4e2d"])  # one, two and three bytes in UTF-8
@@ -102,8 +100,8 @@ def test_no_cell_is_a_formula():
     assert plain_cell("a=1.png") == "a=1.png" and "\n" not in plain_cell("a\nb")
 
 
-def test_write_table(tmp_path):
-    write_table(tmp_path / "log.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+def test_write_rows(tmp_path):
+    write_rows(tmp_path / "log.csv", [["epoch", "loss"], [1, 0.5], [2, 0.25]])
     assert (tmp_path / "log.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
 
 

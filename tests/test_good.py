@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import QUICK, call
+from helpers import QUICK, NoBackbone, call
 
 import kit.good
 import train
-from kit.data import list_images
+from kit.folders import list_images
 from kit.good import GoodImages, Painter, held_out_count, split, widened
 from kit.images import read_image, to_tensor
 from kit.processes import Processes
@@ -23,7 +23,7 @@ def make_painter(category, processes: Processes = Processes(), size: int = 64) -
     good = GoodImages([], list_images(category / "train/good"), [], processes)
     shape = (size, size)
     roi, settings = torch.ones(shape, dtype=torch.bool), SimpleNamespace(seed=0)
-    model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=None)
+    model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=NoBackbone())
     return Painter(good, synthesize, model)
 
 

@@ -13,13 +13,13 @@ from scipy.spatial import distance
 import evaluate
 import train
 from bank import Prototypes, covering
-from kit import data, search
+from kit import data, folders, search
 from kit.backbone import BACKBONES
 from kit.errors import InputError
 from kit.good import split
 from kit.settings import NearestSettings
 from methods import load
-from methods.nearest import Nearest
+from methods.nearest import Nearest, scaled_distances
 
 RNG = np.random.default_rng(0)
 
@@ -238,7 +238,7 @@ def test_spacing_is_the_mean_distance_to_the_five_nearest_of_the_bank_or_the_med
 def test_a_training_image_is_judged_as_by_a_bank_without_it(nearest_run, category):
     """Only its own prototypes do not count. With them it would score far too low."""
     model = load(nearest_run / "model.pt")
-    held_out, trained_on = split(data.list_images(category / "train/good"), seed=0)
+    held_out, trained_on = split(folders.list_images(category / "train/good"), seed=0)
     assert model.normal.shape == (2, 24)
     number = 5
     x = model.features(data.read_batch([trained_on[number]], (128, 128)))
@@ -249,8 +249,9 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(nearest_run, categor
     to_others = torch.cdist(rows, bank).min(dim=1)
     expected = to_others.values / model.prototypes.spacing[~own][to_others.indices]
     model.full_precision = True  # in bfloat16, nearly equal distances may be confused
-    assert torch.allclose(model.energies_of(x, without=torch.tensor([number])).flatten(), expected, rtol=0.01)
-    assert model.energies_of(x).mean() < 0.9 * expected.mean()
+    found = scaled_distances(model.prototypes, x, True, model.dtype, torch.tensor([number]))
+    assert torch.allclose(found.flatten(), expected, rtol=0.01)
+    assert scaled_distances(model.prototypes, x, True, model.dtype).mean() < 0.9 * expected.mean()
     # Each kept prototype is nearest to itself, so the numbers belong to the right images.
     kept = model.prototypes.bank[own] + model.prototypes.centre
     assert torch.cdist(kept, rows).min(dim=1).values.max() < 0.1 * kept.norm(dim=1).mean()
@@ -262,7 +263,7 @@ def test_it_goes_through_the_same_scripts(nearest_run, category, tmp_path):
     call(evaluate.main, run)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.85 and metrics["pixel_auroc"] > 0.9
-    images = data.read_batch(data.list_images(category / "test" / "chip")[:3], (128, 128))
+    images = data.read_batch(folders.list_images(category / "test" / "chip")[:3], (128, 128))
     check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 

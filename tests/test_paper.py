@@ -18,7 +18,7 @@ import clflow
 import evaluate
 import train
 from flows import Flow2D
-from kit import data
+from kit import data, folders
 from kit.backbone import BACKBONES
 from kit.good import GoodImages, split
 from kit.settings import PaperSettings
@@ -52,12 +52,12 @@ def test_what_is_trained_are_the_three_flows_of_fastflow():
 
 @pytest.mark.parametrize("name, widths", [("efficientnet_lite0", [24, 40, 112]), ("resnet18", [64, 128, 256])])
 def test_a_backbone_gives_three_scales_and_joins_them(name, widths):
-    backbone, images = BACKBONES[name](strides=(4, 8, 16)), torch.rand(1, 3, 104, 72)
+    backbone, images = BACKBONES[name](strides=(4, 8, 16)), torch.rand(1, 3, 96, 80)
     scales = backbone.scales(images)
     assert [x.shape[1] for x in scales] == backbone.widths == widths and backbone.stride == 4
-    assert [x.shape[2:] for x in scales] == [(26, 18), (13, 9), (7, 5)]
+    assert [x.shape[2:] for x in scales] == [(24, 20), (12, 10), (6, 5)]
     joined = backbone.features(images)
-    assert joined.shape == (1, sum(widths), 26, 18) and torch.equal(joined[:, : widths[0]], scales[0])
+    assert joined.shape == (1, sum(widths), 24, 20) and torch.equal(joined[:, : widths[0]], scales[0])
 
 
 def test_the_three_scales_are_those_of_torchvision_averaged(tmp_path):
@@ -75,7 +75,7 @@ def test_the_three_scales_are_those_of_torchvision_averaged(tmp_path):
 def test_features_are_standardised_channel_by_channel_over_all_positions(category):
     model = make_model()
     model.backbone.load_imagenet()
-    files = data.list_images(category / "train" / "good")
+    files = folders.list_images(category / "train" / "good")
     model.fit(GoodImages(files[20:], files[:20]))
     scales = [x.double() for x in model.scales(data.read_batch(files[:20], (64, 64)))]
     for x, norm in zip(scales, model.norms, strict=True):
@@ -299,16 +299,16 @@ def test_paper_goes_through_the_same_scripts(paper_run, category, tmp_path):
     assert metrics["image_auroc"] > 0.9 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, paper_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
-    image = data.list_images(category / "test" / "crack")[0]
+    image = folders.list_images(category / "test" / "crack")[0]
     call(evaluate.main, paper_run, "--explain", image, "--out", tmp_path / "explained.png")
     assert Image.open(tmp_path / "explained.png").width > 500
-    images = data.read_batch(data.list_images(category / "test" / "good")[:3], (128, 128))
+    images = data.read_batch(folders.list_images(category / "test" / "good")[:3], (128, 128))
     check_export(paper_run, images, tmp_path / "model.pt2", tolerance=1e-3)
 
 
 def test_the_held_out_images_calibrate_the_paper_s_form(paper_run, category):
     model = load(paper_run / "model.pt")
-    held_out, _ = split(data.list_images(category / "train" / "good"), seed=0)
+    held_out, _ = split(folders.list_images(category / "train" / "good"), seed=0)
     scores = [model.inspect(path).score for path in held_out]
     assert model.normal[0].tolist() == pytest.approx(scores, abs=0.02) and len(model.levels) == 3
 

@@ -6,7 +6,7 @@ from torch import fx, nn
 
 import evaluate
 import train
-from kit import data, quantized
+from kit import data, folders, quantized
 from kit.backbone import BACKBONES
 from methods import load
 
@@ -104,7 +104,7 @@ def test_features_in_int8_are_close_to_float32_and_depend_on_the_image_alone(wei
 
 
 def test_a_checkpoint_gives_the_same_scores_and_other_machines_nearly_the_same(rounded_run, category, monkeypatch):
-    files = data.list_images(category / "test" / "good")
+    files = folders.list_images(category / "test" / "good")
     model = load(rounded_run / "model.pt")
     assert model.has_int8 and not model.precision_warning()
     scores = evaluate.scores_and_peaks(model, files)
@@ -125,7 +125,7 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
     assert float(said.split("thresholds: ")[1].split()[0]) == pytest.approx(limits.score, rel=0.05)
     program = torch.export.load(file).module()
     model = load(rounded_run / "model.pt")
-    images = data.read_batch(data.list_images(category / "test" / "good")[:2], model.shape)
+    images = data.read_batch(folders.list_images(category / "test" / "good")[:2], model.shape)
     scores = model(images)[1]
     model.for_export()
     assert not model.has_int8

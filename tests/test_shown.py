@@ -6,7 +6,7 @@ from helpers import ROOT, call, draw_synthetic, refuse
 from PIL import Image
 
 import evaluate
-from kit import data
+from kit import data, folders
 from methods import load
 from methods.stages import stages_of
 
@@ -25,7 +25,7 @@ def test_a_sheet_of_synthetic_defects(category, tmp_path, capsys):
 
 
 def test_explanation_of_an_image(run, category, tmp_path, capsys):
-    chip = data.list_images(category / "test" / "chip")[3]
+    chip = folders.list_images(category / "test" / "chip")[3]
     call(evaluate.main, run, "--explain", chip, "--out", tmp_path / "why.png")
     assert Image.open(tmp_path / "why.png").width > 900
     model = load(run / "model.pt")

@@ -18,7 +18,7 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import calibration, data, search
+from kit import calibration, data, folders, search
 from kit.demo import COUNTS, draw_demo
 from kit.detector import read_checkpoint
 from kit.files import LIST, STATE, UNFINISHED, OwnFiles, locked
@@ -66,7 +66,7 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
     assert len(seen["held_out"]) == 6 and not seen["trained"] & seen["held_out"]
     assert seen["painted"] == seen["trained"]
-    assert seen["trained"] | seen["held_out"] == set(data.list_images(category / "train/good"))
+    assert seen["trained"] | seen["held_out"] == set(folders.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
     assert sorted(model.normal[0, :6].tolist()) == pytest.approx(sorted(scores), abs=0.02)
@@ -122,7 +122,7 @@ def test_folders_of_other_kinds(tiny, tmp_path, layout, capsys):
         parts |= {tiny / "test/good": folder / "test/ok", tiny / "test/chip": folder / "test/ko"}
     for source, target in parts.items():
         target.mkdir(parents=True)
-        for path in data.list_images(source):
+        for path in folders.list_images(source):
             image = Image.open(path)
             if layout == "deep":
                 Image.fromarray(np.asarray(image.convert("L"), dtype=np.uint16) * 257).save(target / path.name)
@@ -155,7 +155,7 @@ def test_folder_of_categories_and_seeds(category, tiny, tmp_path):
     for name in ("nut", "bolt"):
         shutil.copytree(tiny, tmp_path / "all" / name)
         # An epoch's checkpoint has a threshold from the held-out images alone, so there must be more of these.
-        for path in data.list_images(category / "train/good")[12:20]:
+        for path in folders.list_images(category / "train/good")[12:20]:
             shutil.copy(path, tmp_path / "all" / name / "train/good")
     shutil.rmtree(tmp_path / "all" / "bolt" / "ground_truth")
     out = tmp_path / "out"
@@ -237,7 +237,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
 
     refuse(train.main, capsys, *arguments("parts"), words=["unfinished training", "--resume"])
     refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["was started with lr ="])
-    spare = data.list_images(mine / "train" / "good")[3]
+    spare = folders.list_images(mine / "train" / "good")[3]
     spare.rename(spare.with_name("renamed.png"))  # the same number of images, but not the same ones
     refuse(train.main, capsys, *arguments("parts", "--resume"), words=["missing: train/good/003.png;", "--out"])
     spare.with_name("renamed.png").rename(spare)
@@ -418,7 +418,7 @@ def test_bad_training_input(category, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare" / "train" / "good").mkdir(parents=True)
     (tmp_path / "one").mkdir()
-    shutil.copy(data.list_images(category / "train" / "good")[0], tmp_path / "one")
+    shutil.copy(folders.list_images(category / "train" / "good")[0], tmp_path / "one")
     shutil.copytree(category / "train", tmp_path / "broken" / "train")
     (tmp_path / "broken" / "train" / "good" / "zz.png").write_bytes(b"\x89PNG broken")
     (tmp_path / "weights.pth").write_bytes(b"not weights")
@@ -454,12 +454,7 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
         attempt("--contrast", form, words=["--contrast has no effect with --method clflow"])
     attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
     attempt("--no-local", "--bank", 99, words=["--bank", "no effect", "--no-local"])
-
-
-def test_a_method_by_its_former_name_is_told_the_new_one(category, tmp_path, capsys):
-    command = ["--data", category, "--out", tmp_path / "out", "--method"]
-    refuse(train.main, capsys, *command, "patchcore", words=["--method", "patchcore", "is called nearest now"])
-    refuse(train.main, capsys, *command, "neares", words=["--method", "neares", "clflow, paper, nearest, autoencoder"])
+    attempt("--method", "neares", words=["--method", "neares", "clflow", "paper", "nearest", "autoencoder"])
 
 
 def test_weights_are_refused_where_every_run_has_its_own(run, category, tmp_path, capsys):
@@ -525,7 +520,7 @@ def test_what_no_run_wrote_is_not_removed(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(mine, out / "pictures")
     call(train.main, "--data", mine, "--out", out, *QUICKEST)
-    assert len(data.list_images(mine)) == len(data.list_images(out / "pictures")) == 12
+    assert len(folders.list_images(mine)) == len(folders.list_images(out / "pictures")) == 12
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.pt").write_text("mine")
     words = ["model.pt", "give another --out"]
@@ -534,7 +529,7 @@ def test_what_no_run_wrote_is_not_removed(tiny, tmp_path, capsys):
 
 
 def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, capsys):
-    one = data.list_images(category / "train" / "good")[0]
+    one = folders.list_images(category / "train" / "good")[0]
     (tmp_path / "copies").mkdir()
     for number in range(12):
         shutil.copy(one, tmp_path / "copies" / f"{number}.png")
@@ -557,7 +552,7 @@ def test_training_does_not_even_list_the_test_folder(tiny, tmp_path, monkeypatch
     def refused(category):
         raise AssertionError("training looks for test images")
 
-    monkeypatch.setattr(data, "test_folders", refused)
+    monkeypatch.setattr(folders, "test_folders", refused)
     call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK)
     assert "to measure it" in capsys.readouterr().out
 

@@ -3,8 +3,9 @@ import pytest
 from scipy import stats
 
 from kit.errors import InputError
+from kit.inspection import drift
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, decide, drift, odd_ones, threshold, thresholds
+from kit.verdict import Thresholds, decide, odd_ones, threshold, thresholds
 
 
 def test_threshold_of_many_images_is_an_order_statistic():

@@ -14,7 +14,7 @@ from forked import CAN_FORK, start, wait_for
 from helpers import call, refuse
 
 import evaluate
-from kit import data, inspection, measuring, watching
+from kit import folders, inspection, measuring, watching
 from kit.detector import read_checkpoint
 from kit.images import load_image
 from methods import load
@@ -47,7 +47,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, mon
         monkeypatch.setattr(watching, "LOOK_EVERY", 0.3)
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
-    chips, goods = (data.list_images(category / "test" / kind) for kind in ("chip", "good"))
+    chips, goods = (folders.list_images(category / "test" / kind) for kind in ("chip", "good"))
     shutil.copy(chips[0], inbox / "a.png")
     command = ["evaluate.py", run, "--images", inbox, "--out", out, "--watch", "--device", "cpu"]
     watcher = start(*command)
@@ -83,7 +83,7 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, mon
 
 
 def test_an_image_may_vanish_while_it_is_judged(run, category, tmp_path, monkeypatch):
-    path = Path(shutil.copy(data.list_images(category / "test" / "chip")[0], tmp_path / "a.png"))
+    path = Path(shutil.copy(folders.list_images(category / "test" / "chip")[0], tmp_path / "a.png"))
 
     def loaded_and_gone(path):
         image = load_image(path)
@@ -96,7 +96,7 @@ def test_an_image_may_vanish_while_it_is_judged(run, category, tmp_path, monkeyp
 
 
 def test_watching_needs_a_folder(run, category, capsys):
-    chip = data.list_images(category / "test" / "chip")[0]
+    chip = folders.list_images(category / "test" / "chip")[0]
     refuse(evaluate.main, capsys, run, "--images", chip, "--watch", words=["--watch", "folder"])
     refuse(evaluate.main, capsys, run, "--watch", words=["--watch", "--images"])
 
@@ -176,7 +176,7 @@ def test_both_signals_end_it_in_order_also_in_the_background(run, category, tmp_
     """Started with SIGINT ignored, as nohup and & do."""
     inbox = tmp_path / "inbox"
     inbox.mkdir()
-    shutil.copy(data.list_images(category / "test" / "chip")[0], inbox)
+    shutil.copy(folders.list_images(category / "test" / "chip")[0], inbox)
     outs = {number: tmp_path / f"{number}" for number in (signal.SIGTERM, signal.SIGINT)}
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

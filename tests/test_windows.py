@@ -12,7 +12,8 @@ import kit.windows
 import synth
 import train
 from kit.backbone import BACKBONES, as_rows
-from kit.data import list_images, read_batch
+from kit.data import read_batch
+from kit.folders import list_images
 from kit.rows import origins
 from kit.settings import CLFlowSettings
 from kit.windows import at_once, cuts, in_windows, overlapping_parts

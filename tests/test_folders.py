@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kit.data import (
+from kit.data import prefetched
+from kit.errors import InputError
+from kit.folders import (
     category_folders,
     category_name,
     good_folder,
     has_tests,
     labelled_images,
     list_images,
-    prefetched,
     usable,
 )
-from kit.errors import InputError
 
 
 def touch(folder, *names: str) -> None:

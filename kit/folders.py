@@ -1,0 +1,131 @@
+"""Folders of images: which files are images, and the usual layouts of good images, test images and masks."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.errors import InputError
+from kit.images import SUFFIXES, read_image
+
+GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image with its label; `mask` is None for good images, and for defective ones without a mask."""
+
+    path: Path
+    anomalous: bool
+    mask: Path | None
+
+    @property
+    def defect_type(self) -> str:
+        """The type of its defect, or "good": its folder's name."""
+        return self.path.parent.name
+
+
+def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
+    """Image files in `folder`, sorted by path; none if there is no such folder. Hidden files and hidden subfolders are
+    left out."""
+    paths = folder.rglob("*") if subfolders else folder.glob("*")
+    seen = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts[:-1]))]
+    return sorted(path for path in seen if is_image(path) and path.is_file())
+
+
+def is_image(path: Path) -> bool:
+    """Whether the file has the suffix of an image and is not hidden."""
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the name of a file or folder begins with a dot: macOS adds ._x.png to x.png, and file managers keep
+    thumbnails in .thumbnails."""
+    return name.startswith(".")
+
+
+def category_name(category: Path) -> str:
+    """The name of a category's folder. For a link it is the link's own name, since two links may point to folders of
+    the same name."""
+    return Path(os.path.abspath(category)).name
+
+
+def good_folder(data: Path, flag: str = "--data") -> Path:
+    """The folder with the good images: `train/good` (MVTec AD), `train/ok` (BTAD), or `data` itself; never `test/`.
+    Raises InputError, naming the `flag`, if there are none."""
+    if not data.is_dir():
+        raise InputError(f"{flag} {data}: no such folder")
+    for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
+        if list_images(folder):
+            return folder
+    raise InputError(f"{flag} {data}: no images in it or in its train/good; add good images ({' '.join(SUFFIXES)})")
+
+
+def category_folders(data: Path) -> list[Path]:
+    """The categories in the folder `data`, each with train/good or train/ok; if there are none, `data` itself."""
+    found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES and not is_hidden(p.parents[1].name)}
+    return sorted(found) or [data]
+
+
+def print_skipped(complaints: list[str], images: int) -> None:
+    """A line for each image that was skipped, and one with their number."""
+    for complaint in complaints:
+        print(f"skipped: {complaint}")
+    if complaints:
+        print(f"skipped {len(complaints)} of {images} images in total")
+
+
+def usable(files: list[Path], skip_bad: bool) -> list[Path]:
+    """`files`; with `skip_bad`, which reads them all, without those that cannot be read. A line is printed for each of
+    these."""
+    if not skip_bad:
+        return files
+    good, complaints = [], []
+    for path in files:
+        try:
+            read_image(path)
+            good.append(path)
+        except InputError as error:
+            complaints.append(str(error))
+    print_skipped(complaints, len(files))
+    return good
+
+
+def by_stem(files: list[Path]) -> dict[str, Path]:
+    """Files by stem, without `_mask` at its end. Raises InputError if two have the same stem."""
+    found: dict[str, Path] = {}
+    for path in files:
+        twin = found.setdefault(path.stem.removesuffix("_mask"), path)
+        if twin != path:
+            raise InputError(
+                f"{path}: has the same name as {twin.name} apart from the ending, but masks and images are matched by "
+                "name; rename one of them"
+            )
+    return found
+
+
+def labelled_images(data: Path) -> list[LabelledImage]:
+    """The labelled images of `test/<good|ok|defect>`, in MVTec AD or BTAD layout; masks in `ground_truth/<defect>` are
+    matched by stem, with or without `_mask`. Raises InputError if there are no images."""
+    found = []
+    for folder in test_folders(data):
+        files = list_images(folder)
+        anomalous = folder.name not in GOOD_NAMES
+        masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
+        if masks:
+            by_stem(files)  # no two images may claim one mask
+        found += [LabelledImage(path, anomalous, masks.get(path.stem)) for path in files]
+    if not found:
+        raise InputError(
+            f"--data {data}: no images in test/good or test/<defect>; to judge unlabelled images, give --images"
+        )
+    return found
+
+
+def has_tests(data: Path) -> bool:
+    """Whether there are labelled images to measure a detector on."""
+    return any(list_images(folder) for folder in test_folders(data))
+
+
+def test_folders(data: Path) -> list[Path]:
+    """The folders test/<kind> of a category, sorted by path, without hidden ones."""
+    return sorted(path for path in data.glob("test/*") if path.is_dir() and not is_hidden(path.name))
