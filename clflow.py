@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # what only training needs is imported in `train` and `epochs
 
 HIDDEN = 1024  # units of the classifier
 PAINTED = 600  # synthetic defects in total, for any number of good images
-TOGETHER = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
+DEFECTS_PER_IMAGE = 2  # of these per image: one pass through the backbone, the slowest step, then serves two
 STEPS_PER_EPOCH = 100
 WEIGHT_DECAY = 1e-5
 NOISE = 2.0  # standard deviation of the noise on whitened rows
@@ -69,11 +69,6 @@ def tamed(e: Tensor) -> Tensor:
     return torch.where(e <= 1, e, 1 + e.clamp(min=1).log())
 
 
-def classifier(components: int) -> nn.Sequential:
-    """Rows (N, K) -> (N, 1), the log-odds of being anomalous."""
-    return nn.Sequential(nn.Linear(components, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1))
-
-
 class CLFlow(Detector):
     """The detector: three experts on the rows of a frozen backbone's features.
 
@@ -88,8 +83,7 @@ class CLFlow(Detector):
         shares = [1 / 2, 1 / 2] if settings.local else [1.0]  # of the flow, and of the distance
         if settings.has_classifier:
             shares = [share / 2 for share in shares] + [1 / 2]
-        super().__init__(settings, backbone, expert_count=len(shares))
-        self.shares = shares
+        super().__init__(settings, backbone, shares)
         channels = backbone.channels
         components = channels // 2  # the strongest half of the directions: the others are noise
         self.prototypes = Prototypes(channels)
@@ -98,41 +92,40 @@ class CLFlow(Detector):
         self.to(memory_format=torch.channels_last)
 
     def renew_experts(self) -> None:
-        """Replace the flow by a new one, and the classifier too if a loss trains it."""
+        """Replace the flow by a new one, and the classifier too if a loss trains it: rows (N, K) -> log-odds (N, 1)."""
         components = self.whitening.out_features
         flow = Flow2D(components, self.settings.steps, kernel_sizes=(1,), hidden_ratio=2.0)
         self.flow = flow.to(self.device, memory_format=torch.channels_last)
         self.classifier = None
         if self.settings.has_classifier:
-            self.classifier = classifier(components).to(self.device)
+            layers = nn.Linear(components, HIDDEN), nn.ReLU(inplace=True), nn.Linear(HIDDEN, 1)
+            self.classifier = nn.Sequential(*layers).to(self.device)
 
     @torch.no_grad()
     def residual(self, rows: Tensor, parts: int = 1, excluded: Tensor | None = None) -> Tensor:
-        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.residual`. So a density of r
-        compares each feature with its neighbourhood. With --no-local, rows y unchanged."""
+        """r (N, C), rows y relative to their nearest prototype: see `Prototypes.residual`. With --no-local, rows y
+        unchanged."""
         if not self.settings.local:
             return rows
         return self.prototypes.residual(rows, parts, self.dtype, excluded)
 
     def training_residuals(self, rows: Tensor, image_indices: Tensor) -> Iterator[Tensor]:
-        """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,).
-
-        Each is computed without the prototypes of its own image, since a new image has none in the bank. In a series
-        the prototypes of similar images stay, so there these rows lie nearer to the bank than those of a new image."""
+        """Residuals r (n, C), some at a time, of rows y (N, C) from the training images with these indices (N,). The
+        prototypes of its own image do not count for a row, since a new image has none in the bank."""
         for part, own in in_parts(rows, image_indices):
             yield self.residual(part.float(), excluded=own[:, None])
 
     @torch.no_grad()
-    def encode(self, images: Tensor, without: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, excluded: Tensor | None = None) -> Tensor:
         """The part that training never changes: images -> codes (B, K + 1, h, w)."""
-        return self.code_map(self.features(images), without)
+        return self.code_map(self.features(images), excluded)
 
-    def code_map(self, x: Tensor, without: Tensor | None = None) -> Tensor:
+    def code_map(self, x: Tensor, excluded: Tensor | None = None) -> Tensor:
         """Features (B, C, h, w) -> codes (B, K + 1, h, w). The prototypes of the training images with the indices
-        `without` (n,) do not count."""
+        `excluded` (n,) do not count."""
         rows = as_rows(x)
-        excluded = None if without is None else without.expand(len(rows), -1)
-        code = self.code_of(self.residual(rows, search_parts(*x.shape[2:]), excluded))
+        of_rows = None if excluded is None else excluded.expand(len(rows), -1)
+        code = self.code_of(self.residual(rows, search_parts(*x.shape[2:]), of_rows))
         return code.view(-1, *x.shape[2:], code.shape[1]).permute(0, 3, 1, 2)
 
     def code_of(self, r: Tensor) -> Tensor:
@@ -140,7 +133,7 @@ class CLFlow(Detector):
         return torch.cat((self.whitening(r), r.norm(dim=1, keepdim=True)), dim=1)
 
     def latents(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents z and log-determinants of whitened rows (N, K), or of maps of them (B, K, h, w): (N,), (B, h, w)."""
+        """Whitened rows (N, K) -> latents z (N, K) and log-determinants (N,); maps of them likewise."""
         with self.autocast():
             return self.flow(w)
 
@@ -149,8 +142,8 @@ class CLFlow(Detector):
         with self.autocast():
             return self.classifier(w)[:, 0].float()
 
-    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return self.expert_energies(self.encode(images, without))
+    def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
+        return self.expert_energies(self.encode(images, excluded))
 
     @torch.no_grad()
     def expert_energies(self, code: Tensor) -> list[Tensor]:
@@ -188,20 +181,20 @@ def classification_loss(normal: Tensor, anomalous: Tensor, smoothing: float) -> 
     return wrong + missed
 
 
-def info_nce(anchors: Tensor, others: Tensor, temperature: float, times: float = 1.0) -> Tensor:
-    """InfoNCE (arXiv 1807.03748), the cross-entropy of picking the anchor from itself and the others:
+def info_nce(positive: Tensor, negatives: Tensor, temperature: float, times: float = 1.0) -> Tensor:
+    """InfoNCE (arXiv 1807.03748), the cross-entropy of picking the positive from itself and the negatives:
 
-        mean over anchors of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
+        mean of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
-    f (A,) belong to the anchors, f_k to the others: (A, n), or (n,) for all anchors. Each of the others counts `times`
-    times. The gradient of f_k is proportional to e^(f_k / T), so those that look most like an anchor count most."""
-    rest = (others / temperature).logsumexp(dim=-1) + math.log(times)
-    return F.softplus(rest - anchors / temperature).mean()
+    f (A,) are the values of positives, f_k those of negatives: (A, n), or (n,) for all positives. Each negative counts
+    `times` times. The gradient of f_k is proportional to e^(f_k / T), so the highest negatives count most."""
+    rest = (negatives / temperature).logsumexp(dim=-1) + math.log(times)
+    return F.softplus(rest - positive / temperature).mean()
 
 
 def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: int) -> Tensor:
-    """L_con on the classifier's log-odds: each anomalous row (A,) should stand out from all normal rows of the batch.
-    Of these `batch` rows this process may have only a part (N,)."""
+    """L_con on the classifier's log-odds: each anomalous row (A,) is a positive, all normal rows of the batch are its
+    negatives. Of these `batch` rows this process may have only a part (N,)."""
     return info_nce(anomalous, normal, temperature, times=batch / len(normal))
 
 
@@ -250,15 +243,14 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     epochs is fixed, and the last one counts.
 
     With the `progress` of an earlier call's epoch, and its model, training continues from there."""
-    from kit.calibration import FOLDS, calibrate_by_cross_validation, plan_cross_validation
+    from kit.calibration import calibrate_by_cross_validation, plan_cross_validation
     from kit.good import Painter, with_camera_copies
-    from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, real_rows, retrain
+    from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, real_rows
     from synth import synthesize
 
-    painter = Painter(good, with_camera_copies(partial(synthesize, defects=TOGETHER)), model)
+    painter = Painter(good, with_camera_copies(partial(synthesize, defects=DEFECTS_PER_IMAGE)), model)
 
-    # Features of the good images, and of camera copies of them: each position is a row. Bank and whitening are fitted
-    # once, on some of the rows.
+    # Rows: the features of good images and of their camera copies. Bank and whitening are fitted once, on some of them.
     normal = good_rows(model, painter)
     rows, image_indices = candidates(model, normal, good)
     if progress is None:
@@ -269,7 +261,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     painted = None
     if model.settings.has_classifier:  # only the classifier learns from them
         print(f"painting {PAINTED} synthetic defects", flush=True)
-        painted = painted_rows(model, painter, PAINTED // TOGETHER)
+        painted = painted_rows(model, painter, PAINTED // DEFECTS_PER_IMAGE)
     del painter, rows, image_indices  # frees up to 0.7 GB
     feed = Feed(model, normal, painted)
     del normal, painted  # frees up to a gigabyte; the feed keeps what it needs
@@ -277,10 +269,8 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
 
     # Rows of real defects, if any are given.
     if good.defects:
-        # A generator: it starts inside `retrain`, with the new experts.
-        training = epochs(model, feed, good.processes, name="preliminary training, epoch")
-        preliminary_training = partial(retrain, held_out, training, FOLDS)
-        feed = feed.with_real_defects(real_rows(model, good.defects, preliminary_training))
+        preliminary_training = epochs(model, feed, good.processes, name="preliminary training, epoch")
+        feed = feed.with_real_defects(real_rows(held_out, good.defects, preliminary_training))
 
     # For each step: the losses of a batch, and one gradient step. After each epoch: the calibration on held-out images.
     for epoch in epochs(model, feed, good.processes, progress):
@@ -294,8 +284,7 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
 def epochs(
     model: CLFlow, feed: "Feed", processes: "Processes", progress: dict | None = None, name: str = "epoch"
 ) -> "Iterator[Epoch]":
-    """Train flow and classifier; yields before the first step and after each epoch. `name` names an epoch on the
-    progress line."""
+    """Train flow and classifier. Yields before the first step and after each epoch; `name` is for the progress line."""
     from kit.training import Descent, train_epochs
 
     batch = math.ceil(model.settings.batch / processes.count)  # this process's part

@@ -441,7 +441,7 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     normal = GoodRows(torch.cat((rows, copies)), images, len(rows), inside)
     feed = Feed(model, normal, Rows(rows[:4], torch.arange(4)))
     for number in range(5):
-        expected = model.code_map(x[number : number + 1], without=torch.tensor([number]))
+        expected = model.code_map(x[number : number + 1], excluded=torch.tensor([number]))
         code = feed.stored_code_map(number)
         assert torch.allclose(code[..., 2:], expected[..., 2:], atol=0.01) and not code[..., :2].any()
     some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48

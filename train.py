@@ -42,14 +42,14 @@ from kit.files import (
     write_rows,
     write_text,
 )
-from kit.good import Defect, GoodImages, held_out_count, round_backbone, split
+from kit.good import Defect, GoodImages, held_out_count, quantize_backbone, split
 from kit.images import load_image
 from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
-from kit.verdict import odd_ones
+from kit.verdict import outliers
 from kit.windows import keep_freed_memory
 from methods import METHODS, load
 
@@ -112,7 +112,7 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if progress is None:
         learn_usual(model, run.files)
-        round_backbone(model, good.trained_on)
+        quantize_backbone(model, good.trained_on)
     log = progress["log"] if progress else []
     started = time.perf_counter()
     for epoch in method.train(model, good, progress):
@@ -197,14 +197,14 @@ def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
     """Print a line and draw suspects.png if there are outliers among the images that calibrated the model: they may be
     defective. `folder` is the final folder of the picture, which the line names."""
     scores = model.normal[0].cpu().numpy()
-    suspects = odd_ones(scores)
+    suspects = outliers(scores)
     if not len(suspects) or not model.calibrated_on:
         return
     limits = model.thresholds()
     names, pictures = [], []
     for index in suspects[:SHOWN]:
-        path, without = model.calibrated_on[index]
-        energies = model.energies_in_windows(data.read_batch([path], model.shape), without)
+        path, excluded = model.calibrated_on[index]
+        energies = model.energies_in_windows(data.read_batch([path], model.shape), excluded)
         anomaly_map = model.maps(energies)[0].cpu().numpy()
         photo = draw.photo_of(load_image(path), model.roi)
         verdict = model.verdict(float(scores[index]), anomaly_map, (photo.height, photo.width), limits)

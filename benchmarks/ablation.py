@@ -34,7 +34,7 @@ from kit.good import (  # noqa: E402
     GoodImages,
     Painter,
     held_out_count,
-    round_backbone,
+    quantize_backbone,
     split,
     with_camera_copies,  # noqa: E402
 )
@@ -71,10 +71,10 @@ def extract(category: Path, settings: CLFlowSettings, weights: str | None, devic
     files = folders.list_images(folders.good_folder(category))
     tests = folders.labelled_images(category)
     started = time.perf_counter()
-    round_backbone(model, files)
-    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    quantize_backbone(model, files)
+    paint = with_camera_copies(partial(synthesize, defects=clflow.DEFECTS_PER_IMAGE))
     painter = Painter(GoodImages([], files), paint, model)
-    painted = painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER)
+    painted = painted_rows(model, painter, clflow.PAINTED // clflow.DEFECTS_PER_IMAGE)
 
     def features(files: list[Path]) -> Tensor:
         return torch.cat([model.features(batch).half() for batch in data.batches(files, model.shape)])

@@ -106,11 +106,11 @@ def prepared(category: Path, tests: list[folders.LabelledImage], args: argparse.
     model.backbone.load_imagenet(args.weights)
     model.to(args.device)
     good = GoodImages(*split(files, settings.seed))
-    paint = with_camera_copies(partial(synthesize, defects=clflow.TOGETHER))
+    paint = with_camera_copies(partial(synthesize, defects=clflow.DEFECTS_PER_IMAGE))
     painter = Painter(good, paint, model)
     normal = good_rows(model, painter)
     model.fit(*candidates(model, normal, good), int(normal.inside.sum()))
-    feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.TOGETHER))
+    feed = Feed(model, normal, painted_rows(model, painter, clflow.PAINTED // clflow.DEFECTS_PER_IMAGE))
 
     def maps(paths: list[Path]) -> list[Tensor]:
         return [model.encode(images).half() for images in data.batches(paths, model.shape)]

@@ -35,12 +35,12 @@ RESNETS = torchvision.models.list_models(include=["resnet*", "wide_resnet*", "re
 class Backbone(nn.Module):
     """A frozen network. It provides `features`, their number of `channels`, the distance of two positions in pixels
     (`stride`), and `load_imagenet`. If it also gives `reach`, the number of pixels around a position that matter to it,
-    large images are processed in windows. If it `can_round`, it can compute in int8: see `Convolutional`."""
+    large images are processed in windows. If it `can_quantize`, it can compute in int8: see `Convolutional`."""
 
     channels: int
     stride: int
     reach: int | None = None  # None: the whole image
-    can_round = False  # whether it can compute in int8
+    can_quantize = False  # whether it can compute in int8
     has_int8 = False  # whether it does
 
     def features(self, images: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Convolutional(Backbone):
         """Whether features are computed from numbers of 8 bits."""
         return len(self.rounding) > 0
 
-    def measure_rounding(self, batches: Iterable[Tensor]) -> None:
+    def quantize(self, batches: Iterable[Tensor]) -> None:
         """Compute in int8 from now on, with scales and biases for these images, (B, 3, H, W) in each batch."""
         inputs = [self.normalised(batch.contiguous(memory_format=torch.channels_last)) for batch in batches]
         self.rounding = quantized.scales_of(self.net, inputs)
@@ -194,7 +194,7 @@ class ResNet(Convolutional):
     """One of torchvision's ResNets, by name; by default its layers 2 and 3."""
 
     TAPS = {4: "layer1", 8: "layer2", 16: "layer3"}
-    can_round = True
+    can_quantize = True
 
     def __init__(self, name: str, strides: tuple[int, ...] = (8, 16)):
         super().__init__(name, partial(torchvision.models.get_model, name), strides)

@@ -73,8 +73,8 @@ class CrossValidation:
                     f"torchrun started {count} processes, too many for {len(self.fold)} training images; start fewer"
                 )
 
-    def left_out(self, index: int) -> Tensor:
-        """The indices of the images whose prototypes do not count when this image is judged."""
+    def excluded(self, index: int) -> Tensor:
+        """The indices (n,) of the images whose prototypes do not count when this image is judged."""
         if self.is_series:
             return torch.nonzero(self.fifth == self.fifth[index])[:, 0]
         return torch.tensor([index])
@@ -100,13 +100,13 @@ class CrossValidation:
         if code is not None:
             return model.expert_energies(code)
         images = data.read_batch([self.good.trained_on[index]], model.shape)
-        return model.energies_in_windows(images, self.left_out(index))
+        return model.energies_in_windows(images, self.excluded(index))
 
     def set_threshold(self, model: Detector, scores: dict[int, Tensor]) -> None:
         """Set the threshold from these scores, by index, and those of the held-out images. In a series the held-out
         images have near copies among the others and do not count; then a line is printed."""
         columns = torch.stack([scores[index] for index in self.indices], dim=1)
-        judged = [(self.good.trained_on[index], self.left_out(index)) for index in self.indices]
+        judged = [(self.good.trained_on[index], self.excluded(index)) for index in self.indices]
         different = min(self.different, columns.shape[1])
         if not self.is_series:
             columns = torch.cat((model.normal, columns), dim=1)

@@ -106,7 +106,7 @@ class Detector(nn.Module):
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
     MOST_PIXELS: int | None = None  # of an image; None: large images are processed in windows
 
-    def __init__(self, settings: Settings, backbone: Backbone, expert_count: int):
+    def __init__(self, settings: Settings, backbone: Backbone, shares: list[float]):
         super().__init__()
         self.settings = settings
         self.shape = as_shape(settings.size)
@@ -115,9 +115,9 @@ class Detector(nn.Module):
         self.pixels = math.prod(self.shape)  # of the region of interest
         self.is_precision_told = False  # whether `precision_warning` was shown
         self.full_precision = False  # for export: float32, even where bfloat16 is faster
-        self.shares = [1 / expert_count] * expert_count  # of each expert in the map
-        self.register_buffer("levels", torch.zeros(expert_count))
-        self.register_buffer("units", torch.ones(expert_count))
+        self.shares = shares  # of each expert in the map
+        self.register_buffer("levels", torch.zeros(len(shares)))
+        self.register_buffer("units", torch.ones(len(shares)))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("allowance", torch.tensor(1.0))
@@ -126,17 +126,17 @@ class Detector(nn.Module):
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, images left out; of this training only
 
-    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
         """The energies (B, h, w) of each of S experts, for images (B, 3, ...) of any shape; high is anomalous. This
-        defines a method. Whatever a method stores of the training images with the indices `without` (n,) must not
+        defines a method. Whatever a method stores of the training images with the indices `excluded` (n,) must not
         count."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def energies_in_windows(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+    def energies_in_windows(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
         """`energies` of images in usual brightness; for large images in overlapping windows, so that memory does not
         grow with the image."""
-        return self.in_windows(lambda part: self.energies(part, without), self.in_usual_brightness(images))
+        return self.in_windows(lambda part: self.energies(part, excluded), self.in_usual_brightness(images))
 
     def in_windows(self, function: Callable[[Tensor], list[Tensor]], images: Tensor) -> list[Tensor]:
         """`function` of images, in windows; it must not look farther around a position than the backbone does."""

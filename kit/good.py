@@ -65,14 +65,14 @@ def split(files: list[Path], seed: int) -> tuple[list[Path], list[Path]]:
     return [files[i] for i in order[:count]], [files[i] for i in order[count:]]
 
 
-def round_backbone(model: Detector, files: Sequence[Path]) -> None:
+def quantize_backbone(model: Detector, files: Sequence[Path]) -> None:
     """Let the model's backbone compute in int8 if its settings ask for it and its device is fast at it. Scales and
     biases come from CALIBRATION_IMAGES of these good images at most."""
     wanted = getattr(model.settings, "int8", False)  # only some methods have this option
-    if wanted and model.backbone.can_round and is_fast(model.device):
+    if wanted and model.backbone.can_quantize and is_fast(model.device):
         print("the backbone computes in int8 (8-bit integers)")
         some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
-        model.backbone.measure_rounding(data.batches(some, model.shape))
+        model.backbone.quantize(data.batches(some, model.shape))
 
 
 def held_out_count(images: int) -> int:
@@ -132,7 +132,7 @@ class Painter:
         """x+ of this number, (H, W, 3)."""
         return self.image(self.files[self.image_index(number)], self.place(number))
 
-    def anomalous(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int, int, int]]:
+    def pair(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int, int, int]]:
         """x+ and x- of this number, (H, W, 3), the mask (H, W) of where they differ, and the box around it."""
         rng = np.random.default_rng([self.seed, self.epoch, number])
         path, place = self.files[self.image_index(number)], self.place(number)
@@ -156,7 +156,7 @@ class Painter:
 
         A patch alone would teach the wrong thing: features near its edge depend on the padding of convolutions, those
         of good images do not."""
-        _, painted, changed, _ = self.anomalous(number)
+        _, painted, changed, _ = self.pair(number)
         place, around = self.place(number), self.surroundings(number)
         anomalous = self.image(self.files[self.image_index(number)], around).copy()
         patch = tuple(slice(p.start - a.start, p.stop - a.start) for p, a in zip(place, around, strict=True))

@@ -3,7 +3,7 @@ features, in float16; w (N, K), whitened by the model, which is a `clflow.CLFlow
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18, without camer
 COPIED = 4  # one row of a camera copy for every four rows of its original
 ROWS_PER_CHANNEL = 3  # at least, to fit the whitening. With fewer, these rows look more normal than new ones do
 HELD_OUT_BYTES = 1e9  # kept maps of held-out images: 1,100 images of 384 x 384, or 13 of 13 megapixels
+PRELIMINARY = 3  # the random seed of a preliminary training; the thirds of the calibration have 0 to 2
 DEFECT_COPIES = 8  # of each defect, including the original
 MOST_DEFECT_IMAGES = 600  # defects and their copies; if there are more defects, there are no copies
 SHIFT = 12  # pixels at most: one and a half positions of the backbone's maps
@@ -206,7 +207,7 @@ class HeldOut:
 
 def retrain(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
     """Train new experts in place of the model's present ones, in this `training`, then calibrate. `number` chooses
-    their random seed."""
+    their random seed. `training` must not have started: its optimizer is made for the new experts."""
     model = held_out.model
     seed_epoch(model.settings.seed, model.settings.epochs + 1 + number)
     model.renew_experts()
@@ -295,13 +296,14 @@ def codes(model: Detector, rows: Rows) -> Tensor:
 # ---------------------------------------------------------------- codes of real defects
 
 
-def real_rows(model: Detector, defects: list[Defect], preliminary_training: Callable[[], None]) -> Tensor:
+def real_rows(held_out: HeldOut, defects: list[Defect], preliminary_training: Iterator[Epoch]) -> Tensor:
     """Codes (A, K + 1) of real defects: from the area of the masks, or from the area that stands out after a
     preliminary training."""
+    model = held_out.model
     untrained = model.flow, model.classifier
     if not all(defect.mask for defect in defects):
         print("a preliminary training, to find where the defects without masks are", flush=True)
-        preliminary_training()
+        retrain(held_out, preliminary_training, PRELIMINARY)
     rows = defect_rows(model, defects)
     model.flow, model.classifier = untrained
     return rows

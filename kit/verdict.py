@@ -127,7 +127,7 @@ def pooled(deviation: float, images: int) -> float:
     return float(np.sqrt((BELIEVED * USUAL**2 + images * deviation**2) / (BELIEVED + images)))
 
 
-def odd_ones(values: np.ndarray) -> np.ndarray:
+def outliers(values: np.ndarray) -> np.ndarray:
     """The indices, highest value first, of the outliers among scores (n,): their logarithms are more than ODD robust
     standard deviations above the median. Fewer than five scores have no outliers."""
     if len(values) < 5:

@@ -110,7 +110,7 @@ class Autoencoder(Detector):
     def __init__(self, settings: AutoencoderSettings):
         projection = Projection()  # first, so that its weights do not depend on the backbone's
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, expert_count=1)
+        super().__init__(settings, backbone, [1.0])
         self.projection = projection
         self.enlarged = tuple(round(ENLARGED * side) for side in self.shape)
         self.prototypes = Prototypes(backbone.channels)
@@ -134,8 +134,8 @@ class Autoencoder(Detector):
         return self.phi(self.project(images)) - self.phi(images)
 
     @torch.no_grad()
-    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return [scaled_distances(self.prototypes, self.moved(images), True, self.dtype, without)]
+    def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
+        return [scaled_distances(self.prototypes, self.moved(images), True, self.dtype, excluded)]
 
     @torch.no_grad()
     def fit(self, good: GoodImages) -> None:

@@ -33,25 +33,25 @@ class Nearest(Detector):
 
     def __init__(self, settings: NearestSettings):
         backbone = BACKBONES[settings.backbone]()
-        super().__init__(settings, backbone, expert_count=1)
+        super().__init__(settings, backbone, [1.0])
         self.prototypes = Prototypes(backbone.channels)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
-        return [scaled_distances(self.prototypes, self.features(images), self.settings.local, self.dtype, without)]
+    def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
+        return [scaled_distances(self.prototypes, self.features(images), self.settings.local, self.dtype, excluded)]
 
 
 def scaled_distances(
-    prototypes: Prototypes, x: Tensor, local: bool, dtype: torch.dtype, without: Tensor | None = None
+    prototypes: Prototypes, x: Tensor, local: bool, dtype: torch.dtype, excluded: Tensor | None = None
 ) -> Tensor:
     """E = d / spacing (B, h, w) of features (B, C, h, w), where d is the distance to the nearest prototype. If `local`,
     the spacing is that of this prototype, else the bank's mean. The prototypes of the training images with the indices
-    `without` (n,) do not count."""
+    `excluded` (n,) do not count."""
     rows = as_rows(x)
     batch, _, height, width = x.shape
-    excluded = None if without is None else without.expand(len(rows), -1)
-    index = prototypes.nearest(rows, search_parts(height, width), dtype, excluded)
+    of_rows = None if excluded is None else excluded.expand(len(rows), -1)
+    index = prototypes.nearest(rows, search_parts(height, width), dtype, of_rows)
     spacing = prototypes.spacing[index] if local else prototypes.spacing.mean()
     return (prototypes.difference(rows, index).norm(dim=1) / spacing).view(batch, height, width)
 

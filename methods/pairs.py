@@ -25,7 +25,7 @@ def pairs(painter: Painter, numbers: list[int]) -> tuple[np.ndarray, np.ndarray,
     mine = painter.processes.part(numbers)
     half = (len(numbers) + 1) // 2  # of the whole batch
     with_defect = max(1, len(range(rank, half, count)))
-    normal, painted, masks, boxes = zip(*(painter.anomalous(number) for number in mine[:with_defect]), strict=True)
+    normal, painted, masks, boxes = zip(*(painter.pair(number) for number in mine[:with_defect]), strict=True)
     others = [painter.untouched(number) for number in mine[with_defect:]]
     return np.stack([*normal, *others, *painted]), np.float32(masks)[..., None], np.array(boxes)
 

@@ -68,7 +68,7 @@ class Paper(Detector):
 
     def __init__(self, settings: PaperSettings):
         backbone = BACKBONES[settings.backbone](strides=STRIDES)
-        super().__init__(settings, backbone, expert_count=len(STRIDES))
+        super().__init__(settings, backbone, [1 / len(STRIDES)] * len(STRIDES))
         self.norms = nn.ModuleList(Standardisation(channels) for channels in backbone.widths)
         self.flows = nn.ModuleList(
             Flow2D(channels, settings.steps, kernel_sizes=(3,), hidden_ratio=1.0) for channels in backbone.widths
@@ -90,7 +90,7 @@ class Paper(Detector):
         return found
 
     @torch.no_grad()
-    def energies(self, images: Tensor, without: Tensor | None = None) -> list[Tensor]:
+    def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
         """The tamed energies of each scale, all enlarged to the finest one: [(B, h, w)]."""
         found = [tamed(energy(z, log_det)) for z, log_det in self.latents(images)]
         finest = found[0].shape[1:]

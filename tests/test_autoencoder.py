@@ -187,7 +187,7 @@ def test_only_runs_of_the_autoencoder_have_a_projection(nearest_run, capsys):
 def test_an_odd_held_out_image_is_shown_and_ends_nothing(category, tmp_path, monkeypatch, capsys):
     """Only the held-out images calibrate the autoencoder. One that is unlike the others is named and drawn."""
     monkeypatch.setattr(autoencoder, "IMAGES_PER_EPOCH", 30)
-    monkeypatch.setattr(train, "odd_ones", lambda scores: np.array([1]))
+    monkeypatch.setattr(train, "outliers", lambda scores: np.array([1]))
     options = ["--method", "autoencoder", *LITE, "--size", 64, "--epochs", 1, "--bank", 100]
     call(train.main, "--data", category, "--out", tmp_path, *options)
     held_out, _ = split(folders.list_images(category / "train" / "good"), seed=0)

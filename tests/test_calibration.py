@@ -211,8 +211,8 @@ def test_blocks_are_contiguous_in_the_natural_order_of_names():
 def test_an_image_is_judged_without_itself_and_in_a_series_without_its_fifth():
     good = files_called(*(f"{number:03}.png" for number in range(30)))
     alone, series = calibration.CrossValidation(good, 0, alike=1.2), calibration.CrossValidation(good, 0, alike=3.0)
-    assert alone.left_out(12).tolist() == [12] and not alone.is_series and alone.different == 30
-    assert series.left_out(12).tolist() == list(range(12, 18)) and series.is_series and series.different == 10
+    assert alone.excluded(12).tolist() == [12] and not alone.is_series and alone.different == 30
+    assert series.excluded(12).tolist() == list(range(12, 18)) and series.is_series and series.different == 10
     few = calibration.CrossValidation(files_called(*"abcdefgh"), 0, alike=9.0)  # too few images to recognise a series
     assert not few.is_series
 
@@ -221,10 +221,10 @@ class Scored(Detector):
     """The energies of an image are its grey value plus the number of images that are left out."""
 
     def __init__(self):
-        super().__init__(NearestSettings(images=30, held_out=2, size=64), NoBackbone(), expert_count=1)
+        super().__init__(NearestSettings(images=30, held_out=2, size=64), NoBackbone(), [1.0])
 
-    def energies(self, images, without=None):
-        return [torch.full((len(images), 8, 8), float(images.mean()) + len(without))]
+    def energies(self, images, excluded=None):
+        return [torch.full((len(images), 8, 8), float(images.mean()) + len(excluded))]
 
     def expert_energies(self, code):
         return [code]

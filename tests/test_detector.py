@@ -85,9 +85,9 @@ class Brightness(Detector):
     """Two experts with energies that are easy to compute: the grey value of a position, and ten times its square."""
 
     def __init__(self, held_out: int):
-        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), NoBackbone(), expert_count=2)
+        super().__init__(BrightnessSettings(images=held_out, held_out=held_out), NoBackbone(), [1 / 2, 1 / 2])
 
-    def energies(self, images, without=None):
+    def energies(self, images, excluded=None):
         grey = images[:, 0, ::8, ::8]
         return [grey, 10 * grey**2]
 

@@ -149,16 +149,16 @@ def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
     mine = prototypes(bank)
     mine.origin = torch.where(torch.arange(2000) < 1000, torch.arange(2000) // 100, torch.arange(2000)) % 5
     own = torch.from_numpy(RNG.integers(5, size=600))
-    without = torch.stack((own, (own + 1) % 5), dim=1)
-    is_out = (mine.origin == without[:, :1]) | (mine.origin == without[:, 1:])
+    excluded = torch.stack((own, (own + 1) % 5), dim=1)
+    is_out = (mine.origin == excluded[:, :1]) | (mine.origin == excluded[:, 1:])
     distances, expected = torch.cdist(rows - mine.centre, mine.bank).masked_fill(is_out, torch.inf).min(dim=1)
     mine.spacing.fill_(distances.median())  # half of the rows are far
-    found = mine.nearest(rows, 10, torch.float32, without)
+    found = mine.nearest(rows, 10, torch.float32, excluded)
     assert (found == expected).float().mean() > 0.99
     assert (found != mine.nearest(rows, 10, torch.float32)).float().mean() > 0.3
     for looks in ("LOOKED_INTO", "LOOKED_INTO_IF_FAR"):
         monkeypatch.setattr(search, looks, 1)
-        found = mine.nearest(rows, 10, torch.float32, without)
+        found = mine.nearest(rows, 10, torch.float32, excluded)
         assert not is_out.gather(1, found[:, None]).any()
 
 

@@ -96,7 +96,7 @@ def test_features_in_int8_are_close_to_float32_and_depend_on_the_image_alone(wei
     backbone, images = BACKBONES["resnet18"](), torch.rand(4, 3, 96, 128)
     backbone.load_imagenet(str(weights))
     exact = backbone.features(images)
-    backbone.measure_rounding([images[:2], images[2:]])
+    backbone.quantize([images[:2], images[2:]])
     rounded = backbone.features(images)
     error = (rounded - exact).norm() / (exact - exact.mean(dim=(0, 2, 3), keepdim=True)).norm()
     assert 0.001 < error < 0.2

@@ -5,7 +5,7 @@ from scipy import stats
 from kit.errors import InputError
 from kit.inspection import drift
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, decide, odd_ones, threshold, thresholds
+from kit.verdict import Thresholds, decide, outliers, threshold, thresholds
 
 
 def test_threshold_of_many_images_is_an_order_statistic():
@@ -77,16 +77,16 @@ def test_images_that_show_few_different_ones_support_less():
 def test_a_mislabelled_image_does_not_decide(images):
     values = np.exp(np.random.default_rng(1).normal(0, 0.15, images))
     limit = threshold(values, 0.02)
-    assert not len(odd_ones(values))
+    assert not len(outliers(values))
     values[7] = 9
-    assert odd_ones(values).tolist() == [7]
+    assert outliers(values).tolist() == [7]
     assert abs(threshold(values, 0.02) - limit) < 0.1 * (limit - np.median(values))
 
 
 def test_odd_ones_come_highest_first_and_copies_of_one_image_are_none():
-    assert odd_ones(np.array([1, 1.1, 5, 0.9, 1.05, 0.95, 7])).tolist() == [6, 2]
-    assert odd_ones(np.array([1.0] * 9 + [1.02])).tolist() == []
-    assert odd_ones(np.array([1, 1.1, 1.2, 9])).tolist() == []
+    assert outliers(np.array([1, 1.1, 5, 0.9, 1.05, 0.95, 7])).tolist() == [6, 2]
+    assert outliers(np.array([1.0] * 9 + [1.02])).tolist() == []
+    assert outliers(np.array([1, 1.1, 1.2, 9])).tolist() == []
 
 
 def test_what_the_images_support_is_clopper_and_pearsons_bound():
