@@ -74,8 +74,8 @@ class Prototypes(nn.Module):
     def residual(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None
     ) -> Tensor:
-        """The local scale, r = (y - p) / spacing of p, (N, C): rows y relative to their nearest prototypes p. For the
-        other arguments see `nearest`."""
+        """Residuals r = (y - p) / spacing of p, (N, C): rows y relative to their nearest prototypes p, on the local
+        scale. For the other arguments see `nearest`."""
         index = self.nearest(rows, parts, dtype, excluded)
         return self.difference(rows, index) / self.spacing[index][:, None]
 
@@ -94,8 +94,8 @@ def covering(rows: Tensor, count: int) -> Tensor:
 
 def spacing_of(bank: Tensor) -> Tensor:
     """The mean distance of each prototype of a bank (P, C) to its NEIGHBOURS nearest ones, but at least the median of
-    these distances: (P,). Where good parts are smooth, prototypes lie so close together that a camera's noise would be
-    many spacings away."""
+    these distances: (P,). Where good parts are smooth, prototypes lie close together, and a camera's noise would move a
+    feature by many spacings."""
     neighbours = min(NEIGHBOURS, len(bank) - 1)
     parts = []
     for part in bank.split(search.CHUNK):  # all distances at once would fill the memory

@@ -19,14 +19,15 @@
 #
 # CL-Flow (Wang, Li, Luo, Bi: [arXiv 2311.06794](https://arxiv.org/abs/2311.06794)) has four parts:
 #
-# 1. **A flow.** A frozen network, trained on ImageNet, describes each region of an image by numbers, its *features*, at
-#    several resolutions (*scales*). A 2D *normalizing flow* for each scale gives the likelihood of these features. A
-#    flow is a network that computes a density; part 4 explains it. Its outputs are called *latents*. An unlikely region
-#    is anomalous.
+# 1. **A flow.** A frozen network, trained on ImageNet, describes each region of an image by numbers, its *features*. A
+#    2D *normalizing flow* gives the likelihood of these features (as in FastFlow, so probably at several resolutions,
+#    *scales*, with a flow for each). A flow is a network that computes a density; part 4 explains it. Its outputs are
+#    called *latents*. An unlikely region is anomalous.
 # 2. **Synthetic anomalies.** Defects are painted on good images. The painter knows where they are, so each comes with a
 #    mask of its pixels, and with the box around the mask.
 # 3. **A contrastive loss.** It pulls latents of good regions together, and pushes latents of painted defects away.
-# 4. **Smooth classification.** A cross-entropy with smoothed labels tells good regions from painted ones.
+# 4. **Smooth classification.** A cross-entropy with smoothed labels tells normal from painted; whether images, boxes or
+#    positions, the abstract does not say.
 #
 # All four are trained together, in one stage. Only the abstract was available for this project, so `methods/paper.py`
 # (`--method paper`) reconstructs the paper's form from it. The default method differs from it in seven ways:
@@ -449,9 +450,9 @@ plt.show()
 # %% [markdown]
 # **Why s = 2·tanh(0.1 u).** s stands in an exponent. Suppose that s were the subnet's raw output. A defect's row lies
 # far out and could make u = 50. Then b is scaled by e⁵⁰, more than 10²¹: training meets a NaN, and an energy means
-# nothing. With the clamp, one coupling scales by at most e² ≈ 7.4. Near zero s ≈ 0.2 u: ordinary outputs scale in
-# proportion, and only extreme ones meet the bound. The subnet's last layer starts at zero, so a new flow is the
-# identity.
+# nothing. With the clamp, exp(s) is at most e² ≈ 7.4. (The trained `scale` comes on top, but does not depend on the
+# input.) Near zero s ≈ 0.2 u: ordinary outputs scale in proportion, and only extreme ones meet the bound. The subnet's
+# last layer starts at zero, so a new flow is the identity.
 #
 # **A flow in two dimensions.** Two moons and 12 couplings, trained with the mean of E alone (`benchmarks/toy.py`).
 # Here the points themselves, x, take the place of w. The colours follow the points through the couplings, from moons
@@ -737,9 +738,9 @@ with patch.object(clflow, "Losses", WithEnergies):
 # away, the flow loses accuracy elsewhere.
 #
 # **The other choice.** The classifier does not have to be a density. So f and f_k are its log-odds in clflow
-# (`clflow.contrast_odds`): each anomalous row has to stand out from *all* 2,048 normal rows of the batch. The logarithm
-# of the sum is nearly the highest f_k. So the normal row that looks most like a defect counts most. A mean over rows,
-# as in L_cls, cannot do this.
+# (`clflow.contrast_odds`): each anomalous row has to stand out from *all* 2,048 normal rows of the batch. The gradient
+# of f_k is proportional to e^(f_k/τ). So the normal row that looks most like a defect counts most, with any share up to
+# 1. In L_cls no row counts for more than 1/N.
 #
 # **A conflict.** L_cls and L_con disagree about how large the gap between f and f_k should be. L_cls wants 2 · 2.94 ≈
 # 5.9. At that gap InfoNCE is far from its minimum: if all f_k are equal, the 2,048 normal rows together weigh 2048 ·
@@ -790,21 +791,22 @@ of_model = follow(model, loop)
 # The map and the score are those of part 5. A threshold is still missing. It has to keep a promise, without having seen
 # a defect: *about 2 % of good images like these are flagged*. For this it needs the scores of good images as if they
 # were new. The generator does this last. It divides the good images in thirds. A flow and a classifier that were
-# trained on the two other thirds judge each image, without the prototypes of its own. These scores are too high, since
-# the bank was chosen with the image, and has gaps where its prototypes are left out. The held-out images leave no gaps.
-# So the scores are multiplied by a factor that brings their median to that of the held-out images
+# trained on the two other thirds judge each image, without the prototypes of its own. These scores are too high: the
+# bank was chosen with the image, so leaving out its prototypes leaves a gap. Held-out images are not in the bank, so
+# they leave no gap. So the scores are multiplied by a factor that brings their median to that of the held-out images
 # (`kit.calibration.factor_to_held_out`). The loop of part 6 is still waiting after its last epoch. We let it continue.
 #
 # Of 500 scores the tenth highest would be the threshold. Of 80 scores, 2 % are one or two images, too few to rely on.
-# So a log-normal distribution is fitted to the scores, and the threshold is the value that 2 % of it exceed
+# So a log-normal distribution is fitted to the scores. Its deviation is pooled with that of other categories, which has
+# the weight of 20 images. The threshold is the value that one more score exceeds with a probability of 2 %
 # (`kit.verdict.threshold`). Extreme scores count less in this fit, so more than 2 % of the 80 may exceed the threshold.
 # Here 4 do. What do 4 of 80 say about new images? If the true rate were above 9.7 %, as few as 4 would exceed the
 # threshold in less than one of ten cases. This is Clopper and Pearson's bound, and the cell prints it.
 #
 # The promise has a condition: new good images are *exchangeable* with the old ones, so that any order of them is
 # equally likely. And it is an estimate, not a theorem: the scores come from models of two thirds of the images, and the
-# threshold is applied to the model of all. (CV+, [arXiv 1905.02928](https://arxiv.org/abs/1905.02928), guarantees 1 −
-# 2α for a rule that compares a new image with each of these models.)
+# threshold is applied to the model of all. (CV+, [arXiv 1905.02928](https://arxiv.org/abs/1905.02928), guarantees at
+# most 4 % false alarms, twice the 2 %, for a rule that compares a new image with each of these models.)
 
 # %%
 for _ in loop:

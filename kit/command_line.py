@@ -252,7 +252,8 @@ def evaluation_parser() -> Parser:
     )
     rate_help = f"accepted share of flagged good images, 0 to 1 (default: the detector's own, normally {FALSE_ALARM})"
     add("--false-alarm", type=float, help=rate_help)
-    add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
+    skip_help = "skip unreadable images (default: stop; with --images: judge the others, then exit with code 2)"
+    add("--skip-bad", action="store_true", default=None, help=skip_help)
     add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
     return parser
 

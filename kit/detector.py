@@ -67,8 +67,9 @@ def weights_along(positions: int, length: int, sigma: float, device: torch.devic
 
 def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
     """Scores (B,) of maps (B, H, W): the mean of the highest 1 % of pixels. `pixels` is how many count (default: all).
-    For images larger than SIDE x SIDE, the highest such mean of their overlapping parts: in the whole image a small
-    defect would be lost. The maximum alone would often be noise."""
+    At most SIDE x SIDE of them set the 1 %. An image with more than twice SIDE x SIDE pixels gets the highest such mean
+    of its overlapping parts: in the whole image a small defect would be lost. The maximum alone would often be
+    noise."""
     count = max(1, int(side_of(pixels or maps[0].numel()) ** 2 / 100 + 1e-6))
     scores = [
         maps[:, rows, columns].flatten(1).topk(count, dim=1).values.mean(dim=1)

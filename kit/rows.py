@@ -49,7 +49,7 @@ class Rows:
 @dataclass(frozen=True)
 class GoodRows(Rows):
     """The first `originals` rows come from the images themselves. Rows of camera copies follow, with the indices of
-    their originals. `inside` (h, w) bool are the positions of a map that rows come from, or are drawn from."""
+    their originals. `inside` (h, w) bool marks the positions in the region of interest; all rows come from these."""
 
     originals: int
     inside: Tensor
@@ -218,8 +218,8 @@ def retrain(held_out: HeldOut, training: Iterator[Epoch], number: int) -> None:
 
 class Feed:
     """What training draws from: codes of good images and their camera copies (N, K + 1), and of painted defects (A,
-    K + 1), in float16. They are seen from the bank without the prototypes of their own image. Training uses their rows
-    w, and not their distances.
+    K + 1), in float16. Each code was computed without the prototypes of its own image. Training uses their rows w, and
+    not their distances.
 
     A batch has `batch` normal rows, and a quarter as many rows of defects. They are drawn with replacement, so few
     defects suffice. If real defects are given, half of the defect rows are real."""

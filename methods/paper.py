@@ -1,7 +1,7 @@
 """CL-Flow in the paper's own form (Wang, Li, Luo, Bi, arXiv 2311.06794), from the image to the loss. Only the abstract
 was available, so this is a reconstruction. clflow.py is our own form, which detects more.
 
-    a frozen backbone's maps at three scales -> a 2D flow for each -> energies, the exact likelihood of each position
+    a frozen backbone's maps at three scales -> a 2D flow for each -> energies, whose sum is the exact NLL
     pairs x+ and x- = synthesize(x+) -> L = L_nll + lambda_cls L_cls + lambda_con L_con, trained in one stage
 
 Shapes: images (B, 3, H, W) in [0, 1]; at each scale features x and latents z (B, C, h, w), log-determinants and
