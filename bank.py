@@ -53,31 +53,30 @@ class Prototypes(nn.Module):
 
     def nearest(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None
-    ) -> Tensor:
-        """The index (N,) of the nearest prototype of each of rows (N, C). For each row, the prototypes of the training
-        images with the indices `excluded` (N, n) do not count. So a training image is judged as if it were new. Raises
-        InputError if no prototype is left. The fast search takes the rows in equal `parts`, and computes in `dtype`."""
+    ) -> tuple[Tensor, Tensor]:
+        """The index (N,) of the nearest prototype p of each of rows y (N, C), and y - p (N, C). For each row, the
+        prototypes of the training images with the indices `excluded` (N, n) do not count. So a training image is judged
+        as if it were new. Raises InputError if no prototype is left. The fast search takes the rows in equal `parts`,
+        and computes in `dtype`."""
+        y = rows - self.centre
         if self.fast:
-            return search.nearest(self, rows, parts, dtype, excluded)
-        distances = torch.cdist(rows - self.centre, self.bank)
+            return search.nearest(self, y, parts, dtype, excluded)
+        distances = torch.cdist(y, self.bank)
         if excluded is not None:
             is_excluded = (self.origin == excluded.to(self.origin.device)[..., None]).any(dim=1)  # (N, P)
             if is_excluded.all(dim=1).any():
                 raise InputError(search.NOTHING_ELSE)
             distances = distances.masked_fill(is_excluded, torch.inf)
-        return distances.argmin(dim=1)
-
-    def difference(self, rows: Tensor, index: Tensor) -> Tensor:
-        """Rows (N, C) minus the prototypes with these indices (N,)."""
-        return (rows - self.centre).sub_(self.bank.index_select(0, index))
+        index = distances.argmin(dim=1)
+        return index, y - self.bank[index]
 
     def residual(
         self, rows: Tensor, parts: int = 1, dtype: torch.dtype = torch.float32, excluded: Tensor | None = None
     ) -> Tensor:
         """Residuals r = (y - p) / spacing of p, (N, C): rows y relative to their nearest prototypes p, on the local
         scale. For the other arguments see `nearest`."""
-        index = self.nearest(rows, parts, dtype, excluded)
-        return self.difference(rows, index) / self.spacing[index][:, None]
+        index, difference = self.nearest(rows, parts, dtype, excluded)
+        return difference / self.spacing[index][:, None]
 
 
 def covering(rows: Tensor, count: int) -> Tensor:

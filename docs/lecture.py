@@ -295,7 +295,7 @@ for number, place in enumerate(places[:3]):
     place.set_title(f"training image {number}: {len(down)} prototypes", fontsize=10)
 with torch.no_grad():
     y = near.features(data.read_batch([crack.path], near.shape))
-    index = bank.nearest(as_rows(y), 1, near.dtype)
+    index, _ = bank.nearest(as_rows(y), 1, near.dtype)
 plotted = places[3].imshow(spacings[index].view(y.shape[2:]), **colours)
 places[3].set_title("spacing of the nearest prototype", fontsize=10)
 figure.colorbar(plotted, ax=places[3], label="spacing")

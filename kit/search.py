@@ -33,27 +33,33 @@ NOTHING_ELSE = "--data: the good images are copies of one image; give different 
 # ---------------------------------------------------------------- the nearest prototype
 
 
-def nearest(prototypes: nn.Module, rows: Tensor, parts: int, dtype: torch.dtype, excluded: Tensor | None) -> Tensor:
-    """`bank.Prototypes.nearest` for many rows (N, C) and a large bank: (N,). bfloat16 is precise enough: it may only
-    confuse nearly equal distances.
+def nearest(
+    prototypes: nn.Module, y: Tensor, parts: int, dtype: torch.dtype, excluded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`bank.Prototypes.nearest` for many rows y (N, C), minus the bank's centre, and a large bank. bfloat16 is precise
+    enough: it may only confuse nearly equal distances.
 
     On a CPU a row searches a few cells. It searches more if the result is farther away than prototypes are from each
     other: rows of defects are far from all cells, so the order of the nearest cells means little. Elsewhere all
     rows search the whole bank, in this many equal `parts`."""
-    queries = F.pad((rows - prototypes.centre).to(dtype), (0, 2), value=1.0)
+    queries = F.pad(y.to(dtype), (0, 2), value=1.0)
     out = None if excluded is None else left_out(prototypes.origin, excluded)
     exports = torch.compiler.is_compiling()
     # An export cannot have loops that depend on values; on a GPU, starting each step of these loops takes too long.
-    if exports or rows.device.type != "cpu":
+    if exports or y.device.type != "cpu":
         keys = keys_of(prototypes.bank, dtype) if exports else kept_keys(prototypes.bank, prototypes.sizes, dtype)
         # Equal parts (N / parts, C). Without len(queries), which would fix the batch size in an export.
-        return among_all(queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind(), keys, out)
-    found = among_cells(prototypes, queries, out, LOOKED_INTO)
-    is_far = prototypes.difference(rows, found).norm(dim=1) > prototypes.spacing[found]
+        index = among_all(queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind(), keys, out)
+        return index, y - prototypes.bank[index]
+    index = among_cells(prototypes, queries, out, LOOKED_INTO)
+    difference = y - prototypes.bank.index_select(0, index)  # bank[index] takes four times as long
+    is_far = difference.norm(dim=1) > prototypes.spacing[index]
     if is_far.any():
         out = None if out is None else replace(out, kind=out.kind[is_far])
-        found[is_far] = among_cells(prototypes, queries[is_far], out, LOOKED_INTO_IF_FAR)
-    return found
+        farther = among_cells(prototypes, queries[is_far], out, LOOKED_INTO_IF_FAR)
+        index[is_far] = farther
+        difference[is_far] = y[is_far] - prototypes.bank[farther]
+    return index, difference
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,13 @@ def in_windows(
 
 def in_strips(function: Callable[[Tensor], list[Tensor]], maps: Tensor) -> list[Tensor]:
     """`function` of maps (B, C, h, w): maps (B, h, w), in which each position depends on itself alone. Large maps are
-    processed in horizontal strips."""
-    parts = [function(part) for part in maps.split(max(1, STRIP // maps.shape[3]), dim=2)]
-    return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+    processed in horizontal strips. On a CPU so is each image of a batch: what it needs then fits into the cache."""
+    is_alone = maps.device.type == "cpu" and not torch.compiler.is_compiling()
+    images = []
+    for image in maps.split(1) if is_alone else [maps]:
+        strips = [function(strip) for strip in image.split(max(1, STRIP // maps.shape[3]), dim=2)]
+        images.append([torch.cat(parts, dim=1) for parts in zip(*strips, strict=True)])
+    return [torch.cat(parts) for parts in zip(*images, strict=True)]
 
 
 # ---------------------------------------------------------------- freed memory

@@ -51,9 +51,9 @@ def scaled_distances(
     rows = as_rows(x)
     batch, _, height, width = x.shape
     of_rows = None if excluded is None else excluded.expand(len(rows), -1)
-    index = prototypes.nearest(rows, search_parts(height, width), dtype, of_rows)
+    index, difference = prototypes.nearest(rows, search_parts(height, width), dtype, of_rows)
     spacing = prototypes.spacing[index] if local else prototypes.spacing.mean()
-    return (prototypes.difference(rows, index).norm(dim=1) / spacing).view(batch, height, width)
+    return (difference.norm(dim=1) / spacing).view(batch, height, width)
 
 
 @torch.no_grad()

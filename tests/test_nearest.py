@@ -43,10 +43,10 @@ def test_the_nearest_prototype_is_that_of_scipy(monkeypatch, fast, exports):
     mine = prototypes(bank)
     mine.fast = fast
     found = torch.from_numpy(np.float32(rows))
-    index = mine.nearest(found, 4, torch.float32)
+    index, difference = mine.nearest(found, 4, torch.float32)
     expected = distance.cdist(rows, bank)
     assert np.array_equal(index, expected.argmin(axis=1))
-    assert np.allclose(mine.difference(found, index).norm(dim=1), expected.min(axis=1), atol=1e-4)
+    assert np.allclose(difference.norm(dim=1), expected.min(axis=1), atol=1e-4)
 
 
 @pytest.mark.parametrize("exports", [False, True])
@@ -61,9 +61,9 @@ def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
     own = torch.arange(600) % 5
     for excluded in (None, torch.tensor([[1, 3]]).expand(len(rows), -1), own[:, None]):
         mine.fast = True
-        fast = mine.nearest(rows, 10, torch.float32, excluded)
+        fast, _ = mine.nearest(rows, 10, torch.float32, excluded)
         mine.fast = False
-        plain = mine.nearest(rows, excluded=excluded)
+        plain, _ = mine.nearest(rows, excluded=excluded)
         assert (fast == plain).float().mean() > 0.99
         if excluded is not None:
             assert (mine.origin[plain][:, None] != excluded).all()
@@ -75,9 +75,7 @@ def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
 def test_half_the_bits_find_one_that_is_as_near():
     rows, bank = torch.randn(500, 64) + 20, torch.randn(200, 64) + 20
     mine = prototypes(bank)
-    far, near = (
-        mine.difference(rows, mine.nearest(rows, 1, dtype)).norm(dim=1) for dtype in (torch.bfloat16, torch.float32)
-    )
+    far, near = (mine.nearest(rows, 1, dtype)[1].norm(dim=1) for dtype in (torch.bfloat16, torch.float32))
     assert (far / near).mean() < 1.002 and (far / near).max() < 1.03
 
 
@@ -99,20 +97,21 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
     assert len(mine.centres) == 32 and len(expected.unique()) > 1000
     mine.spacing.fill_(1e6)  # no row is far
-    assert (mine.nearest(rows, 1, torch.float32) == expected).float().mean() > 0.99
+    assert (mine.nearest(rows, 1, torch.float32)[0] == expected).float().mean() > 0.99
     monkeypatch.setattr(search, "LOOKED_INTO", 1)
-    found = mine.nearest(rows, 1, torch.float32)
+    found, difference = mine.nearest(rows, 1, torch.float32)
     assert 0.5 < (found == expected).float().mean() < 0.999
-    distances = mine.difference(rows, found).norm(dim=1)
+    distances = difference.norm(dim=1)
     mine.spacing.fill_(distances.median())  # half of the rows are far, and search more cells
     is_far = distances > distances.median()
-    again = mine.nearest(rows, 1, torch.float32)
+    again, difference = mine.nearest(rows, 1, torch.float32)
+    assert torch.equal(difference, rows - mine.centre - mine.bank[again])
     assert torch.equal(again[is_far], expected[is_far]) and torch.equal(again[~is_far], found[~is_far])
     assert not torch.equal(found[is_far], expected[is_far])
     monkeypatch.setattr(search, "LOOKED_INTO_IF_FAR", 1)
-    assert torch.equal(mine.nearest(rows, 1, torch.float32), found)
+    assert torch.equal(mine.nearest(rows, 1, torch.float32)[0], found)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through all
-    assert torch.equal(mine.nearest(rows, 10, torch.float32), expected)
+    assert torch.equal(mine.nearest(rows, 10, torch.float32)[0], expected)
 
 
 def test_a_prototype_keeps_its_spacing_and_origin_in_its_cell():
@@ -135,7 +134,7 @@ def test_a_cell_that_does_not_count_is_not_looked_into():
     far = torch.tensor([[50.0, 0, 0, 0], [60, 0, 0, 0]])
     mine = prototypes(torch.cat((near, far)))
     mine.origin = (mine.bank + mine.centre)[:, 0].gt(40).long()  # the near ones are of image 0
-    (index,) = mine.nearest(torch.zeros(1, 4), 1, torch.float32, torch.tensor([[0]]))
+    (index,), _ = mine.nearest(torch.zeros(1, 4), 1, torch.float32, torch.tensor([[0]]))
     assert mine.bank[index] + mine.centre == pytest.approx(far[0].numpy(), abs=1e-4)
 
 
@@ -153,12 +152,12 @@ def test_each_row_leaves_out_prototypes_of_its_own(monkeypatch, exports):
     is_out = (mine.origin == excluded[:, :1]) | (mine.origin == excluded[:, 1:])
     distances, expected = torch.cdist(rows - mine.centre, mine.bank).masked_fill(is_out, torch.inf).min(dim=1)
     mine.spacing.fill_(distances.median())  # half of the rows are far
-    found = mine.nearest(rows, 10, torch.float32, excluded)
+    found, _ = mine.nearest(rows, 10, torch.float32, excluded)
     assert (found == expected).float().mean() > 0.99
-    assert (found != mine.nearest(rows, 10, torch.float32)).float().mean() > 0.3
+    assert (found != mine.nearest(rows, 10, torch.float32)[0]).float().mean() > 0.3
     for looks in ("LOOKED_INTO", "LOOKED_INTO_IF_FAR"):
         monkeypatch.setattr(search, looks, 1)
-        found = mine.nearest(rows, 10, torch.float32, excluded)
+        found, _ = mine.nearest(rows, 10, torch.float32, excluded)
         assert not is_out.gather(1, found[:, None]).any()
 
 
@@ -171,7 +170,7 @@ def test_features_that_are_no_numbers_are_refused():
 def test_equal_prototypes_make_fewer_cells():
     mine = prototypes(torch.eye(4).repeat(50, 1))
     assert len(mine.centres) <= 4 and mine.sizes.sum() == 200
-    assert torch.equal(mine.bank[mine.nearest(torch.eye(4), 1, torch.float32)] + mine.centre, torch.eye(4))
+    assert torch.equal(mine.bank[mine.nearest(torch.eye(4), 1, torch.float32)[0]] + mine.centre, torch.eye(4))
 
 
 @pytest.mark.parametrize("farthest", [2, 5, 1024])
