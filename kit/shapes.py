@@ -4,6 +4,7 @@ A shape is (height, width), in pixels. --size takes a number (384: the area of 3
 images), or a shape. No PyTorch here: the command line is read with this file."""
 
 import argparse
+import contextlib
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ LONGEST = 32768  # side of a shape
 ASKED = 100  # images at most, to find the usual shape
 OTHER = 1.1  # ratio of two aspect ratios, above which the shapes are different
 SPOT = 20  # pixels of the example defect in `told`
+PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG file may have a rotation
 
 
 # ---------------------------------------------------------------- --size
@@ -74,13 +76,19 @@ def shape_in_file(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            try:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
-            except Exception:  # see `kit.images.turned`
-                is_turned = False
+            is_turned = False
+            if may_be_turned(path, image):
+                with contextlib.suppress(Exception):  # see `kit.images.turned`
+                    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return (width, height) if is_turned else (height, width)
+
+
+def may_be_turned(path: Path, image: Image.Image) -> bool:
+    """Whether an image file may have an EXIF rotation. To look for one behind the pixels, Pillow would decode the whole
+    PNG file."""
+    return image.format != "PNG" or any(mark in path.read_bytes() for mark in PNG_EXIF)
 
 
 def usual_shape(files: list[Path]) -> Shape | None:

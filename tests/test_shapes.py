@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import LITE, call, check_export, draw_synthetic, refuse
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 import evaluate
 import synth
@@ -66,12 +67,28 @@ def test_as_many_pixels_in_the_shape_of_the_images(tmp_path, size, image, expect
     assert shapes.input_size(size, files) == expected
 
 
-def test_a_photograph_s_shape_is_that_of_the_turned_one(tmp_path):
+def test_a_photograph_s_shape_is_that_of_the_turned_one(tmp_path, monkeypatch):
     turned = Image.Exif()
     turned[0x0112] = 6
-    Image.new("RGB", (80, 40)).save(tmp_path / "turned.jpg", exif=turned)
+    for name in ("turned.jpg", "turned.png"):
+        Image.new("RGB", (80, 40)).save(tmp_path / name, exif=turned)
+        assert shape_in_file(tmp_path / name) == (80, 40)
+    before, after = split_at_pixels((tmp_path / "turned.png").read_bytes())
+    assert b"eXIf" in before
+    exif = before[before.index(b"eXIf") - 4 : before.index(b"eXIf") + 4 + before[before.index(b"eXIf") - 1] + 4]
+    (tmp_path / "behind.png").write_bytes(before.replace(exif, b"") + after[:-12] + exif + after[-12:])
+    assert shape_in_file(tmp_path / "behind.png") == (80, 40)
     (tmp_path / "none.png").write_text("no image")
-    assert shape_in_file(tmp_path / "turned.jpg") == (80, 40) and shape_in_file(tmp_path / "none.png") is None
+    assert shape_in_file(tmp_path / "none.png") is None
+    Image.new("RGB", (80, 40)).save(tmp_path / "plain.png")
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decodes the image"))
+    assert shape_in_file(tmp_path / "plain.png") == (40, 80)
+
+
+def split_at_pixels(png: bytes) -> tuple[bytes, bytes]:
+    """A PNG file up to its pixels, and the rest."""
+    start = png.index(b"IDAT") - 4
+    return png[:start], png[start:]
 
 
 def test_what_is_done_to_images_is_told(tmp_path):
