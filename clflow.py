@@ -18,7 +18,8 @@ from bank import Prototypes
 from flows import Flow2D
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
-from kit.search import in_parts, prototype_count, search_parts
+from kit.errors import InputError
+from kit.search import NOTHING_ELSE, in_parts, prototype_count, search_parts
 from kit.settings import CLFlowSettings
 from kit.windows import in_strips
 
@@ -163,11 +164,14 @@ class CLFlow(Detector):
     @torch.no_grad()
     def fit(self, rows: Tensor, image_indices: Tensor, positions: int) -> None:
         """Fit prototypes and whitening, which are never trained, on rows y (N, C) from the good images with these
-        indices (N,). An image has this many `positions`."""
+        indices (N,). An image has this many `positions`. Raises InputError if most images are copies of others."""
         if self.settings.local:
             generator = torch.Generator().manual_seed(self.settings.seed)
             self.prototypes.fit(rows, image_indices, prototype_count(self.settings, positions), generator)
-        self.whitening.fit(torch.cat(list(self.training_residuals(rows, image_indices))))
+        r = torch.cat(list(self.training_residuals(rows, image_indices)))
+        if not r.norm(dim=1).median() > 0:
+            raise InputError(NOTHING_ELSE)
+        self.whitening.fit(r)
 
 
 # ---------------------------------------------------------------- the losses
@@ -240,9 +244,8 @@ class Losses(nn.Module):
 def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "Iterator[Epoch]":
     """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
     once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
-    epochs is fixed, and the last one counts.
-
-    With the `progress` of an earlier call's epoch, and its model, training continues from there."""
+    epochs is fixed, and the last one counts. With the `progress` of an earlier call's epoch, and its model, training
+    continues from there."""
     from kit.calibration import calibrate_by_cross_validation, plan_cross_validation
     from kit.good import Painter, with_camera_copies
     from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, real_rows
@@ -257,14 +260,11 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
         model.fit(rows, image_indices, int(normal.inside.sum()))
     validation = plan_cross_validation(model, good, rows, image_indices)
 
-    # Rows of painted defects. For all rows, the prototypes of their own image do not count; then they are whitened.
-    painted = None
-    if model.settings.has_classifier:  # only the classifier learns from them
-        print(f"painting {PAINTED} synthetic defects", flush=True)
-        painted = painted_rows(model, painter, PAINTED // DEFECTS_PER_IMAGE)
-    del painter, rows, image_indices  # frees up to 0.7 GB
+    # Rows of painted defects, from which only the classifier learns. For all rows, the prototypes of their own image do
+    # not count; then they are whitened.
+    painted = painted_rows(model, painter, PAINTED // DEFECTS_PER_IMAGE) if model.settings.has_classifier else None
     feed = Feed(model, normal, painted)
-    del normal, painted  # frees up to a gigabyte; the feed keeps what it needs
+    del painter, normal, rows, image_indices, painted  # frees a gigabyte or more; the feed keeps what it needs
     held_out = HeldOut(model, good.held_out)
 
     # Rows of real defects, if any are given.

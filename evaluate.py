@@ -5,8 +5,8 @@ from kit.command_line import evaluation_options
 from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
-    run_script(evaluation_options)  # checks the options before the slow import of PyTorch
     quit_on_signals()
+    run_script(evaluation_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
 import argparse

@@ -427,7 +427,7 @@ def test_rows_are_seen_without_the_prototypes_of_their_own_image(model):
     with_own = model.residual(rows)
     assert (with_own.norm(dim=1) < 1e-3).sum() == len(bank) and seen.norm(dim=1).min() > 0.05
     model.prototypes.origin.fill_(0)
-    with pytest.raises(InputError, match="copies of one"):
+    with pytest.raises(InputError, match="copies of each other"):
         list(model.training_residuals(rows, torch.zeros(len(rows), dtype=torch.long)))
 
 
@@ -447,6 +447,13 @@ def test_the_feed_has_a_good_image_s_map_if_it_has_all_of_its_rows(monkeypatch, 
     some, inside = spread([x.half()], 5, model, 40, torch.Generator())  # of 48
     part = Feed(model, GoodRows(some, origins(some, range(5)), len(some), inside), Rows(rows[:4], torch.arange(4)))
     assert len(some) == 5 * 40 and part.stored_code_map(0) is None
+
+
+def test_copies_of_few_photographs_are_refused(model):
+    photographs = torch.randn(2, 10, CHANNELS)  # fewer positions than prototypes
+    rows = photographs.repeat(5, 1, 1).flatten(0, 1)
+    with pytest.raises(InputError, match="copies of each other"):
+        model.fit(rows, origins(rows, range(10)), 64)
 
 
 def test_a_single_pixel_touches_its_position():

@@ -5,8 +5,8 @@ from kit.command_line import refuse_without_effect, training_options
 from kit.errors import InputError, quit_on_signals, run_script
 
 if __name__ == "__main__":
-    run_script(training_options)  # checks the options before the slow import of PyTorch
     quit_on_signals()
+    run_script(training_options)  # checks the options before the slow import of PyTorch
 
 # isort: split
 import argparse
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from kit import data, draw, folders, shapes
 from kit.backbone import BACKBONES
-from kit.calibration import judge_camera_copies, learn_usual
+from kit.calibration import judge_changed_copies, learn_usual
 from kit.detector import Detector, read_checkpoint
 from kit.files import (
     MODEL,
@@ -186,7 +186,7 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     if not good.processes.first:
         return
     own = unfinished_files(run.out)
-    judge_camera_copies(model, good.held_out)
+    judge_changed_copies(model, good.held_out)
     show_suspects(model, own, run.out)
     write_atomically(own.claim(MODEL), model.save)
     install(run.out)

@@ -30,7 +30,7 @@ from kit import data, folders, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.search import search_parts  # noqa: E402
 from kit.settings import Shape  # noqa: E402
-from kit.windows import keep_freed_memory  # noqa: E402
+from kit.windows import in_strips, keep_freed_memory  # noqa: E402
 from methods import load  # noqa: E402
 
 SIZE = 256  # pixels a side, for the comparison with anomalib
@@ -134,8 +134,8 @@ def stages(model: CLFlow, images: Tensor) -> dict[str, float]:
         "backbone": lambda: model.features(images),
         "search for the nearest prototypes": lambda: model.residual(rows, parts),
         "whitening": lambda: model.code_of(r),
-        "flow": lambda: energy(*model.latents(w)),
-        "classifier": lambda: model.log_odds(as_rows(w)),
+        "flow": lambda: in_strips(lambda part: [energy(*model.latents(part))], w),
+        "classifier": lambda: in_strips(lambda part: [model.log_odds(as_rows(part)).view_as(part[:, 0])], w),
         "map": lambda: model.maps(energies),
         "score": lambda: model.score(maps),
     }

@@ -898,9 +898,9 @@ for name, detector in detectors.items():
 # good images are so much alike that the threshold is close to them, so noise of 0.02 still flags all of them. Camera
 # copies do not replace a calibration with images of the new camera (`--recalibrate`). The script `train.py` does one
 # thing more than this notebook: it measures light, noise, sharpness and colour of the good images, and it judges camera
-# copies of held-out images. The score of an image that is noisier than usual, for example, is then divided by an
-# *allowance*: by how much camera copies exceed the threshold, at most 1.2. On photographs this is often enough
-# ([results.md](results.md#other-light-camera-or-file-format)).
+# copies of held-out images (and copies in light from one side). The score of an image that is noisier than usual, for
+# example, is then divided by an *allowance*: by how much camera copies exceed the threshold, at most 1.2. This is often
+# enough on photographs ([results.md](results.md#other-light-camera-or-file-format)).
 #
 # **The promise, checked by drawing.** The demo can draw as many new good buttons as we like. How many of 300 are
 # flagged?

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kit import data
-from kit.camera import quantization_step, usual, with_compression
+from kit.camera import are_unusual, quantization_step, usual, with_compression
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, camera_copy
+from kit.good import GoodImages, camera_copy, side_light
 from kit.images import load_image, named, read_image, to_tensor
 from kit.processes import counted
 from kit.rows import Feed, HeldOut, retrain
@@ -26,7 +27,7 @@ FOLDS = 3  # blocks of good images for the calibration
 ALIKE = 2.5  # from this result of `alike_in_order` on, images are a series
 EQUALS = 2  # held-out images; the weight of the assumption that thirds and held-out images have equal medians
 MEASURED = 50  # good images at most, to find what is usual
-COPIES = 30  # camera copies of held-out images, on which the detector is tested
+COPIES = 30  # of held-out images for each change, on which the detector is tested
 SERIES = 20  # with fewer images, a series cannot be recognised
 LIMIT = 1000  # images at most that set a threshold, in addition to the held-out ones
 ASKED = 40  # images at most that `alike_in_order` examines
@@ -233,25 +234,54 @@ def learn_usual(model: Detector, files: Sequence[Path]) -> None:
     model.learn_brightness(torch.cat(brightness, dim=1))
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change of images on which a detector is tested: a name for the changed copies, what is unusual about them, the
+    function that makes them, and the highest allowance for such images."""
+
+    copies: str
+    unusual: str
+    make: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    most: float
+
+
+CHANGES = (  # in the order of `Detector.allowances`
+    Change(
+        "slightly blurred, noisy or compressed copies of held-out good images",
+        "light, contrast, noise, sharpness or colour",
+        camera_copy,
+        most=1.2,
+    ),
+    Change("copies of held-out good images in light from one side", "light on one side", side_light, most=1.6),
+)
+
+
 @torch.no_grad()
-def judge_camera_copies(model: Detector, files: Sequence[Path]) -> None:
-    """Judge COPIES camera copies of these held-out images, and print how many exceed the threshold. If the method
-    learns from camera copies, their scores set the model's `allowance`, which lowers the scores of unusual images."""
-    copies = []
-    for number in range(COPIES):
-        rng = np.random.default_rng([model.settings.seed, number, 1])  # other draws than those of the training copies
-        copy = camera_copy(read_image(files[number % len(files)], model.shape), rng)
-        copies.append(to_tensor(copy[None]))
-    model.allowance.fill_(1)
-    scores = torch.cat([model(copy)[1] for copy in copies])
+def judge_changed_copies(model: Detector, files: Sequence[Path]) -> None:
+    """Judge copies of these held-out images, for each of the CHANGES, and print how many exceed the threshold. If the
+    method learns from camera copies, their scores set the model's `allowances`, which lower the scores of unusual
+    images."""
+    model.allowances.fill_(1)
     limit = model.thresholds().score
+    judged = [scores_of_copies(model, files, kind) for kind in range(len(CHANGES))]
     if model.LEARNS_CAMERA_COPIES:
-        model.allowance.fill_(allowance(limit, scores.cpu().numpy(), model.settings.false_alarm))
-    what = "slightly blurred, noisy or compressed copies of held-out good images"
-    if model.allowance > 1:
-        print(
-            f"{what} score higher: the score of an image that differs from the training images in light, "
-            f"contrast, noise, sharpness or colour will be divided by {model.allowance:.2f}"
-        )
-    allowed = torch.cat([model.allowance_of(copy).flatten() for copy in copies])
-    print(f"false alarms on {what}: {int((scores / allowed > limit).sum())} of {COPIES}")
+        for kind, (scores, _) in enumerate(judged):
+            found = allowance(limit, scores.cpu().numpy(), model.settings.false_alarm, CHANGES[kind].most)
+            model.allowances[kind] = found
+    for change, (scores, is_unusual), allowed in zip(CHANGES, judged, model.allowances.tolist(), strict=True):
+        alarms = int((scores / model.highest_allowance(is_unusual) > limit).sum())
+        divided = f"; the score of an image with unusual {change.unusual} is divided by {allowed:.2f}"
+        print(f"false alarms on {change.copies}: {alarms} of {COPIES}{divided if allowed > 1 else ''}")
+
+
+def scores_of_copies(model: Detector, files: Sequence[Path], kind: int) -> tuple[Tensor, Tensor]:
+    """The scores (m,) of COPIES copies of these images, for one of the CHANGES, and what is unusual in them, (m, 2)
+    bool. The allowances do not count."""
+    scores, unusual = [], []
+    for number in range(COPIES):
+        rng = np.random.default_rng([model.settings.seed, number, 1 + kind])  # training copies have other draws
+        image = read_image(files[number % len(files)], model.shape)
+        copy = to_tensor(CHANGES[kind].make(image, rng)[None])
+        scores.append(model.scores(model.energies_in_windows(copy))[0])
+        unusual.append(are_unusual(model.measures(copy), model.camera))
+    return torch.cat(scores), torch.cat(unusual)

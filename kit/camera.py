@@ -16,8 +16,8 @@ DEVIATIONS = 4  # robust standard deviations of good images; a single image that
 # For each measure: the word for a rise, the word for a fall, and the smallest change that counts.
 MEASURES = {
     "light": ("brighter", "darker", 0.1),  # logarithm of the mean of all pixels
-    "light across": ("brighter on the right", "brighter on the left", 0.1),  # logarithm of the ratio of both halves
-    "light along": ("brighter at the bottom", "brighter at the top", 0.1),
+    "light across": ("brighter on the right", "brighter on the left", 0.05),  # logarithm of the ratio of both halves
+    "light along": ("brighter at the bottom", "brighter at the top", 0.05),
     "contrast": ("of higher contrast", "of lower contrast", 0.05),  # logarithm of the standard deviation
     "noise": ("noisier", "less noisy", 0.2),  # logarithm of its standard deviation
     "sharpness": ("sharper", "blurrier", 0.15),  # logarithm of a ratio of contrasts
@@ -97,8 +97,11 @@ def usual(measures: np.ndarray) -> np.ndarray:
 
 
 def are_unusual(found: Tensor, normal: Tensor) -> Tensor:
-    """Whether images with these `measures` (B, 7) differ from what is `usual` (2, 8), each by itself: (B,) bool. False
-    for what is not known (NaN). Compression, which is not in the pixels, does not count."""
+    """Whether images with these `measures` (B, 7) differ from what is `usual` (2, 8), each by itself: (B, 2) bool. The
+    first column is for the camera and the light as a whole, the second for light from another side. False for what is
+    not known (NaN). Compression, which is not in the pixels, does not count."""
     middle, deviation = normal[:, : found.shape[1]]
     limit = torch.maximum(DEVIATIONS * deviation, found.new_tensor(LEAST_CHANGE[: found.shape[1]]))
-    return ((found - middle).abs() > limit).any(dim=1)
+    light, across, along, *others = ((found - middle).abs() > limit).unbind(dim=1)
+    camera = torch.stack((light, *others)).any(dim=0)
+    return torch.stack((camera, across | along), dim=1)

@@ -25,7 +25,7 @@ from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, robust_deviation, thresholds
 from kit.windows import SIDE, in_windows, overlapping_parts, side_of
 
-FORMAT = 15  # of the checkpoint
+FORMAT = 16  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
 USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
 
@@ -99,9 +99,9 @@ class Detector(nn.Module):
     the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
     images, each judged as if it were new; they count as `different` images. `camera` (2, 8) is what is usual in light,
     contrast, noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images
-    that differ from it are divided by the `allowance`, which is 1 if a method does not learn from camera copies.
-    `brightness` (3,) is the usual brightness of the training images (see `learn_brightness`). Only the region of
-    interest `roi` (H, W) counts."""
+    that differ from it are divided by one of the `allowances` (2,): for another camera, and for light from another
+    side. They are 1 if a method does not learn from camera copies. `brightness` (3,) is the usual brightness of the
+    training images (see `learn_brightness`). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
@@ -121,7 +121,7 @@ class Detector(nn.Module):
         self.register_buffer("units", torch.ones(len(shares)))
         self.register_buffer("normal", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
-        self.register_buffer("allowance", torch.tensor(1.0))
+        self.register_buffer("allowances", torch.ones(2))
         self.register_buffer("camera", torch.full((2, len(camera.MEASURES)), torch.nan))
         self.register_buffer("brightness", torch.full((3,), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
@@ -253,13 +253,17 @@ class Detector(nn.Module):
         return maps, self.score(maps)
 
     def allowance_of(self, images: Tensor) -> Tensor:
-        """The `allowance` for images (B, 3, H, W) that look like another camera's, and 1 for others: (B, 1, 1). So it
-        costs no sensitivity where light and camera are the usual ones."""
+        """The higher one of the `allowances` for what is unusual in images (B, 3, H, W), and 1 for usual images:
+        (B, 1, 1). So it costs no sensitivity where light and camera are the usual ones."""
         images = images.to(self.device)
-        if not torch.compiler.is_compiling() and self.allowance == 1:
+        if not torch.compiler.is_compiling() and (self.allowances == 1).all():
             return images.new_ones(len(images), 1, 1)
         is_unusual = camera.are_unusual(self.measures(images), self.camera)
-        return torch.where(is_unusual, self.allowance, 1.0)[:, None, None]
+        return self.highest_allowance(is_unusual)[:, None, None]
+
+    def highest_allowance(self, is_unusual: Tensor) -> Tensor:
+        """The highest of the `allowances` for what is unusual, (B, 2) bool; 1 if nothing is: (B,)."""
+        return torch.where(is_unusual, self.allowances, 1.0).amax(dim=1)
 
     def maps(self, energies: list[Tensor]) -> Tensor:
         """Anomaly maps (B, H, W) of the experts' energies, on the common scale that the calibration set:
@@ -295,7 +299,7 @@ class Detector(nn.Module):
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an outlier must not change the scale
         self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
         self.different = torch.tensor(self.normal.shape[1], device=self.device)
-        self.allowance.fill_(1)
+        self.allowances.fill_(1)
         self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
 

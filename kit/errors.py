@@ -30,7 +30,6 @@ def fail(line: str) -> None:
     """Write the line and end with code 2. If all processes of torchrun fail, only the first one writes: it ends, and
     torchrun then ends the others while they wait."""
     if not is_first():
-        quit_on_signals()
         time.sleep(AFTER_THE_FIRST)
     print("error:", line, file=sys.stderr)
     sys.exit(2)
@@ -42,8 +41,8 @@ def stop(number: int, frame: object) -> None:
 
 
 def quit_on_signals() -> None:
-    """Until the next `run_script`, such a signal ends the process at once, without a traceback: while PyTorch is
-    imported, there is nothing to complete."""
+    """Outside of `run_script`, such a signal ends the process at once, without a traceback: while PyTorch is imported,
+    and after the script has ended, there is nothing to complete."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: os._exit(128 + number))
 
@@ -52,10 +51,14 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     """Call `main`. An error that only the user can fix becomes one line and exit code 2. A signal that asks to end
     becomes the line `on_interrupt` and exit code 128 + its number, as shells report it."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
-    for number in (signal.SIGINT, signal.SIGTERM):  # by default, a script started with & or nohup ignores SIGINT
-        signal.signal(number, stop)
+    # By default, a script started with & or nohup ignores SIGINT.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main()
+        try:
+            main()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
         if is_first():

@@ -143,11 +143,8 @@ def fitting(name: str) -> str:
     path = PurePosixPath(name)
     if len(os.fsencode(path.name)) <= LONGEST_NAME:
         return name
-    mark = "~" + hashlib.sha1(os.fsencode(path.name)).hexdigest()[:12]
-    kept = path.name
-    while len(os.fsencode(kept + mark)) > LONGEST_NAME:  # letter by letter: cutting bytes could split a letter
-        kept = kept[:-1]
-    return path.with_name(kept + mark).as_posix()
+    mark = hashlib.sha1(os.fsencode(path.name)).hexdigest()[:12]
+    return path.with_name(f"{path.name[:50]}~{mark}").as_posix()  # a letter has at most four bytes
 
 
 @contextlib.contextmanager

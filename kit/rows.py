@@ -149,6 +149,7 @@ def candidates(model: Detector, normal: GoodRows, good: GoodImages) -> tuple[Ten
 
 def painted_rows(model: Detector, painter: Painter, images: int) -> Rows:
     """Rows of synthetic defects, which are painted on this many images."""
+    print(f"painting synthetic defects on {images} images", flush=True)
     anomalous, image_indices = [], []
     for after, mask, numbers in painter.painted(images):
         x = model.features(after)

@@ -27,7 +27,7 @@ CELL = 128  # prototypes per cell on average
 LOOKED_INTO = 4  # cells that a row searches
 LOOKED_INTO_IF_FAR = 16  # cells that a row searches if it is far from all prototypes in the first few
 FAR = -1e30  # similarity of prototypes that do not count; infinity times zero would be NaN
-NOTHING_ELSE = "--data: the good images are copies of one image; give different photographs"
+NOTHING_ELSE = "--data: the good images are copies of each other; give different photographs"
 
 
 # ---------------------------------------------------------------- the nearest prototype
@@ -81,7 +81,7 @@ def left_out(origin: Tensor, excluded: Tensor) -> LeftOut:
     return LeftOut(is_out, kind)
 
 
-@lru_cache(maxsize=1)  # computing them takes a tenth of the time of a search
+@lru_cache(maxsize=4)  # banks; computing their keys takes a tenth of the time of a search
 def kept_keys(bank: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor | list[Tensor]:
     """`keys_of` the bank; on a CPU those of each cell, see `keys_in_cells`."""
     keys = keys_of(bank, dtype)

@@ -155,12 +155,7 @@ def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
 
 
 def print_others(files: list[Path], judged_in: Shape) -> None:
-    """Print `others_told`, if there are others among the files."""
-    if others := others_among(files, judged_in):
-        print(others_told(others, len(files), judged_in))
-
-
-def others_among(files: list[Path], judged_in: Shape) -> dict[str, Shape]:
-    """The files with another shape than `judged_in`: name -> shape."""
+    """Print `others_told`, if some of the files have another aspect ratio."""
     shapes = {path.name: shape_in_file(path) for path in files}
-    return {name: shape for name, shape in shapes.items() if shape and is_other(shape, judged_in)}
+    if others := {name: shape for name, shape in shapes.items() if shape and is_other(shape, judged_in)}:
+        print(others_told(others, len(files), judged_in))

@@ -16,8 +16,7 @@ CLIPPED_DEVIATION = 0.8823067585451615  # of a standard normal variable that is 
 ODD = 4  # standard deviations above the median, of log scores
 USUAL = 0.16  # standard deviation of the logarithms of good images' scores, from eight categories
 BELIEVED = 20  # images; the weight of USUAL
-TIMES = 5  # the rate of false alarms on camera copies, compared with that on images as they are
-MOST_ALLOWED = 1.2  # the highest allowance for images of another camera
+TIMES = 5  # the rate of false alarms on changed copies of images, compared with that on images as they are
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ def thresholds(normal: np.ndarray, rate: float, different: int | None = None) ->
     return Thresholds(score, peak, images, at_most)
 
 
-def allowance(limit: float, copies: np.ndarray, rate: float) -> float:
-    """By how much the scores of camera copies (m,) exceed those of good images as they are: the ratio of their
-    threshold, at the rate TIMES `rate`, to `limit`. It is at least 1, and at most MOST_ALLOWED: beyond that, too many
-    defects would be missed."""
-    return float(np.clip(threshold(copies, min(TIMES * rate, 0.5)) / limit, 1, MOST_ALLOWED))
+def allowance(limit: float, copies: np.ndarray, rate: float, most: float) -> float:
+    """By how much the scores of changed copies (m,) of good images exceed those of good images as they are: the ratio
+    of their threshold, at the rate TIMES `rate`, to `limit`. It is at least 1, and at most `most`: beyond that, too
+    many defects would be missed."""
+    return float(np.clip(threshold(copies, min(TIMES * rate, 0.5)) / limit, 1, most))
 
 
 def basis(limits: Thresholds) -> str:

@@ -83,7 +83,8 @@ def in_windows(
 
 def in_strips(function: Callable[[Tensor], list[Tensor]], maps: Tensor) -> list[Tensor]:
     """`function` of maps (B, C, h, w): maps (B, h, w), in which each position depends on itself alone. Large maps are
-    processed in horizontal strips. On a CPU so is each image of a batch: what it needs then fits into the cache."""
+    processed in horizontal strips. On a CPU each image of a batch is processed by itself: what it needs then fits into
+    the cache."""
     is_alone = maps.device.type == "cpu" and not torch.compiler.is_compiling()
     images = []
     for image in maps.split(1) if is_alone else [maps]:

@@ -28,7 +28,7 @@ keep_freed_memory()  # as the scripts do
 @pytest.fixture(scope="session", autouse=True)
 def few_steps():
     """Fewer painted defects, camera copies and steps: most tests look at what a training writes, and not at how well it
-    learns. Real processes use the full numbers."""
+    learns. Scripts in new processes use the full numbers; copies of this process do not."""
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=16, steps=5)
         patch.setattr(calibration, "COPIES", 6)

@@ -91,3 +91,4 @@ class NoBackbone(Backbone):
     """For detectors whose energies come from the pixels."""
 
     stride = 1
+    reach = 0

@@ -69,6 +69,16 @@ def test_backbones_join_strides_8_and_16(name, channels):
     assert backbone.features(images).shape == (1, sum(channels), 12, 10)
 
 
+@pytest.mark.parametrize("kernel, first", [(3, 0), (5, -1)])
+def test_same_padding_by_hand(kernel, first):
+    """TensorFlow pads one pixel more after the image than before it, so windows start at these pixels."""
+    conv = SameConv2d(1, 1, kernel, stride=2, bias=False)
+    conv.weight.data.fill_(1)
+    image = torch.arange(8.0).repeat(8, 1) + 1
+    inside = [[x for x in range(start, start + kernel) if 0 <= x < 8] for start in range(first, 8 + first, 2)]
+    assert conv(image[None, None])[0, 0, 1].tolist() == [kernel * sum(x + 1 for x in xs) for xs in inside]
+
+
 def test_a_frozen_backbone_stays_frozen():
     backbone = BACKBONES["resnet18"]().train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -87,7 +97,7 @@ def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
     torch.save({k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}, tmp_path / "part.pth")
     backbone = BACKBONES["resnet18"]()
     backbone.load_imagenet(str(tmp_path / "part.pth"))
-    images = torch.rand(2, 3, 96, 72)
+    images = torch.rand(2, 3, 96, 64)
     expected = create_feature_extractor(net, ["layer2", "layer3"])(backbone.normalised(images)).values()
     for found, layer in zip(backbone.layers(images), expected, strict=True):
         assert layer.std() > 0.1 and (found - layer).abs().max() < 1e-5 * layer.abs().max()

@@ -18,7 +18,7 @@ from kit import calibration, data, draw, folders
 from kit.demo import draw_button
 from kit.detector import Detector
 from kit.errors import InputError
-from kit.good import GoodImages, camera_copy, held_out_count
+from kit.good import GoodImages, camera_copy, held_out_count, side_light
 from kit.images import read_image
 from kit.processes import Processes
 from kit.rows import HeldOut
@@ -287,44 +287,48 @@ def test_independent_images_are_no_series(nearest_run):
     assert load(nearest_run / "model.pt").different == 24
 
 
+@pytest.mark.parametrize("kind, make, most", [(0, camera_copy, 1.2), (1, side_light, 1.6)])
 @pytest.mark.parametrize("learns", [False, True])
-def test_training_says_how_many_camera_copies_exceed_the_threshold(run, category, monkeypatch, capsys, learns):
+def test_training_says_how_many_changed_copies_exceed_the_threshold(
+    run, category, monkeypatch, capsys, learns, kind, make, most
+):
     """All copies if the threshold is very low, none if it is very high, one if it is just below the highest score. If a
-    method learns from camera copies, unusual images get an allowance, a fifth at most."""
+    method learns from camera copies, unusual images get an allowance, up to a maximum."""
     monkeypatch.setattr(calibration, "COPIES", 6)
     model = load(run / "model.pt")
     model.LEARNS_CAMERA_COPIES = learns
-    model.allowance.fill_(1)
+    model.allowances.fill_(1)
     held_out = folders.list_images(category / "train" / "good")[:6]
     scores = []
     for number, path in enumerate(held_out):
-        rng = np.random.default_rng([0, number, 1])  # training copies have [0, number]
-        copy = camera_copy(read_image(path, model.shape), rng)
+        rng = np.random.default_rng([0, number, 1 + kind])  # training copies have [0, number]
+        copy = make(read_image(path, model.shape), rng)
         scores.append(model(torch.from_numpy(copy).permute(2, 0, 1)[None])[1].item())
     highest, second = sorted(scores, reverse=True)[:2]
     usual = model.normal / model.thresholds().score  # scores whose threshold is 1
+    model.camera[0] += 9  # so all images are unusual, in all ways
     usual_camera = model.camera.clone()
     for limit, expected in ((highest / 100, 6), ((highest + second) / 2, 1), (2 * highest, 0)):
         model.normal = usual * limit
         model.camera = usual_camera.clone()
-        model.camera[0] += 9  # so all images are unusual
-        calibration.judge_camera_copies(model, held_out)
-        said = capsys.readouterr().out
+        calibration.judge_changed_copies(model, held_out)
+        said = capsys.readouterr().out.splitlines()[kind]
+        assert ("in light from one side" in said) == bool(kind)
         assert model.thresholds().score == pytest.approx(limit, rel=0.01)
         if not learns or limit > highest:
-            assert f"copies of held-out good images: {expected} of 6" in said and "divided" not in said
-            assert model.allowance == 1
+            assert f": {expected} of 6" in said and "divided" not in said
+            assert model.allowances[kind] == 1
         if learns and limit < second / 2:
-            assert "will be divided by 1.20" in said and model.allowance == pytest.approx(1.2)
+            assert f"is divided by {most:.2f}" in said and model.allowances[kind] == pytest.approx(most)
             images = data.read_batch(held_out[:2], model.shape)
             maps, lower = model(images)
             model.camera.fill_(torch.nan)  # nothing is known, so nothing is unusual
             higher_maps, higher = model(images)
-            assert torch.allclose(1.2 * lower, higher) and torch.allclose(1.2 * maps, higher_maps)
+            assert torch.allclose(1.6 * lower, higher) and torch.allclose(1.6 * maps, higher_maps)  # the higher one
             again = load_again(model, run)
-            assert again.allowance == model.allowance
+            assert torch.equal(again.allowances, model.allowances)
             again.calibrate([[torch.rand(6, 4, 4)] * len(model.shares)])
-            assert again.allowance == 1  # a new calibration starts without it
+            assert (again.allowances == 1).all()  # a new calibration starts without them
 
 
 def load_again(model, run):

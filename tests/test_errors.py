@@ -49,8 +49,10 @@ def test_bad_input_is_one_line_in_a_real_process(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_imports_leaves_no_traceback(number):
-    code = "import time, kit.errors; kit.errors.quit_on_signals(); print('ready', flush=True); time.sleep(60)"
+@pytest.mark.parametrize("before", ["", "kit.errors.run_script(lambda: None);"])
+def test_a_signal_outside_of_a_script_leaves_no_traceback(number, before):
+    """While PyTorch is imported, and after the script has ended."""
+    code = f"import time, kit.errors; kit.errors.quit_on_signals(); {before} print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -13,18 +13,24 @@ from kit.folders import list_images
 from kit.good import GoodImages, Painter, held_out_count, split, widened
 from kit.images import read_image, to_tensor
 from kit.processes import Processes
-from kit.settings import UNIT
+from kit.settings import UNIT, as_shape
 from methods import load
 from methods.pairs import PairLoader, pairs
 from synth import bounding_box, synthesize
 
 
-def make_painter(category, processes: Processes = Processes(), size: int = 64) -> Painter:  # noqa: B008 (it is frozen)
+def make_painter(category, processes: Processes = Processes(), size=64) -> Painter:  # noqa: B008 (it is frozen)
     good = GoodImages([], list_images(category / "train/good"), [], processes)
-    shape = (size, size)
+    shape = as_shape(size)
     roi, settings = torch.ones(shape, dtype=torch.bool), SimpleNamespace(seed=0)
     model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=NoBackbone())
     return Painter(good, synthesize, model)
+
+
+@pytest.mark.parametrize("shape", [(384, 1408), (192, 2752), (96, 5984), (1024, 1024)])
+def test_sides_of_patches_can_be_halved_as_often_as_those_of_images(category, shape):
+    patch = make_painter(category, size=shape).patch
+    assert all(0 < side <= whole and side % UNIT == 0 for side, whole in zip(patch, shape, strict=True))
 
 
 # ---------------------------------------------------------------- held-out images
@@ -134,12 +140,12 @@ def test_processes_share_what_is_painted(category):
 
 def test_a_large_image_is_decoded_once_for_all_that_is_painted_on_it(category, monkeypatch):
     monkeypatch.setattr(kit.good, "CACHE_BYTES", 0)
-    monkeypatch.setattr(kit.good, "PATCH", 16)
+    monkeypatch.setattr(kit.good, "PATCH", 32)
     monkeypatch.setattr(kit.good.sys, "platform", "none")  # paint in this process
     read = []
     monkeypatch.setattr(kit.good, "read_image", lambda path, shape: read.append(path) or read_image(path, shape))
-    painted = list(make_painter(category).painted(100))
-    assert sum(len(numbers) for _, _, numbers in painted) == 100 and max(painted[0][0].shape[2:]) <= 16 + 2 * UNIT
+    painted = list(make_painter(category, size=128).painted(100))
+    assert sum(len(numbers) for _, _, numbers in painted) == 100 and max(painted[0][0].shape[2:]) <= 32 + 2 * UNIT
     assert len(read) == len(set(read)) == 24
 
 

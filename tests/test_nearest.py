@@ -68,7 +68,7 @@ def test_the_fast_search_finds_what_the_plain_one_finds(monkeypatch, exports):
         if excluded is not None:
             assert (mine.origin[plain][:, None] != excluded).all()
     for mine.fast in (True, False):
-        with pytest.raises(InputError, match="copies of one"):
+        with pytest.raises(InputError, match="copies of each other"):
             mine.nearest(rows, 10, torch.float32, torch.arange(5).expand(len(rows), -1))
 
 

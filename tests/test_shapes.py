@@ -91,7 +91,7 @@ def split_at_pixels(png: bytes) -> tuple[bytes, bytes]:
     return png[:start], png[start:]
 
 
-def test_what_is_done_to_images_is_told(tmp_path):
+def test_what_is_done_to_images_is_told(tmp_path, capsys):
     files = images_of(tmp_path / "images", (256, 4096))
     assert shapes.told(files, (96, 1536)) == (
         "images of 4096 x 256 pixels are judged at 1536 x 96: a 20-pixel defect shrinks to 8 pixels; "
@@ -102,7 +102,10 @@ def test_what_is_done_to_images_is_told(tmp_path):
     grown = shapes.told([tmp_path / "small.png"], (384, 384))
     assert grown == "images of 40 x 40 pixels are judged at 384 x 384: a 20-pixel defect grows to 192 pixels"
     odd = images_of(tmp_path / "odd", (100, 100), (100, 109), (100, 112))
-    assert shapes.others_among(odd, (64, 64)) == {"2.png": (100, 112)}
+    shapes.print_others(odd, (64, 64))
+    assert (
+        "1 of 3 images have another aspect ratio than 64 x 64, for example 2.png (112 x 100)" in capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------- strips, from training to the verdict

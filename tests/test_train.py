@@ -534,7 +534,7 @@ def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, c
     for number in range(12):
         shutil.copy(one, tmp_path / "copies" / f"{number}.png")
     command = ["--data", tmp_path / "copies", "--out", tmp_path / "out", *QUICK]
-    refuse(train.main, capsys, *command, words=["--data", "copies of one"])
+    refuse(train.main, capsys, *command, words=["--data", "copies of each other"])
     assert not list((tmp_path / "out").rglob("state.pt"))
 
 

@@ -5,7 +5,7 @@ from scipy import stats
 from kit.errors import InputError
 from kit.inspection import drift
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, decide, outliers, threshold, thresholds
+from kit.verdict import CLIPPED_AT, CLIPPED_DEVIATION, Thresholds, decide, outliers, threshold, thresholds
 
 
 def test_threshold_of_many_images_is_an_order_statistic():
@@ -83,7 +83,7 @@ def test_a_mislabelled_image_does_not_decide(images):
     assert abs(threshold(values, 0.02) - limit) < 0.1 * (limit - np.median(values))
 
 
-def test_odd_ones_come_highest_first_and_copies_of_one_image_are_none():
+def test_outliers_come_highest_first_and_copies_of_one_image_are_none():
     assert outliers(np.array([1, 1.1, 5, 0.9, 1.05, 0.95, 7])).tolist() == [6, 2]
     assert outliers(np.array([1.0] * 9 + [1.02])).tolist() == []
     assert outliers(np.array([1, 1.1, 1.2, 9])).tolist() == []
@@ -131,3 +131,9 @@ def test_anomalous_image_below_the_map_s_limit_shows_where_it_is_highest():
 def test_normal_image_has_no_regions():
     verdict = decide(0.6, np.ones((4, 4), np.float32), Thresholds(0.6, 0.5, 9, 0.2))
     assert not verdict.anomalous and not verdict.regions and not verdict.found.any()
+
+
+def test_the_deviation_of_clipped_values():
+    inside = stats.norm.cdf(CLIPPED_AT) - stats.norm.cdf(-CLIPPED_AT)
+    variance = inside - 2 * CLIPPED_AT * stats.norm.pdf(CLIPPED_AT) + CLIPPED_AT**2 * (1 - inside)
+    assert variance**0.5 == pytest.approx(CLIPPED_DEVIATION)
