@@ -60,7 +60,7 @@ from kit.real_defects import files_of_training, fingerprint, is_among
 from kit.rows import origins, spread
 from kit.search import CANDIDATES
 from kit.settings import LEAST_IMAGES
-from kit.verdict import Thresholds, basis
+from kit.verdict import Thresholds, basis, outliers
 from kit.watching import watch
 from kit.windows import keep_freed_memory
 from methods import load
@@ -190,6 +190,12 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     known = sorted({*model.settings.good, *(fingerprint(path) for path in taken)})
     model.settings = replace(model.settings, false_alarm=work.false_alarm, good=tuple(known))
     print(basis(model.thresholds()))
+    odd = outliers(model.normal[0].cpu().numpy())
+    if len(odd):
+        print(
+            f"{len(odd)} of these images look unlike the others: {', '.join(taken[index].name for index in odd[:3])}"
+            f"{' ...' if len(odd) > 3 else ''}; if they are defective, remove them and recalibrate again"
+        )
     with locked(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
@@ -224,7 +230,7 @@ def export(model: Detector, file: Path) -> None:
     """Export a detector on the CPU: FILE.onnx for other runtimes, any other name as a torch.export program, which
     torch.export.load reads. It computes in float32, so that its scores are the same on any machine; activations that
     were rounded to 8 bits still are."""
-    if file.suffix == ".onnx":
+    if file.suffix.lower() == ".onnx":
         need_onnx()
     limits = exported_limits(model)
     model.for_export()
@@ -232,7 +238,7 @@ def export(model: Detector, file: Path) -> None:
     images = torch.zeros(2, 3, height, width)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    if file.suffix == ".onnx":
+    if file.suffix.lower() == ".onnx":
         contents = as_onnx(program, model, limits)
     else:
         buffer = io.BytesIO()  # a path would have to end in .pt2
@@ -256,20 +262,27 @@ def exported_limits(model: Detector) -> Thresholds:
     reason = ""
     if model.precision_warning() or (model.has_int8 and not quantized.is_fast(model.device)):
         reason = f"this machine has no fast {name}"
-    elif not folder.is_dir():
-        reason = f"{folder} no longer exists"
+    elif not (files := readable_good(folder)):
+        reason = f"there are no good images in {folder} any more"
     if reason:
         print(
             f"the exported detector computes in float32, but its thresholds were set in {name} and could not be "
             f"converted ({reason}): they may be off by a few hundredths"
         )
         return limits
-    files = folders.list_images(folders.good_folder(folder))
     some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
     model.for_export()
     score_ratio, map_ratio = scores_and_peaks(model, some) / before
     return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
+
+
+def readable_good(category: Path) -> list[Path]:
+    """The good images of a category that can be read; none if it is gone."""
+    try:
+        return folders.usable(folders.list_images(folders.good_folder(category)), skip_bad=True)
+    except InputError:
+        return []
 
 
 @torch.no_grad()

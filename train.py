@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ from kit.quantized import is_fast
 from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
-from kit.verdict import outliers
+from kit.verdict import basis, outliers
 from kit.windows import keep_freed_memory
 from methods import METHODS, load
 
@@ -105,6 +106,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         masks = sum(defect.mask is not None for defect in run.defects)
         beside = f", and {len(run.defects)} images with real defects ({masks} with masks)"
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
+    if unused := folders.unused_subfolders(folders.good_folder(run.category)):
+        print(f"images in subfolders are not used: {', '.join(path.name for path in unused)}")
     if line := shapes.told(run.files, model.shape):
         print(line)
     shapes.print_others(run.files, model.shape)
@@ -128,8 +131,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     finish(model, good, run)
     print(f"wrote {run.out / MODEL}")
     if folders.good_folder(run.category) != run.category:  # it has the usual layout; training does not look for test/
-        print(f"to measure it: python evaluate.py {run.out}")
-    print(f"to judge new images: python evaluate.py {run.out} --images FOLDER")
+        print(f"to measure it: python evaluate.py {shlex.quote(str(run.out))}")
+    print(f"to judge new images: python evaluate.py {shlex.quote(str(run.out))} --images FOLDER")
 
 
 def begin(run: Run, args: argparse.Namespace) -> tuple[Detector | None, dict | None]:
@@ -186,6 +189,7 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
     if not good.processes.first:
         return
     own = unfinished_files(run.out)
+    print(basis(model.thresholds()))
     judge_changed_copies(model, good.held_out)
     show_suspects(model, own, run.out)
     write_atomically(own.claim(MODEL), model.save)
@@ -271,7 +275,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(folders.list_images(folder), [defect.path for defect in defects])
-        files = folders.usable(files, args.skip_bad)
+        files = without_copies(folders.usable(files, args.skip_bad), defects)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
             raise InputError(f"--data {category}: only {len(files)} good images; give at least {least}, better 50")
@@ -311,6 +315,18 @@ def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:
                 f"--out {target}: this folder would contain the runs of both {run.category} and {category}; rename one "
                 "of these two categories"
             )
+
+
+def without_copies(files: list[Path], defects: list[Defect]) -> list[Path]:
+    """The good images `files` without copies of the given defects, which are recognised by their bytes. Prints a line
+    if there are any."""
+    if not defects:
+        return files
+    hashes = {fingerprint(defect.path) for defect in defects}
+    kept = [path for path in files if fingerprint(path) not in hashes]
+    if len(kept) < len(files):
+        print(f"left out {len(files) - len(kept)} of the good images: they are copies of given defects")
+    return kept
 
 
 def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:

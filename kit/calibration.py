@@ -271,7 +271,7 @@ def judge_changed_copies(model: Detector, files: Sequence[Path]) -> None:
     for change, (scores, is_unusual), allowed in zip(CHANGES, judged, model.allowances.tolist(), strict=True):
         alarms = int((scores / model.highest_allowance(is_unusual) > limit).sum())
         divided = f"; the score of an image with unusual {change.unusual} is divided by {allowed:.2f}"
-        print(f"false alarms on {change.copies}: {alarms} of {COPIES}{divided if allowed > 1 else ''}")
+        print(f"false alarms on {change.copies}: {alarms} of {COPIES}{divided if allowed >= 1.005 else ''}")
 
 
 def scores_of_copies(model: Detector, files: Sequence[Path], kind: int) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,8 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         kind = type(error).__name__  # PyTorch's classes, without importing it: the command line is read before
         if kind == "OutOfMemoryError":  # of a GPU
             fail(one_line(error))
+        if str(error).startswith("DataLoader worker"):
+            fail("a background process was killed, perhaps because the memory was full; continue with --resume")
         if kind != "DistBackendError" and "/gloo/transport/" not in str(error):  # Gloo's errors have no class
             raise
         fail(

@@ -57,7 +57,18 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
     for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
         if list_images(folder):
             return folder
-    raise InputError(f"{flag} {data}: no images in it or in its train/good; add good images ({' '.join(SUFFIXES)})")
+    remedy = f"add good images ({' '.join(SUFFIXES)})"
+    if others := unused_subfolders(data):
+        remedy = f"give one of its subfolders with images, for example {others[0]}, or move the images into one folder"
+    raise InputError(f"{flag} {data}: no images in it or in its train/good; {remedy}")
+
+
+def unused_subfolders(folder: Path) -> list[Path]:
+    """The subfolders with images that training on `folder` does not read. The folders of the usual layout are not even
+    listed."""
+    layout = ("train", "test", "ground_truth")
+    subfolders = [path for path in folder.iterdir() if path.is_dir() and path.name not in layout]
+    return sorted(path for path in subfolders if not is_hidden(path.name) and list_images(path, subfolders=True))
 
 
 def category_folders(data: Path) -> list[Path]:

@@ -1,9 +1,11 @@
 """The good images of a training: the held-out ones and those to train on; batches of x+, the good images, and of x-,
 the anomalous images that a given function paints on some of them."""
 
+import ctypes
 import io
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -239,10 +241,24 @@ def loader(numbers: Sequence[int], make: Callable[[list[int]], object], batch: i
     workers = 0
     if sys.platform == "linux":
         workers = min(4, len(os.sched_getaffinity(0)), math.ceil(len(numbers) / batch))  # at most one for each batch
-    context = "fork" if workers else None
     return DataLoader(
-        numbers, batch, shuffle=shuffle, collate_fn=make, num_workers=workers, multiprocessing_context=context
+        numbers,
+        batch,
+        shuffle=shuffle,
+        collate_fn=make,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=end_with_parent,
     )
+
+
+def end_with_parent(worker: int) -> None:
+    """Let a loader's worker end when its parent ends, in whatever way. Ctrl-C, which reaches both, is the parent's
+    business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
+    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- camera copies

@@ -13,6 +13,7 @@ from kit.errors import InputError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no others: a PostScript file called .png would start Ghostscript
 LEAST_SIDE = 32  # pixels per side
+Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow warns of larger images, and refuses those that are twice as large
 
 AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
 
@@ -109,7 +110,9 @@ def load_image(path: Path | str) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 
 

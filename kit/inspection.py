@@ -300,7 +300,7 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     for name, score in scores.items():
         path = root / name
         kind = Path(name).parent.as_posix() if "/" in name else kind_of_root
-        entries.append(Entry(name, kind, None, score, path, path.parent in good_folders))
+        entries.append(Entry(name, kind, None, score, path, path.parent.resolve() in good_folders))
     return entries
 
 

@@ -102,10 +102,9 @@ def judge_tests(model: Detector, tests: list[folders.LabelledImage], processes: 
     return Judged(tests, labels, scores.numpy(), maps.numpy(), masks, float(np.median(times or [0])))
 
 
-def unmasked(judged: Judged) -> int:
-    """The number of defective images without a mask, or with an empty one. If there are any, pixel metrics would be
-    wrong."""
-    return int((judged.labels & ~judged.masks.any(axis=(1, 2))).sum())
+def unmasked(judged: Judged) -> list[folders.LabelledImage]:
+    """The defective images without a mask, or with an empty one. If there are any, pixel metrics would be wrong."""
+    return [judged.tests[i] for i in np.flatnonzero(judged.labels & ~judged.masks.any(axis=(1, 2)))]
 
 
 def measure(judged: Judged) -> dict[str, float | None]:
@@ -151,7 +150,10 @@ def report(work: Inspection, category: Path) -> None:
     print(basis(limits))
     shapes.print_others([test.path for test in judged.tests], model.shape)
     if missing := unmasked(judged):
-        print(f"pixel metrics are n/a: {missing} defective images have no mask or an empty one")
+        print(
+            f"pixel metrics are n/a: {len(missing)} defective images have no mask or an empty one, for example "
+            f"{missing[0].path}"
+        )
     settings = model.settings
     figures = {
         "checkpoint": work.checkpoint.name,

@@ -73,7 +73,7 @@ def read_corrections(file: Path) -> Corrections:
     """Raises InputError if the file is missing, empty or not a corrections file, or if an image is in two lists or no
     longer exists."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"--corrections {file}: cannot be read as JSON ({error}); save it again from report.html"

@@ -156,6 +156,6 @@ def others_told(others: dict[str, Shape], images: int, judged_in: Shape) -> str:
 
 def print_others(files: list[Path], judged_in: Shape) -> None:
     """Print `others_told`, if some of the files have another aspect ratio."""
-    shapes = {path.name: shape_in_file(path) for path in files}
+    shapes = {path.as_posix(): shape_in_file(path) for path in files}
     if others := {name: shape for name, shape in shapes.items() if shape and is_other(shape, judged_in)}:
         print(others_told(others, len(files), judged_in))

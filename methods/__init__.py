@@ -29,8 +29,10 @@ METHODS = {
 
 
 def load(path: Path | str, device: str = "cpu") -> Detector:
-    """The detector of checkpoint `path`, ready to judge. Raises InputError if the file is missing or is not a
-    checkpoint."""
+    """The detector of the checkpoint or run folder `path`, ready to judge. Raises InputError if the file is missing or
+    is not a checkpoint."""
+    if Path(path).is_dir():
+        path = Path(path) / "model.pt"
     checkpoint = read_checkpoint(path)
     try:
         model = METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint)

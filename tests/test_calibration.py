@@ -59,6 +59,13 @@ def draw_buttons(to: Path, count: int, day: int) -> Path:
     return to
 
 
+def test_an_odd_image_among_those_that_recalibrate_is_named(run, tmp_path, capsys):
+    new = draw_buttons(tmp_path / "new", 12, day=1)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)).save(new / "odd.png")
+    call(evaluate.main, run, "--recalibrate", new)
+    assert "1 of these images look unlike the others: odd.png" in capsys.readouterr().out
+
+
 def test_of_many_images_some_are_drawn(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "LIMIT", 10)
     call(evaluate.main, run, "--recalibrate", draw_buttons(tmp_path / "new", 24, day=1))

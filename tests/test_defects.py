@@ -221,6 +221,17 @@ def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatc
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, "--corrections", file, "--resume")
 
 
+def test_a_good_image_that_is_also_a_defect_is_left_out(tiny, tmp_path, capsys):
+    good = folders.list_images(tiny / "train" / "good")
+    (tmp_path / "bad").mkdir()
+    shutil.copy(good[3], tmp_path / "bad" / "other-name.png")
+    shutil.copy(next((tiny / "test" / "chip").iterdir()), tmp_path / "bad")
+    call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK, "--defects", tmp_path / "bad")
+    said = capsys.readouterr().out
+    assert "left out 1 of the good images" in said
+    assert f"reading {len(good) - 1} good images" in said and ", set from " in said
+
+
 def test_bad_defects_and_corrections(category, tmp_path, capsys):
     def attempt(*arguments, words):
         refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *QUICK, *arguments, words=words)

@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -497,7 +498,7 @@ def test_a_table_that_was_changed_by_hand_is_not_written_over(run, category, tmp
     assert "mine" in (out / "scores.csv").read_text()
 
 
-def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, capsys):
+def test_an_export_has_the_thresholds_of_its_own_precision(run, tmp_path, monkeypatch, capsys):
     """Scores of good images that are a tenth higher in float32 raise the exported threshold by a tenth."""
     model = load(run / "model.pt")
     scores = evaluate.scores_and_peaks
@@ -515,6 +516,11 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, monkeypatch, cap
     assert model.full_precision  # it computes as it is exported
     assert after.score == pytest.approx(1.1 * before.score)
     assert after.anomaly_map == pytest.approx(1.1 * before.anomaly_map)
+    (tmp_path / "empty").mkdir()
+    model.settings = replace(model.settings, data=str(tmp_path / "empty"))
+    model.full_precision = False
+    assert evaluate.exported_limits(model) == model.thresholds()
+    assert f"there are no good images in {tmp_path / 'empty'} any more" in capsys.readouterr().out
 
 
 def test_options_without_effect_are_refused(run, capsys):

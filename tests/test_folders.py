@@ -12,6 +12,7 @@ from kit.folders import (
     has_tests,
     labelled_images,
     list_images,
+    unused_subfolders,
     usable,
 )
 
@@ -49,6 +50,14 @@ def test_good_images_are_found_in_every_layout_and_never_in_test(tmp_path):
             good_folder(tmp_path / name)
     assert category_folders(tmp_path) == [tmp_path / "btad", tmp_path / "mvtec"]
     assert category_folders(tmp_path / "own") == [tmp_path / "own"]
+
+
+def test_subfolders_that_training_does_not_read_are_named(tmp_path):
+    touch(tmp_path, "my/monday/a.png", "my/tuesday/deep/b.png", "my/test/good/c.png", "my/.thumbnails/d.png")
+    (tmp_path / "my" / "empty").mkdir()
+    assert unused_subfolders(tmp_path / "my") == [tmp_path / "my/monday", tmp_path / "my/tuesday"]
+    with pytest.raises(InputError, match="one of its subfolders with images, for example .*monday"):
+        good_folder(tmp_path / "my")
 
 
 def test_images_in_subfolders_are_listed_if_wanted(tmp_path):

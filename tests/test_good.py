@@ -1,11 +1,15 @@
+import subprocess
+import sys
+import time
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import QUICK, NoBackbone, call
+from helpers import QUICK, ROOT, NoBackbone, call
 
 import kit.good
 import train
@@ -31,6 +35,37 @@ def make_painter(category, processes: Processes = Processes(), size=64) -> Paint
 def test_sides_of_patches_can_be_halved_as_often_as_those_of_images(category, shape):
     patch = make_painter(category, size=shape).patch
     assert all(0 < side <= whole and side % UNIT == 0 for side, whole in zip(patch, shape, strict=True))
+
+
+LOADING = """
+import multiprocessing, numpy as np, kit, time
+from kit.good import loader
+batches = iter(loader(range(1000), lambda numbers: np.zeros((8, 500, 500)), batch=1, shuffle=False))
+next(batches)
+print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no background processes")
+def test_background_processes_end_with_a_killed_parent():
+    """Their results do not fit into the pipes, so they wait for a reader."""
+    parent = subprocess.Popen([sys.executable, "-c", LOADING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers and all(map(is_running, workers))
+    parent.kill()
+    deadline = time.time() + 20
+    while any(map(is_running, workers)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # ---------------------------------------------------------------- held-out images

@@ -81,6 +81,17 @@ def test_unreadable_and_tiny_files_are_named(tmp_path):
     refused(tmp_path / "tiny.png", "31x400")
 
 
+def test_a_damaged_file_is_named_whatever_pillow_raises(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "damaged.tif")
+
+    def broken(self):
+        raise TypeError("unsupported operand")  # as for a damaged TIFF file
+
+    monkeypatch.setattr(Image.Image, "load", broken)
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", broken)
+    refused(tmp_path / "damaged.tif", "unsupported operand")
+
+
 def test_other_formats_reach_no_decoder_whatever_they_are_called(tmp_path):
     (tmp_path / "postscript.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n")
     with Image.open(tmp_path / "postscript.png") as image:
