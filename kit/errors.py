@@ -37,6 +37,8 @@ def fail(line: str) -> None:
 
 def stop(number: int, frame: object) -> None:
     """The handler of a signal that asks to end: SIGINT (Ctrl-C) or SIGTERM (kill, systemctl stop, docker stop)."""
+    if hasattr(signal, "SIGCHLD"):  # background processes may end, too: PyTorch need not complain about that
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise KeyboardInterrupt(number)
 
 
