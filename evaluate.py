@@ -262,7 +262,7 @@ def exported_limits(model: Detector) -> Thresholds:
     reason = ""
     if model.precision_warning() or (model.has_int8 and not quantized.is_fast(model.device)):
         reason = f"this machine has no fast {name}"
-    elif not (files := readable_good(folder)):
+    elif not (some := some_good(folder)):
         reason = f"there are no good images in {folder} any more"
     if reason:
         print(
@@ -270,19 +270,20 @@ def exported_limits(model: Detector) -> Thresholds:
             f"converted ({reason}): they may be off by a few hundredths"
         )
         return limits
-    some = files[:: math.ceil(len(files) / COMPARED)]
     before = scores_and_peaks(model, some)
     model.for_export()
     score_ratio, map_ratio = scores_and_peaks(model, some) / before
     return replace(limits, score=float(limits.score * score_ratio), anomaly_map=float(limits.anomaly_map * map_ratio))
 
 
-def readable_good(category: Path) -> list[Path]:
-    """The good images of a category that can be read; none if it is gone."""
+def some_good(category: Path) -> list[Path]:
+    """At most COMPARED good images of a category, evenly spread, without those that cannot be read; none if it has no
+    images any more."""
     try:
-        return folders.usable(folders.list_images(folders.good_folder(category)), skip_bad=True)
+        files = folders.list_images(folders.good_folder(category))
     except InputError:
         return []
+    return folders.usable(files[:: math.ceil(len(files) / COMPARED)], skip_bad=True)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ from kit.good import Defect, GoodImages, held_out_count, quantize_backbone, spli
 from kit.images import load_image
 from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import is_fast
-from kit.real_defects import Corrections, fingerprint, fingerprints, list_defects, read_corrections
+from kit.real_defects import Corrections, fingerprint, fingerprints, is_among, list_defects, read_corrections
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
 from kit.verdict import basis, outliers
@@ -322,8 +322,8 @@ def without_copies(files: list[Path], defects: list[Defect]) -> list[Path]:
     if there are any."""
     if not defects:
         return files
-    hashes = {fingerprint(defect.path) for defect in defects}
-    kept = [path for path in files if fingerprint(path) not in hashes]
+    known = {value for pair in fingerprints(defect.path for defect in defects) for value in pair}
+    kept = [path for path in files if not is_among(path, known)]
     if len(kept) < len(files):
         print(f"left out {len(files) - len(kept)} of the good images: they are copies of given defects")
     return kept

@@ -180,8 +180,7 @@ def alike_in_order(
         mine = rows[(image_indices == image).to(rows.device)].float()
         if not len(mine):  # with very many images, some have no rows here
             continue
-        index, _ = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), image))
-        index = index.cpu()
+        index = prototypes.nearest(mine, 1, dtype, torch.full((len(mine), 1), image))[0].cpu()
         is_near = tenth[origin] == tenth[image]
         others = origin != image
         found += float(is_near[index].float().mean())

@@ -1,7 +1,6 @@
 """The good images of a training: the held-out ones and those to train on; batches of x+, the good images, and of x-,
 the anomalous images that a given function paints on some of them."""
 
-import ctypes
 import io
 import math
 import os
@@ -24,7 +23,7 @@ from kit.images import is_grey, read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
 from kit.quantized import CALIBRATION_IMAGES, is_fast
 from kit.settings import UNIT
-from kit.windows import at_once, part_shape
+from kit.windows import at_once, glibc, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
 BLUR = (0.3, 1.2)  # pixels, standard deviation of the Gaussian
@@ -257,8 +256,10 @@ def end_with_parent(worker: int) -> None:
     business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
-    ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    prctl = glibc("prctl")
+    if prctl is not None:
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
+        prctl(parent_death_signal, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- camera copies

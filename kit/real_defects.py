@@ -122,5 +122,5 @@ def files_of_training(settings: Settings) -> set[str]:
 
 
 def is_among(path: Path, known: set[str]) -> bool:
-    """Whether a file, or a copy of it, is among the `files_of_training`."""
+    """Whether a file, or a copy of it, is among those with these paths and hashes, such as the `files_of_training`."""
     return str(path.resolve()) in known or fingerprint(path) in known

@@ -8,6 +8,7 @@ from pathlib import Path
 import clflow
 from kit.detector import Detector, read_checkpoint
 from kit.errors import InputError
+from kit.files import MODEL
 from kit.training import Epoch
 from methods import autoencoder, nearest, paper
 
@@ -32,7 +33,7 @@ def load(path: Path | str, device: str = "cpu") -> Detector:
     """The detector of the checkpoint or run folder `path`, ready to judge. Raises InputError if the file is missing or
     is not a checkpoint."""
     if Path(path).is_dir():
-        path = Path(path) / "model.pt"
+        path = Path(path) / MODEL
     checkpoint = read_checkpoint(path)
     try:
         model = METHODS[checkpoint["settings"]["method"]].detector.restore(checkpoint)
