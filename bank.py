@@ -36,11 +36,10 @@ class Prototypes(nn.Module):
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the index of each
         row's training image. Raises InputError if a row is NaN or infinite."""
-        candidates = candidates.float()
         if not candidates.isfinite().all():
             raise InputError("--weights: the backbone produced NaN or infinite features; give other weights")
-        self.centre.copy_(candidates.mean(dim=0))
-        candidates = candidates - self.centre
+        self.centre.copy_(candidates.mean(dim=0, dtype=torch.float32))
+        candidates = candidates - self.centre  # in float32
         if self.fast:
             chosen = search.covering(candidates, count, generator)
         else:
@@ -97,7 +96,7 @@ def spacing_of(bank: Tensor) -> Tensor:
     feature by many spacings."""
     neighbours = min(NEIGHBOURS, len(bank) - 1)
     parts = []
-    for part in bank.split(search.CHUNK):  # all distances at once would fill the memory
+    for part in bank.split(search.CHUNK // 4):  # all distances at once would fill the memory
         distances = torch.cdist(part, bank).topk(1 + neighbours, largest=False).values
         parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
     spacing = torch.cat(parts)

@@ -51,12 +51,13 @@ class Whitening(nn.Linear):
 
     def fit(self, rows: Tensor) -> None:
         """rows: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
-        rows = rows.to("cpu", torch.float64)  # not every device supports float64
-        variance, axes = torch.linalg.eigh(torch.cov(rows.T))  # in ascending order
+        mean = rows.mean(dim=0)
+        covariance = torch.cov(rows.T).to("cpu", torch.float64)  # not every device supports float64
+        variance, axes = torch.linalg.eigh(covariance)  # in ascending order
         variance, axes = variance.flip(0), axes.flip(1)
         matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T[: self.out_features]
         self.weight.copy_(matrix)
-        self.bias.copy_(-matrix @ rows.mean(dim=0))
+        self.bias.copy_(-self.weight @ mean)
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
@@ -263,8 +264,9 @@ def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "I
     # Rows of painted defects, from which only the classifier learns. For all rows, the prototypes of their own image do
     # not count; then they are whitened.
     painted = painted_rows(model, painter, PAINTED // DEFECTS_PER_IMAGE) if model.settings.has_classifier else None
+    del painter, rows, image_indices  # decoded images take as much memory as the feed
     feed = Feed(model, normal, painted)
-    del painter, normal, rows, image_indices, painted  # frees a gigabyte or more; the feed keeps what it needs
+    del normal, painted  # the feed keeps what it needs
     held_out = HeldOut(model, good.held_out)
 
     # Rows of real defects, if any are given.

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from kit.detector import Detector
 from kit.images import is_grey, read_image, to_tensor
 from kit.processes import ALONE, Processes, counted
 from kit.quantized import CALIBRATION_IMAGES, is_fast
-from kit.settings import UNIT
+from kit.settings import UNIT, Shape
 from kit.windows import at_once, glibc, part_shape
 
 CACHE_BYTES = 5e8  # of decoded images, on each machine: 560 of 384x384
@@ -105,12 +105,9 @@ class Painter:
         bytes_per_image = 2 * 3 * math.prod(self.shape)  # float16
         room = int(CACHE_BYTES / self.processes.local_count / bytes_per_image)
         kept = (self.files + self.textures)[:room]
-        self.cache = {path: self.read(path) for path in counted(kept, "reading images", len(kept))}
-        self.read_lately = lru_cache(maxsize=2)(self.read)  # a large image and a texture, say
-
-    def read(self, path: Path) -> np.ndarray:
-        """(H, W, 3) float16 in [0, 1]."""
-        return read_image(path, self.shape).astype(np.float16)
+        read = partial(read_half, shape=self.shape)
+        self.cache = {path: read(path) for path in counted(kept, "reading images", len(kept))}
+        self.read_lately = lru_cache(maxsize=2)(read)  # a large image and a texture, say
 
     def image(self, path: Path, place: tuple[slice, slice] = WHOLE) -> np.ndarray:
         """A file, or the part of it at `place`: (H, W, 3) float32 in [0, 1]."""
@@ -214,6 +211,11 @@ class Painter:
         """`surrounded` x- (A, H, W, 3) with these numbers, their masks (A, H, W, 1), and the numbers (A,)."""
         after, masks = zip(*(self.surrounded(number) for number in numbers), strict=True)
         return np.stack(after), np.float32(masks)[..., None], np.array(numbers)
+
+
+def read_half(path: Path, shape: Shape) -> np.ndarray:
+    """An image file, resized to this shape: (H, W, 3) float16 in [0, 1]."""
+    return read_image(path, shape).astype(np.float16)
 
 
 def within(middle: int, length: int, limit: int) -> slice:

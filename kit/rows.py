@@ -22,7 +22,7 @@ from kit.images import read_image, to_tensor
 from kit.processes import counted
 from kit.search import CANDIDATES, NOTHING_ELSE
 from kit.training import Epoch, seed_epoch
-from kit.windows import side_of
+from kit.windows import return_freed_memory, side_of
 
 ROWS = 1_000_000  # of good images, at most: 1.2 GB with ResNet18, without camera copies
 COPIED = 4  # one row of a camera copy for every four rows of its original
@@ -226,6 +226,7 @@ class Feed:
     defects suffice. If real defects are given, half of the defect rows are real."""
 
     def __init__(self, model: Detector, normal: GoodRows, painted: Rows | None):
+        return_freed_memory()
         self.device = model.device
         self.normal = codes(model, normal)
         self.normal_images = normal.image_indices
