@@ -7,8 +7,7 @@ This file has the plain form. Behind the same calls, kit/search.py searches larg
 import torch
 from torch import Tensor, nn
 
-from kit import search
-from kit.errors import InputError
+from kit import InputError, search
 
 NEIGHBOURS = 5  # of a prototype; their mean distance is the spacing there
 

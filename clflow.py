@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bank import Prototypes
 from flows import Flow2D
+from kit import InputError
 from kit.backbone import BACKBONES, as_rows
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.search import NOTHING_ELSE, in_parts, prototype_count, search_parts
 from kit.settings import CLFlowSettings
 from kit.windows import in_strips

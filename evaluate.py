@@ -1,8 +1,7 @@
 """Measure a detector: python evaluate.py runs/bottle. Judge images: ... --images new/. Export: ... --export FILE"""
 
-import kit  # noqa: F401 (first, before PyTorch is imported)
-from kit.command_line import evaluation_options
-from kit.errors import InputError, quit_on_signals, run_script
+from kit import InputError  # first, before PyTorch is imported
+from kit.command_line import evaluation_options, quit_on_signals, run_script
 
 if __name__ == "__main__":
     quit_on_signals()
@@ -255,12 +254,12 @@ def exported_limits(model: Detector) -> Thresholds:
     were before, both summed over camera copies of good images. (The good images themselves have near zero scores: their
     features are in the bank.) After such a comparison the model computes as it is exported."""
     limits = model.thresholds()
-    if not model.halved and not model.has_int8:
+    if not model.halved and not model.backbone.has_int8:
         return limits
     name = "bfloat16" if model.halved else "int8"
     folder = Path(model.settings.data)
     reason = ""
-    if model.precision_warning() or (model.has_int8 and not quantized.is_fast(model.device)):
+    if model.precision_warning() or (model.backbone.has_int8 and not quantized.is_fast(model.device)):
         reason = f"this machine has no fast {name}"
     elif not (some := some_good(folder)):
         reason = f"there are no good images in {folder} any more"

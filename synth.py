@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from kit.errors import run_script
+from kit.command_line import run_script
 from kit.images import foreground, is_grey
 from kit.windows import side_of
 

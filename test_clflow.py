@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clflow
 import synth
 from flows import Flow2D
+from kit import InputError
 from kit import rows as kit_rows
 from kit.backbone import as_rows
-from kit.errors import InputError
 from kit.processes import Processes
 from kit.rows import Feed, GoodRows, Rows, codes, good_rows, origins, painted_rows, spread, touches
 from kit.settings import CLFlowSettings

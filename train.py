@@ -1,8 +1,7 @@
 """Train a detector on good images: python train.py --data mvtec/bottle. Without --data it draws and uses a demo."""
 
-import kit  # noqa: F401 (first, before PyTorch is imported)
-from kit.command_line import refuse_without_effect, training_options
-from kit.errors import InputError, quit_on_signals, run_script
+from kit import InputError  # first, before PyTorch is imported
+from kit.command_line import quit_on_signals, refuse_without_effect, run_script, training_options
 
 if __name__ == "__main__":
     quit_on_signals()

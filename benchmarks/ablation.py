@@ -30,14 +30,7 @@ from kit import data, folders, metrics  # noqa: E402
 from kit.backbone import as_rows  # noqa: E402
 from kit.detector import anomaly_map, image_score  # noqa: E402
 from kit.files import write_atomically  # noqa: E402
-from kit.good import (  # noqa: E402
-    GoodImages,
-    Painter,
-    held_out_count,
-    quantize_backbone,
-    split,
-    with_camera_copies,  # noqa: E402
-)
+from kit.good import GoodImages, Painter, held_out_count, quantize_backbone, split, with_camera_copies  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import COPIED, Feed, GoodRows, Rows, candidates, origins, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402

@@ -32,14 +32,7 @@ import clflow  # noqa: E402
 from clflow import CLFlow  # noqa: E402
 from kit import data, folders, metrics  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
-from kit.good import (  # noqa: E402
-    Defect,
-    GoodImages,
-    Painter,
-    held_out_count,
-    split,
-    with_camera_copies,  # noqa: E402
-)
+from kit.good import Defect, GoodImages, Painter, held_out_count, split, with_camera_copies  # noqa: E402
 from kit.processes import ALONE  # noqa: E402
 from kit.rows import Feed, candidates, defect_rows, good_rows, painted_rows  # noqa: E402
 from kit.settings import CLFlowSettings  # noqa: E402

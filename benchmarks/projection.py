@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from kit import draw, folders  # noqa: E402
-from kit.command_line import Parser  # noqa: E402
+from kit import InputError, draw, folders  # noqa: E402
+from kit.command_line import Parser, run_script  # noqa: E402
 from kit.detector import read_checkpoint  # noqa: E402
-from kit.errors import InputError, run_script  # noqa: E402
 from kit.files import OwnFiles  # noqa: E402
 from kit.images import read_image  # noqa: E402
 from methods.autoencoder import Autoencoder  # noqa: E402

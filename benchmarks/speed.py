@@ -156,7 +156,8 @@ def print_stages(category: Path, weights: list[str], batch: int) -> None:
     for threads in (1, several):
         torch.set_num_threads(threads)
         found[threads] = stages(model, images)
-    print(f"| {category.name}, {'int8' if model.has_int8 else 'float32'} | 1 thread, ms | {several} threads, ms |")
+    numbers = "int8" if model.backbone.has_int8 else "float32"
+    print(f"| {category.name}, {numbers} | 1 thread, ms | {several} threads, ms |")
     print("|---|---|---|")
     for name in found[1]:
         print(f"| {name} | {found[1][name]:.2f} | {found[several][name]:.2f} |", flush=True)

@@ -17,10 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import make_moons
 from torch import Tensor
 
-from clflow import energy, tamed
+from clflow import energy, info_nce, tamed
 from flows import Flow2D
 from kit.draw import save_picture
-from methods.paper import contrast_energy
 
 PANEL = 320  # pixels
 REACH = 3.0  # the drawn plane is -REACH..REACH along both axes
@@ -52,7 +51,7 @@ def train(steps: int, contrast_weight: float) -> Flow2D:
         loss = normal.mean()
         if contrast_weight:
             anomalous = energies(flow, elsewhere(BATCH // 4))
-            loss = loss + contrast_weight * contrast_energy(tamed(normal), tamed(anomalous), 1.0)
+            loss = loss + contrast_weight * info_nce(tamed(anomalous), tamed(normal), 1.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)

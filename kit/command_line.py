@@ -1,15 +1,21 @@
-"""The command lines of train.py and evaluate.py: their options, and which of them exclude each other. This file does
-not import PyTorch, which takes seconds: --help and errors in the command line appear at once. Only the name of a
-backbone is checked later, since torchvision knows the names."""
+"""How a script starts and ends: the options of train.py and evaluate.py, and which of them exclude each other; bad
+input ends in one line on standard error and exit code 2, without a traceback. This file does not import PyTorch, which
+takes seconds: --help and errors in the command line appear at once. Only the name of a backbone is checked later, since
+torchvision knows the names."""
 
 import argparse
-from collections.abc import Iterable
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kit.errors import InputError
+from kit import InputError
 from kit.settings import FALSE_ALARM, LITE0, OPTIONS
 from kit.shapes import check_size, parsed_size
 
+AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 RANGES = {
     "seed": (0, 2**31),
     "seeds": (1, 99),
@@ -81,11 +87,8 @@ def training_parser() -> Parser:
 def add_folders(parser: Parser) -> None:
     """The method, and the folders that training reads and writes."""
     add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        help="folder with train/good, folder of good images, or folder of several categories (default: a drawn demo)",
-    )
+    data_help = "folder with train/good, folder of good images, or folder of several categories (default: a drawn demo)"
+    add("--data", type=Path, help=data_help)
     add("--method", choices=OPTIONS, default="clflow", help="method to train (default: clflow)")
     add("--out", type=Path, help="folder for model.pt and log.csv (default: runs/<category>)")
     add("--textures", type=Path, help="folder of texture images, a second source of synthetic defects (default: none)")
@@ -120,18 +123,10 @@ def add_run_options(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="random seed (default: 0)")
     seeds_help = "number of trainings, with seeds --seed, --seed + 1, ...; also writes a table if above 1 (default: 1)"
     add("--seeds", type=int, default=1, help=seeds_help)
-    add(
-        "--resume",
-        action="store_true",
-        default=None,
-        help="continue an unfinished training after its last complete epoch",
-    )
-    add(
-        "--keep-epochs",
-        action="store_true",
-        default=None,
-        help="keep a checkpoint of each epoch, epoch_NN.pt, for evaluate.py --curve",
-    )
+    resume_help = "continue an unfinished training after its last complete epoch"
+    add("--resume", action="store_true", default=None, help=resume_help)
+    keep_help = "keep a checkpoint of each epoch, epoch_NN.pt, for evaluate.py --curve"
+    add("--keep-epochs", action="store_true", default=None, help=keep_help)
     add("--skip-bad", action="store_true", default=None, help="skip images that cannot be read (default: stop)")
     add("--device", help="cpu, cuda, ... (default: cuda if available, else cpu)")
 
@@ -283,3 +278,75 @@ def check_evaluation(args: argparse.Namespace) -> None:
         refuse_without_effect(args, ["out"], "without --images, --data or --explain")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
         raise InputError(f"--false-alarm {args.false_alarm}: out of range; give a share between 0 and 1")
+
+
+# ---------------------------------------------------------------- how a script ends
+
+
+def one_line(error: BaseException) -> str:
+    """The last line of an error's text, where a loader's worker puts the cause; the error's type if it has no text."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+
+
+def is_first() -> bool:
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def fail(line: str) -> None:
+    """Write the line and end with code 2. If all processes of torchrun fail, only the first one writes: it ends, and
+    torchrun then ends the others while they wait."""
+    if not is_first():
+        time.sleep(AFTER_THE_FIRST)
+    print("error:", line, file=sys.stderr)
+    sys.exit(2)
+
+
+def stop(number: int, frame: object) -> None:
+    """The handler of a signal that asks to end: SIGINT (Ctrl-C) or SIGTERM (kill, systemctl stop, docker stop)."""
+    if hasattr(signal, "SIGCHLD"):  # background processes may end, too: PyTorch need not complain about that
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt(number)
+
+
+def quit_on_signals() -> None:
+    """Outside of `run_script`, such a signal ends the process at once, without a traceback: while PyTorch is imported,
+    and after the script has ended, there is nothing to complete."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
+
+
+def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
+    """Call `main`. An error that only the user can fix becomes one line and exit code 2. A signal that asks to end
+    becomes the line `on_interrupt` and exit code 128 + its number, as shells report it."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
+    # By default, a script started with & or nohup ignores SIGINT.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        try:
+            main()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        if is_first():
+            print(on_interrupt, file=sys.stderr)
+        sys.exit(128 + number)
+    except (InputError, OSError, MemoryError) as error:
+        fail(one_line(error))
+    except RuntimeError as error:
+        kind = type(error).__name__  # PyTorch's classes, without importing it: the command line is read before
+        if kind == "OutOfMemoryError":  # of a GPU
+            fail(one_line(error))
+        if str(error).startswith("DataLoader worker"):
+            fail("a background process was killed, perhaps because the memory was full; continue with --resume")
+        if kind != "DistBackendError" and "/gloo/transport/" not in str(error):  # Gloo's errors have no class
+            raise
+        fail(
+            "another process of this run has ended; read the error that it printed, perhaps on another machine "
+            f"({one_line(error)})"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit.errors import InputError
+from kit import InputError
 from kit.images import load_image, read_image, to_tensor, turned
 from kit.settings import Shape
 from kit.windows import at_once

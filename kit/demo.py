@@ -16,14 +16,7 @@ from kit.shapes import check_size, input_size, parsed_size, told
 
 SHEET_ROWS = 8
 BELOW = ((0, draw.GAP), (0, draw.GAP), (0, 0))  # white margin around a panel
-COUNTS = {
-    "train/good": 80,
-    "test/good": 20,
-    "test/crack": 10,
-    "test/chip": 10,
-    "test/stain": 10,
-    "test/blocked": 10,
-}
+COUNTS = {"train/good": 80, "test/good": 20, "test/crack": 10, "test/chip": 10, "test/stain": 10, "test/blocked": 10}
 BUTTON_SIDE = 256  # pixels
 SHADES = {"stain": 0.75, "crack": 0.45, "blocked": 1.5}  # of the defect, as a factor
 

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from kit import camera, quantized
+from kit import InputError, camera, quantized
 from kit.backbone import Backbone
-from kit.errors import InputError
 from kit.images import AnyImage, read_any, resized, to_tensor
 from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, robust_deviation, thresholds
@@ -206,15 +205,10 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.levels.device
 
-    @property
-    def has_int8(self) -> bool:
-        """Whether the features are computed from numbers of 8 bits."""
-        return self.backbone.has_int8
-
     def for_export(self) -> None:
         """Compute in float32 from now on, even where bfloat16 or int8 is faster."""
         self.full_precision = True
-        if self.has_int8:
+        if self.backbone.has_int8:
             self.backbone.round_for_export()
 
     @property
@@ -231,7 +225,7 @@ class Detector(nn.Module):
 
     def precision_warning(self) -> str:
         """One line if the detector judges in another precision than that of its calibration; else ""."""
-        if self.has_int8 and not quantized.IS_AVAILABLE:
+        if self.backbone.has_int8 and not quantized.IS_AVAILABLE:
             return (
                 "the threshold comes from features in int8, but this version of PyTorch has no torch.ao.quantization: "
                 "scores can be off by a few hundredths. Calibrate on this machine: --recalibrate FOLDER with new good "

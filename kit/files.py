@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from kit import InputError
 from kit.detector import read_checkpoint
-from kit.errors import InputError
 
 try:
     import fcntl
@@ -57,8 +57,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], durable: bool 
             f"{path}: cannot be written ({error!r:.200}); check permissions and free disk space"
         ) from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

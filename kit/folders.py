@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit.errors import InputError
+from kit import InputError
 from kit.images import SUFFIXES, read_image
 
 GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's

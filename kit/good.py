@@ -34,9 +34,6 @@ LEAST_COPIES = 64  # camera copies: with fewer good images, there are several of
 PATCH = 512  # side in pixels of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
 
-# (x+, random generator, another image as a source of the defect's content, where it may be) -> (x-, mask, box)
-Paint = Callable[[np.ndarray, np.random.Generator, np.ndarray, np.ndarray], tuple]
-
 
 @dataclass(frozen=True)
 class Defect:
@@ -90,7 +87,7 @@ class Painter:
     `surrounded` adds the area around it that the backbone sees. Decoded images are kept in memory in float16, up to
     CACHE_BYTES; of the others only the last ones."""
 
-    def __init__(self, good: GoodImages, paint: Paint, model: Detector):
+    def __init__(self, good: GoodImages, paint: Callable, model: Detector):
         self.files = good.trained_on
         self.textures = good.textures
         self.processes = good.processes

@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 
-from kit.errors import InputError
+from kit import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no others: a PostScript file called .png would start Ghostscript

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kit import camera, data, draw, folders, shapes
+from kit import InputError, camera, data, draw, folders, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
-from kit.errors import InputError
 from kit.files import (
     FORMULA_GUARD,
     GrowingTable,

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit import data, draw, folders, metrics, shapes
+from kit import InputError, data, draw, folders, metrics, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
-from kit.errors import InputError
 from kit.files import OwnFiles, fitting, folder_of, is_inside, locked, write_text
 from kit.images import load_image, shape_of, turned
 from kit.processes import ALONE, Processes, counted

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from kit.errors import InputError, is_first
+from kit import InputError
+from kit.command_line import is_first
 
 Item = TypeVar("Item")
 

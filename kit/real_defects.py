@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kit import folders
-from kit.errors import InputError
+from kit import InputError, folders
 from kit.good import Defect
 from kit.settings import Settings
 

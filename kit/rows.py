@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit import data
+from kit import InputError, data
 from kit.backbone import as_rows
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.good import Defect, GoodImages, Painter
 from kit.images import read_image, to_tensor
 from kit.processes import counted
@@ -90,11 +89,7 @@ def copied_rows(model: Detector, painter: Painter, is_inside: Tensor, every: int
 
 
 def spread(
-    maps: Iterable[Tensor],
-    images: int,
-    model: Detector,
-    count: int,
-    generator: torch.Generator,
+    maps: Iterable[Tensor], images: int, model: Detector, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Rows (N, C) of this many `images`, from their maps (B, C, h, w), batch by batch, in the maps' dtype. Each image
     gives `count` random positions in the region of interest, in their order, or all of them. Also returns that region,

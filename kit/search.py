@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.errors import InputError
+from kit import InputError
 from kit.settings import Settings
 
 CANDIDATES = 100_000  # rows at most, spread over all images, from which the bank is chosen: 150 MB with ResNet18
@@ -102,29 +102,24 @@ def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def divide(prototypes: nn.Module) -> None:
-    """Divide the bank into cells: each prototype belongs to the nearest of the `centres` (K, C). The bank is sorted by
-    cell; the first `sizes[0]` prototypes belong to the first cell."""
-    order, prototypes.centres, prototypes.sizes = cells_of(prototypes.bank)
-    prototypes.bank = prototypes.bank[order]
-    prototypes.spacing = prototypes.spacing[order]
-    prototypes.origin = prototypes.origin[order]
-
-
-def cells_of(bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Divide a bank (P, C) into cells of about CELL prototypes, by k-means. Returns the order (P,) that sorts the
-    prototypes by cell, the centres of the cells (K, C), and their numbers of prototypes (K,)."""
+    """Divide the bank (P, C) into cells of about CELL prototypes, by k-means: each prototype belongs to the nearest of
+    the `centres` (K, C). The bank is sorted by cell; the first `sizes[0]` prototypes belong to the first cell."""
     # Imported here: scikit-learn takes a second, and judging an image does not need it.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
+    bank = prototypes.bank
     kmeans = KMeans(math.ceil(len(bank) / CELL), init="random", n_init=1, max_iter=10, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal prototypes give fewer cells
         kmeans.fit(bank.cpu().numpy())
     cell = torch.from_numpy(kmeans.labels_).long().to(bank.device)
+    found, prototypes.sizes = cell.unique(return_counts=True)
+    prototypes.centres = torch.from_numpy(kmeans.cluster_centers_).to(bank)[found]
     order = cell.argsort(stable=True)
-    found, sizes = cell.unique(return_counts=True)
-    return order, torch.from_numpy(kmeans.cluster_centers_).to(bank)[found], sizes
+    prototypes.bank = bank[order]
+    prototypes.spacing = prototypes.spacing[order]
+    prototypes.origin = prototypes.origin[order]
 
 
 def keys_in_cells(keys: Tensor, sizes: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from kit.errors import InputError
+from kit import InputError
 from kit.settings import UNIT, Shape
 
 Size = int | str | Shape

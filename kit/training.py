@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 
-from kit.errors import InputError
+from kit import InputError
 from kit.processes import Processes, counted
 
 
@@ -76,10 +76,7 @@ class Descent:
 
 
 def train_epochs(
-    descent: Descent,
-    batches: Callable[[int], Iterable],
-    progress: dict | None = None,
-    name: str = "epoch",
+    descent: Descent, batches: Callable[[int], Iterable], progress: dict | None, name: str = "epoch"
 ) -> Iterator[Epoch]:
     """Train for all epochs. Yields before the first step and after each epoch. `batches(number)` returns the batches of
     an epoch; what it draws when it is called, such as the order of the images, is the same in all processes. With the

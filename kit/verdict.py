@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage, special  # scipy.stats takes half a second to import
 
-from kit.errors import InputError
+from kit import InputError
 from kit.settings import LEAST_IMAGES
 
 CONFIDENCE = 0.9  # of the upper bound of the false-alarm rate
@@ -152,9 +152,7 @@ def decide(score: float, anomaly_map: np.ndarray, limits: Thresholds) -> Verdict
 
 def regions_of(anomaly_map: np.ndarray, found: np.ndarray) -> list[Region]:
     """The connected parts of `found` (H, W) bool, highest peak of `anomaly_map` first."""
-    labels, count = ndimage.label(found)
-    if count == 0:
-        return []
+    labels, _ = ndimage.label(found)
     regions = []
     for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
         values = anomaly_map[rows, columns][labels[rows, columns] == number]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit import folders, shapes
-from kit.errors import InputError
+from kit import InputError, folders, shapes
 from kit.files import locked, plain_cell, refuse_inside
 from kit.inspection import (
     Judgements,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import clflow
+from kit import InputError
 from kit.detector import Detector, read_checkpoint
-from kit.errors import InputError
 from kit.files import MODEL
 from kit.training import Epoch
 from methods import autoencoder, nearest, paper

@@ -21,10 +21,9 @@ def pairs(painter: Painter, numbers: list[int]) -> tuple[np.ndarray, np.ndarray,
 
     Of a batch [5, 3, 8, 1] two processes take [5, 8] and [3, 1]; x- are made from 5 and 3, the first half of the batch,
     so that each process makes one. Every process gets at least one image and one x-."""
-    rank, count = painter.processes.rank, painter.processes.count
     mine = painter.processes.part(numbers)
     half = (len(numbers) + 1) // 2  # of the whole batch
-    with_defect = max(1, len(range(rank, half, count)))
+    with_defect = len(painter.processes.part(numbers[:half]))
     normal, painted, masks, boxes = zip(*(painter.pair(number) for number in mine[:with_defect]), strict=True)
     others = [painter.untouched(number) for number in mine[with_defect:]]
     return np.stack([*normal, *others, *painted]), np.float32(masks)[..., None], np.array(boxes)

@@ -152,11 +152,6 @@ def log_odds(e: Tensor, normal: Tensor) -> Tensor:
     return (e - normal.mean()) / sigma - BORDER
 
 
-def contrast_energy(normal: Tensor, anomalous: Tensor, temperature: float) -> Tensor:
-    """L_con on energies: InfoNCE, in which each anomalous energy (A,) should stand out from all normal ones (N,)."""
-    return info_nce(anomalous, normal, temperature)
-
-
 def contrast_cosine(box: Tensor, negative_box: Tensor, normal: Tensor, temperature: float) -> Tensor:
     """L_con on the cosine, as in the abstract; all arguments (n, C). Box_s are latents of x+ inside the box of the
     defect, Neg_Box_s those of x- at the same places. Box_s is pulled towards x+ at random places, and pushed away from
@@ -210,7 +205,7 @@ class Losses(nn.Module):
             odds = log_odds(normal, normal), log_odds(anomalous, normal)
             losses["classification"] = classification_loss(*odds, settings.smoothing)
         if settings.contrast_weight and settings.contrast == "energy":
-            losses["contrast"] = contrast_energy(normal, anomalous, settings.temperature)
+            losses["contrast"] = info_nce(anomalous, normal, settings.temperature)  # each anomalous energy stands out
         if settings.contrast_weight and settings.contrast == "cosine":
             losses["contrast"] = self.contrast_of_boxes(z, mask, boxes)
         return losses

@@ -84,7 +84,7 @@ def explanation(
     with its lowest and highest value, and the combined map with the verdict; three panels per row. Black is the lowest
     value, yellow the highest; the combined map has the colours of all verdicts. Panels of wide images are stacked."""
     columns = 1 if draw.is_wide(photo) else 3
-    panels = [(f"{name}", photo)]
+    panels = [(name, photo)]
     for title, values in stages:
         low, high = float(values.min()), float(values.max())
         shade = draw.heat_colours(values - low, max(high - low, 1e-9) / 2)

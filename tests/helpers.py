@@ -12,8 +12,8 @@ from PIL import Image
 import clflow
 import evaluate
 from kit.backbone import Backbone
+from kit.command_line import run_script
 from kit.demo import draw_sheet
-from kit.errors import run_script
 from kit.files import LIST
 from methods import load
 from synth import synthesize

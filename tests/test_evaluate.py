@@ -15,10 +15,9 @@ from helpers import SMALL, TINY, call, draw_synthetic, mask_of, refuse, visible
 from PIL import Image
 
 import evaluate
-from kit import data, files, folders, inspection
+from kit import InputError, data, files, folders, inspection
 from kit.backbone import BACKBONES
 from kit.detector import read_checkpoint
-from kit.errors import InputError
 from kit.inspection import SCORES_COLUMNS
 from kit.measuring import detector_fingerprint, judge_tests
 from kit.processes import ALONE

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit import files
+from kit import InputError, files
 from kit.demo import draw_demo
 from kit.detector import FORMAT
-from kit.errors import InputError
 from kit.files import (
     GrowingTable,
     OwnFiles,

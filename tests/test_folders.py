@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kit.errors import InputError
+from kit import InputError
 from kit.folders import (
     category_folders,
     category_name,

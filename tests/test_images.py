@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from kit import InputError
 from kit.data import read_mask
 from kit.draw import photograph
-from kit.errors import InputError
 from kit.images import load_image, read_image, to_rgb
 
 RNG = np.random.default_rng(0)

@@ -13,9 +13,8 @@ from scipy.spatial import distance
 import evaluate
 import train
 from bank import Prototypes, covering
-from kit import data, folders, search
+from kit import InputError, data, folders, search
 from kit.backbone import BACKBONES
-from kit.errors import InputError
 from kit.good import split
 from kit.settings import NearestSettings
 from methods import load

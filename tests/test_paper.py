@@ -169,7 +169,7 @@ def test_classification_leaves_what_is_typically_normal_to_the_likelihood():
 
 def test_contrast_energy_by_hand():
     anomalous = torch.tensor([0.5, 2.0], requires_grad=True)
-    loss = paper.contrast_energy(torch.tensor([0.1, 0.3]), anomalous, temperature=0.5)
+    loss = clflow.info_nce(anomalous, torch.tensor([0.1, 0.3]), temperature=0.5)
     each = [-math.log(math.exp(a / 0.5) / (math.exp(a / 0.5) + math.exp(0.2) + math.exp(0.6))) for a in (0.5, 2.0)]
     assert loss.item() == pytest.approx(sum(each) / 2, rel=1e-5)
     loss.backward()

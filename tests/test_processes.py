@@ -15,7 +15,7 @@ from helpers import LITE, QUICK, ROOT, TORCHRUN, call, script, take_few_steps
 
 import evaluate
 import train
-from kit import errors
+from kit import command_line
 from kit.detector import read_checkpoint
 from kit.processes import ALONE, join_processes
 from methods import load
@@ -25,8 +25,8 @@ PAINTED, STEPS = 64, 60
 PATIENT = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import train, kit.errors
-kit.errors.AFTER_THE_FIRST = 60
+import train, kit.command_line
+kit.command_line.AFTER_THE_FIRST = 60
 train.run_script(train.main)
 """  # train.py on a machine that may be slow
 FEW_STEPS = f"""
@@ -88,7 +88,7 @@ def test_what_stops_all_processes_is_said_once(tmp_path):
 
 def test_an_error_on_one_machine_ends_all(category, tmp_path, monkeypatch):
     """The second machine does not have the images. It fails while the first one waits for it."""
-    monkeypatch.setattr(errors, "AFTER_THE_FIRST", 0.1)  # no torchrun ends the second one before
+    monkeypatch.setattr(command_line, "AFTER_THE_FIRST", 0.1)  # no torchrun ends the second one before
     options = ["--data", category.name, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 1]
     options += ["--out", tmp_path / "out"]
     (tmp_path / "elsewhere").mkdir()

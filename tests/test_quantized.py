@@ -106,7 +106,7 @@ def test_features_in_int8_are_close_to_float32_and_depend_on_the_image_alone(wei
 def test_a_checkpoint_gives_the_same_scores_and_other_machines_nearly_the_same(rounded_run, category, monkeypatch):
     files = folders.list_images(category / "test" / "good")
     model = load(rounded_run / "model.pt")
-    assert model.has_int8 and not model.precision_warning()
+    assert model.backbone.has_int8 and not model.precision_warning()
     scores = evaluate.scores_and_peaks(model, files)
     assert np.array_equal(evaluate.scores_and_peaks(load(rounded_run / "model.pt"), files), scores)
     monkeypatch.setattr(quantized, "is_fast", lambda device: False)
@@ -128,7 +128,7 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
     images = data.read_batch(folders.list_images(category / "test" / "good")[:2], model.shape)
     scores = model(images)[1]
     model.for_export()
-    assert not model.has_int8
+    assert not model.backbone.has_int8
     exported = program(images)[1]
     assert (exported - model(images)[1]).abs().max() < 1e-3 * exported.max()
     assert (exported / scores - 1).abs().max() < 0.05

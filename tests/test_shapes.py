@@ -13,9 +13,8 @@ from PIL.PngImagePlugin import PngImageFile
 import evaluate
 import synth
 import train
-from kit import shapes
+from kit import InputError, shapes
 from kit.data import read_batch, read_region
-from kit.errors import InputError
 from kit.shapes import shape_in_file
 from methods import load
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kit.errors import InputError
+from kit import InputError
 from kit.inspection import drift
 from kit.settings import LEAST_IMAGES
 from kit.verdict import CLIPPED_AT, CLIPPED_DEVIATION, Thresholds, decide, outliers, threshold, thresholds
