@@ -1,5 +1,5 @@
-"""The bank of prototypes: normal features that cover all others, and the local spacing between them. On the local scale
-a feature is taken relative to its nearest prototype and divided by the spacing there.
+"""The bank of prototypes: normal features that cover all others, and the local spacing between them. The residual of a
+feature is its difference from the nearest prototype, divided by the spacing there: this is the local scale.
 
 This file has the plain form. Behind the same calls, kit/search.py searches large banks faster. Shapes: features
 (B, C, h, w) of the backbone; rows y (N, C), one feature per position of each image. A bank has P prototypes p."""
@@ -16,11 +16,11 @@ class Prototypes(nn.Module):
     """A bank of P normal rows that cover all others, and its `spacing` (P,): the mean distance of each prototype to its
     5 nearest neighbours (after REB, arXiv 2308.12577), but at least the median of these distances. Distances are
     compared with the local spacing, since features of busy textures lie far apart, and those of smooth areas close
-    together. The bank (P, C) is stored minus its `centre` (C,). `origin` (P,) is the index of each prototype's training
-    image.
+    together. The bank (P, C) is stored minus `centre` (C,), the mean of all candidates. `origin` (P,) is the index of
+    each prototype's training image.
 
     If `fast`, kit/search.py chooses and searches the bank: it finds the nearest prototype, or one that is hardly
-    farther. For this it divides the bank into cells, which have `centres` and `sizes`."""
+    farther. For this it divides the bank into cells, which have `cell_centres` and `cell_sizes`."""
 
     def __init__(self, channels: int, fast: bool = True):
         super().__init__()
@@ -29,8 +29,8 @@ class Prototypes(nn.Module):
         self.register_buffer("bank", torch.zeros(0, channels))
         self.register_buffer("spacing", torch.ones(0))
         self.register_buffer("origin", torch.zeros(0, dtype=torch.long))
-        self.register_buffer("centres", torch.zeros(0, channels))
-        self.register_buffer("sizes", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("cell_centres", torch.zeros(0, channels))
+        self.register_buffer("cell_sizes", torch.zeros(0, dtype=torch.long))
 
     def fit(self, candidates: Tensor, origin: Tensor, count: int, generator: torch.Generator) -> None:
         """Choose a bank of P = `count` prototypes from normal rows (N, C), N >= P; `origin` (N,) is the index of each

@@ -192,12 +192,13 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float, times: flo
         mean of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
     f (A,) are the values of positives, f_k those of negatives: (A, n), or (n,) for all positives. Each negative counts
-    `times` times. The gradient of f_k is proportional to e^(f_k / T), so the highest negatives count most."""
+    `times` times. The gradient with respect to f_k is proportional to e^(f_k / T), so the highest negatives count
+    most."""
     rest = (negatives / temperature).logsumexp(dim=-1) + math.log(times)
     return F.softplus(rest - positive / temperature).mean()
 
 
-def contrast_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: int) -> Tensor:
+def contrast_log_odds(normal: Tensor, anomalous: Tensor, temperature: float, batch: int) -> Tensor:
     """L_con on the classifier's log-odds: each anomalous row (A,) is a positive, all normal rows of the batch are its
     negatives. Of these `batch` rows this process may have only a part (N,)."""
     return info_nce(anomalous, normal, temperature, times=batch / len(normal))
@@ -222,31 +223,33 @@ class Losses(nn.Module):
         losses = {"nll": energy(z, log_det).mean()}
         loss = losses["nll"]
         if settings.has_classifier:
-            odds = self.odds(normal, anomalous)
+            log_odds = self.log_odds(normal, anomalous)
         if settings.classification_weight:
-            losses["classification"] = classification_loss(*odds, settings.smoothing)
+            losses["classification"] = classification_loss(*log_odds, settings.smoothing)
             loss = loss + settings.classification_weight * losses["classification"]
         if settings.contrast_weight:
-            losses["contrast"] = contrast_odds(*odds, settings.temperature, settings.batch)
+            losses["contrast"] = contrast_log_odds(*log_odds, settings.temperature, settings.batch)
             loss = loss + settings.contrast_weight * losses["contrast"]
         return {"loss": loss, **losses}
 
-    def odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
+    def log_odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
         """The classifier's log-odds of normal rows (N, K): (N,); and of defect rows (A, K) together with A normal rows
         with noise: (2 A,)."""
         noised = normal[: len(anomalous)] + NOISE * torch.randn_like(anomalous)
-        odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
-        return odds[: len(normal)], odds[len(normal) :]
+        log_odds = self.model.log_odds(torch.cat((normal, anomalous, noised)))
+        return log_odds[: len(normal)], log_odds[len(normal) :]
 
 
 # ---------------------------------------------------------------- the training
 
 
 def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "Iterator[Epoch]":
-    """Train a model with ImageNet weights on good images, in one stage. A generator: it yields after each epoch, and
-    once before the first step; the model is then calibrated on the held-out images and ready to judge. The number of
-    epochs is fixed, and the last one counts. With the `progress` of an earlier call's epoch, and its model, training
-    continues from there."""
+    """Train a model with ImageNet weights on good images, in one stage. The number of epochs is fixed, and the last one
+    counts.
+
+    A generator. It yields before the first step and after each epoch; each time the model is calibrated on the held-out
+    images and ready to judge. After the last epoch it sets the threshold from all good images, so exhaust it. To
+    continue a stopped training, pass its model and the `progress` of its last `Epoch`."""
     from kit.calibration import calibrate_by_cross_validation, plan_cross_validation
     from kit.good import Painter, with_camera_copies
     from kit.rows import Feed, HeldOut, candidates, good_rows, painted_rows, real_rows

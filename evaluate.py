@@ -149,7 +149,7 @@ def recalibrate(model: Detector, files: list[Path], alike: float) -> None:
         )
     energies = [model.energies_in_windows(images) for images in data.batches(files, model.shape)]
     scores = torch.cat([model.scores(batch)[0] for batch in energies]).cpu().numpy()
-    if drift(scores, model.normal[0].cpu().numpy()) == "lower":
+    if drift(scores, model.good_scores[0].cpu().numpy()) == "lower":
         print(
             "warning: these images score clearly lower than the good images that set the earlier threshold. If they "
             "are copies of training images, the new threshold is too low"
@@ -189,7 +189,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     known = sorted({*model.settings.good, *(fingerprint(path) for path in taken)})
     model.settings = replace(model.settings, false_alarm=work.false_alarm, good=tuple(known))
     print(basis(model.thresholds()))
-    odd = outliers(model.normal[0].cpu().numpy())
+    odd = outliers(model.good_scores[0].cpu().numpy())
     if len(odd):
         print(
             f"{len(odd)} of these images look unlike the others: {', '.join(taken[index].name for index in odd[:3])}"

@@ -14,7 +14,7 @@ class Coupling(nn.Module):
     """One flow step: half of the channels scales and shifts the other half, then all are scaled, shifted and permuted.
 
         x = [a, b];   [u, t] = subnet(a);   log-scale s = clamp tanh(0.1 u);   b' = b exp(s) + t
-        z = permute([a, b'] exp(scale) + offset);   log|det| per position = sum(s) + sum(scale)
+        z = permute([a, b'] exp(log_scale) + offset);   log|det| per position = sum(s) + sum(log_scale)
 
     The subnet need not be invertible: `a` is unchanged, so the inverse computes s and t from it again. The soft clamp
     limits the effect of a single feature."""
@@ -30,14 +30,14 @@ class Coupling(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden, 2 * self.changed, kernel_size, padding="same"),
         )
-        # Start as the identity: the first loss is that of a plain Gaussian.
+        # Start with s = t = 0: a new flow only permutes channels, and its first loss is that of a plain Gaussian.
         nn.init.zeros_(self.subnet[-1].weight)
         nn.init.zeros_(self.subnet[-1].bias)
-        self.scale = nn.Parameter(torch.zeros(channels))
+        self.log_scale = nn.Parameter(torch.zeros(channels))
         self.offset = nn.Parameter(torch.zeros(channels))
         self.register_buffer("permutation", torch.randperm(channels))
 
-    def scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
+    def log_scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """s and t of the changed half, each (B, changed, H, W), from the kept half (B, kept, H, W)."""
         u, t = self.subnet(a).split(self.changed, dim=1)
         u = u.to(a.dtype)  # under autocast the convolutions are in bfloat16; t is promoted when it is added
@@ -46,50 +46,51 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.split((self.kept, self.changed), dim=1)
-        s, t = self.scale_and_shift(a)
+        s, t = self.log_scale_and_shift(a)
         z = torch.cat((a, b * s.exp() + t), dim=1)
-        z = z * self.scale.exp()[:, None, None] + self.offset[:, None, None]
-        return self.permute(z), s.sum(dim=1) + self.scale.sum()
+        z = z * self.log_scale.exp()[:, None, None] + self.offset[:, None, None]
+        return self.permute_channels(z), s.sum(dim=1) + self.log_scale.sum()
 
-    def permute(self, z: Tensor) -> Tensor:
+    def permute_channels(self, z: Tensor) -> Tensor:
         """Reorder the channels of (B, C, H, W) by the permutation."""
-        rows = z.permute(0, 2, 3, 1)  # indexing maps takes three times as long, and loses channels_last
-        ordered = rows.flatten(0, 2).index_select(1, self.permutation)
-        return ordered.view(rows.shape).permute(0, 3, 1, 2)
+        channels_last = z.permute(0, 2, 3, 1)  # z[:, self.permutation] would take three times as long
+        rows = channels_last.flatten(0, 2).index_select(1, self.permutation)
+        return rows.view(channels_last.shape).permute(0, 3, 1, 2)
 
     def inverse(self, z: Tensor) -> Tensor:
         z = z.index_select(1, self.permutation.argsort())
-        z = (z - self.offset[:, None, None]) * (-self.scale).exp()[:, None, None]
+        z = (z - self.offset[:, None, None]) * (-self.log_scale).exp()[:, None, None]
         a, b = z.split((self.kept, self.changed), dim=1)
-        s, t = self.scale_and_shift(a)
+        s, t = self.log_scale_and_shift(a)
         return torch.cat((a, (b - t) * (-s).exp()), dim=1)
 
 
 class Flow2D(nn.Module):
-    """`steps` couplings on maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps.
+    """`steps` couplings on maps of `channels` >= 2; `kernel_sizes` (odd) alternate over the steps. A subnet has
+    `hidden_ratio` times as many hidden channels as inputs, which are half of the channels.
 
     `forward(x) -> (z, log_det)`; `inverse(z) -> x` is exact. x are maps (B, C, H, W). With 1x1 kernels, `forward` also
     takes rows (N, C); log_det is then (N,)."""
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()
-        self.steps = nn.ModuleList()
-        for i in range(steps):
-            self.steps.append(Coupling(channels, kernel_sizes[i % len(kernel_sizes)], hidden_ratio))
+        self.couplings = nn.ModuleList()
+        for step in range(steps):
+            self.couplings.append(Coupling(channels, kernel_sizes[step % len(kernel_sizes)], hidden_ratio))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim == 2:
             z, log_det = self(as_map(x))
             return z.permute(0, 2, 3, 1).flatten(0, 2), log_det.flatten()
         log_dets = []
-        for step in self.steps:
-            x, log_det = step(x)
+        for coupling in self.couplings:
+            x, log_det = coupling(x)
             log_dets.append(log_det)
         return x, sum(log_dets)
 
     def inverse(self, z: Tensor) -> Tensor:
-        for step in reversed(self.steps):
-            z = step.inverse(z)
+        for coupling in reversed(self.couplings):
+            z = coupling.inverse(z)
         return z
 
 

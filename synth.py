@@ -27,17 +27,18 @@ def synthesize(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """Paint `defects` synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    Their size follows the side of a square with the image's number of pixels, at most 384: strips get defects as large
-    as squares do, and larger images do not get larger ones. `image` and `other` (a texture or second good image;
-    default: the image itself) are (H, W, 3). Defects lie on the foreground (see `kit.images.foreground`) and inside the
-    region of interest `roi` (H, W) bool, if it is given. If the region has no foreground, they lie anywhere in it.
-    Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)). The mask is never empty, and pixels
-    outside it are unchanged."""
+    Their sizes are in proportion to sqrt(H W), at most 384 pixels. So a strip gets defects as large as those of a
+    square with the same number of pixels, and images above 384 x 384 do not get larger ones. `image` and `other` (a
+    texture or second good image; default: the image itself) are (H, W, 3). Defects lie on the foreground (see
+    `kit.images.foreground`) and inside the region of interest `roi` (H, W) bool, if it is given. If the region has no
+    foreground, they lie anywhere in it. Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)).
+    The mask is never empty, and pixels outside it are unchanged."""
     if other is None:
         other = image
     where = foreground(image)
     if roi is not None:
-        where = where & roi if (where & roi).any() else roi
+        inside = where & roi
+        where = inside if inside.any() else roi
     anomalous, touched = image, np.zeros(image.shape[:2], dtype=bool)
     for _ in range(defects):
         anomalous, mask = with_defect(anomalous, rng, other, where)
@@ -125,23 +126,28 @@ def blend(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
     return a + share * (b - a)
 
 
-def thin_mask(height: int, width: int, centre: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scratch (a curved chain of dots) or up to three spots, from `centre` (y, x): shapes that Perlin noise lacks."""
+def thin_mask(height: int, width: int, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A scratch (a curved chain of dots) or up to three spots: shapes that Perlin noise lacks. The first dot or spot is
+    at `first` (y, x)."""
     if rng.random() < 0.5:  # a scratch; all lengths are for an image of 256 x 256
-        count, step, wobble = rng.integers(10, 40), 2, 0.05
+        count = rng.integers(10, 40)
+        step = 2
+        wobble = 0.05
         radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0)
     else:
-        count, step, wobble = rng.integers(1, 4), 10, 2
+        count = rng.integers(1, 4)
+        step = 10
+        wobble = 2
         radii = rng.uniform(1.5, 7, (count, 2))
-    start = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(0, 2 * np.pi)
     bend = rng.normal(0, 0.03)
-    directions = start + np.cumsum(rng.normal(bend, wobble, count))
+    directions = angle + np.cumsum(rng.normal(bend, wobble, count))
     points = np.cumsum(step * np.stack([np.cos(directions), np.sin(directions)], axis=1), axis=0)
     unit = side_of(height * width) / 256
     image = Image.new("1", (width, height))
     pen = ImageDraw.Draw(image)
     for point, radius in zip(points - points[0], radii, strict=True):
-        x, y = point * unit + centre[::-1]  # points are (x, y), as in drawing; the centre is (y, x), as in arrays
+        x, y = point * unit + first[::-1]  # points are (x, y), as in drawing; `first` is (y, x), as in arrays
         dx, dy = radius * unit
         pen.ellipse((x - dx, y - dy, x + dx, y + dy), fill=1)
     return np.asarray(image)
@@ -166,7 +172,7 @@ def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator) -> np.ndarray:
     """The content that fills the mask, in this part of the image: `other` (a texture or a good image) with its tiles
-    shuffled, or `image` with its tone changed, or `image` displaced."""
+    shuffled, or `image` with its tone changed, or `image` displaced: (h, w, 3), or (h, w, 1) for grey images."""
     kind = rng.integers(3)
     if kind == 0:
         filling = shuffled(other, part, rng)
@@ -180,7 +186,7 @@ def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng:
 
 
 def shuffled(image: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator, grid: int = 8) -> np.ndarray:
-    """Structural source: the tiles of an image (`grid` x `grid` in a square) in random order, with random contrast,
+    """The tiles of an image (`grid` x `grid` in a square) in random order, with random contrast,
     brightness and tint. Returns this part of the result."""
     gain = rng.uniform(0.6, 1.6)
     shift = np.float32(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3))

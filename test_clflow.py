@@ -42,11 +42,11 @@ def test_flow_inverse_undoes_forward(channels, kernels, ratio):
 
 
 def test_log_scale_is_softly_clamped_by_the_hyperbolic_tangent():
-    step = randomised(Flow2D(4, steps=1)).steps[0]
+    coupling = randomised(Flow2D(4, steps=1)).couplings[0]
     a = 20 * torch.randn(1, 2, 5, 5)
-    s, t = step.scale_and_shift(a)
-    assert torch.allclose(s, 2 * torch.tanh(0.1 * step.subnet(a)[:, :2]), atol=1e-6) and s.abs().max() > 1.5
-    assert torch.equal(t, step.subnet(a)[:, 2:])
+    s, t = coupling.log_scale_and_shift(a)
+    assert torch.allclose(s, 2 * torch.tanh(0.1 * coupling.subnet(a)[:, :2]), atol=1e-6) and s.abs().max() > 1.5
+    assert torch.equal(t, coupling.subnet(a)[:, 2:])
 
 
 @pytest.mark.parametrize("channels, kernels", [(4, (3,)), (5, (3, 1))])
@@ -352,8 +352,8 @@ def model() -> clflow.CLFlow:
     model.full_precision = True
     randomised(model.flow)
     with torch.no_grad():
-        for step in model.flow.steps:
-            step.scale.mul_(0.1)
+        for coupling in model.flow.couplings:
+            coupling.log_scale.mul_(0.1)
     model.fit(as_rows(features(5)), origins(as_rows(features(5)), range(5)), 64)
     return model
 

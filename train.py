@@ -199,7 +199,7 @@ def finish(model: Detector, good: GoodImages, run: Run) -> None:
 def show_suspects(model: Detector, own: OwnFiles, folder: Path) -> None:
     """Print a line and draw suspects.png if there are outliers among the images that calibrated the model: they may be
     defective. `folder` is the final folder of the picture, which the line names."""
-    scores = model.normal[0].cpu().numpy()
+    scores = model.good_scores[0].cpu().numpy()
     suspects = outliers(scores)
     if not len(suspects) or not model.calibrated_on:
         return

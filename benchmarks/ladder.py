@@ -46,7 +46,7 @@ OURS = {
     "joined scales, 1x1 kernels": (SMALL, LIKELIHOOD | {"local": False}),
     "the local scale": (SMALL, LIKELIHOOD),
     "a classifier of its own": (SMALL, {"contrast_weight": 0.0}),
-    "noise as a negative": (SMALL, {"contrast_weight": 0.0}),
+    "noise as anomalous rows": (SMALL, {"contrast_weight": 0.0}),
     "contrast on its log-odds": (SMALL, {}),
     "larger images: the default": (LARGE, {}),
 }
@@ -57,7 +57,7 @@ STEPS = [*PAPER, *OURS]
 class LossesWithoutNoise(clflow.Losses):
     """CL-Flow's losses, but rows of painted defects are the only anomalous ones."""
 
-    def odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
+    def log_odds(self, normal: Tensor, anomalous: Tensor) -> tuple[Tensor, Tensor]:
         odds = self.model.log_odds(torch.cat((normal, anomalous)))
         return odds[: len(normal)], odds[len(normal) :]
 

@@ -68,7 +68,7 @@ def main() -> None:
         model = load(checkpoint_of(run), args.device)
         judged = judge_tests(model, readable_tests(Path(model.settings.data), skip_bad=False), ALONE)
         good, bad = judged.scores[~judged.labels], judged.scores[judged.labels]
-        calibrating = model.normal[0].cpu().numpy()
+        calibrating = model.good_scores[0].cpu().numpy()
         rng = np.random.default_rng(0)
         for rate in RATES:
             line(

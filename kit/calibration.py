@@ -109,10 +109,10 @@ class CrossValidation:
         judged = [(self.good.trained_on[index], self.excluded(index)) for index in self.indices]
         different = min(self.different, columns.shape[1])
         if not self.is_series:
-            columns = torch.cat((model.normal, columns), dim=1)
+            columns = torch.cat((model.good_scores, columns), dim=1)
             judged = model.calibrated_on + judged
             different = columns.shape[1]
-        model.normal = columns
+        model.good_scores = columns
         model.different = torch.tensor(different, device=model.device)
         model.calibrated_on = judged
         if self.is_series:
@@ -146,7 +146,7 @@ def calibrate_by_cross_validation(
     model.flow, model.classifier = trained
     held_out.calibrate()
     if not validation.is_series:  # its held-out images have near copies among the others
-        factor = factor_to_held_out(torch.stack(list(scores.values()), dim=1), model.normal)
+        factor = factor_to_held_out(torch.stack(list(scores.values()), dim=1), model.good_scores)
         scores = {index: factor * score for index, score in scores.items()}
     validation.set_threshold(model, scores)
 

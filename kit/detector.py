@@ -24,7 +24,7 @@ from kit.settings import Settings, Shape, as_shape
 from kit.verdict import Thresholds, Verdict, decide, robust_deviation, thresholds
 from kit.windows import SIDE, in_windows, overlapping_parts, side_of
 
-FORMAT = 16  # of the checkpoint
+FORMAT = 17  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
 USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
 
@@ -95,12 +95,12 @@ class Detector(nn.Module):
 
     This class turns energies into map and score (`forward`), calibrates them on good images (`calibrate`), gives
     verdicts (`inspect`), and saves itself to a checkpoint (`save`). The calibration holds `levels` and `units` (S,),
-    the scale of the energies of each of S experts, and `normal` (2, n), the scores and the maps' maxima of n normal
-    images, each judged as if it were new; they count as `different` images. `camera` (2, 8) is what is usual in light,
-    contrast, noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of images
-    that differ from it are divided by one of the `allowances` (2,): for another camera, and for light from another
-    side. They are 1 if a method does not learn from camera copies. `brightness` (3,) is the usual brightness of the
-    training images (see `learn_brightness`). Only the region of interest `roi` (H, W) counts."""
+    the scale of the energies of each of S experts, and `good_scores` (2, n), the scores and the maps' maxima of n
+    normal images, each judged as if it were new; they count as `different` images. `camera` (2, 8) is what is usual in
+    light, contrast, noise, sharpness, colour and compression of good images (see kit/camera.py). Maps and scores of
+    images that differ from it are divided by one of the `allowances` (2,): for another camera, and for light from
+    another side. They are 1 if a method does not learn from camera copies. `brightness` (3,) is the usual brightness of
+    the training images (see `learn_brightness`). Only the region of interest `roi` (H, W) counts."""
 
     SETTINGS: type[Settings]
     LEARNS_CAMERA_COPIES = False  # whether camera copies of good images are normal in training
@@ -118,7 +118,7 @@ class Detector(nn.Module):
         self.shares = shares  # of each expert in the map
         self.register_buffer("levels", torch.zeros(len(shares)))
         self.register_buffer("units", torch.ones(len(shares)))
-        self.register_buffer("normal", torch.zeros(2, 1))
+        self.register_buffer("good_scores", torch.zeros(2, 1))
         self.register_buffer("different", torch.tensor(1))
         self.register_buffer("allowances", torch.ones(2))
         self.register_buffer("camera", torch.full((2, len(camera.MEASURES)), torch.nan))
@@ -283,16 +283,16 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, energies: Iterable[list[Tensor]], files: Sequence[Path] = ()) -> None:
-        """Set `levels`, `units` and `normal` from the energies, batch by batch, of good images that training has not
-        seen. `files` are these images, needed only to show the outliers among them."""
+        """Set `levels`, `units` and `good_scores` from the energies, batch by batch, of good images that training has
+        not seen. `files` are these images, needed only to show the outliers among them."""
         batches = list(energies)
         for expert, parts in enumerate(zip(*batches, strict=True)):
             level = torch.cat(parts)[:, self.inside(parts[0].shape[1:])].median()
             worst = torch.cat([self.score(self.map_within(e, level)) for e in parts])
             self.levels[expert] = level
             self.units[expert] = (worst.median() - level).clamp(min=1e-6)  # an outlier must not change the scale
-        self.normal = torch.cat([self.scores(energies) for energies in batches], dim=1)
-        self.different = torch.tensor(self.normal.shape[1], device=self.device)
+        self.good_scores = torch.cat([self.scores(energies) for energies in batches], dim=1)
+        self.different = torch.tensor(self.good_scores.shape[1], device=self.device)
         self.allowances.fill_(1)
         self.calibrated_on = [(path, None) for path in files]
         self.halved = torch.tensor(self.dtype != torch.float32, device=self.device)
@@ -308,7 +308,7 @@ class Detector(nn.Module):
         rate = self.settings.false_alarm if false_alarm is None else false_alarm
         if not 0 < rate < 1:
             raise InputError(f"false_alarm={rate}: out of range; give a share between 0 and 1")
-        return thresholds(self.normal.cpu().numpy(), rate, int(self.different))
+        return thresholds(self.good_scores.cpu().numpy(), rate, int(self.different))
 
     @torch.no_grad()
     def inspect(self, image: AnyImage, false_alarm: float | None = None) -> Verdict:

@@ -401,7 +401,7 @@ def camera_line(words: list[str], images: int) -> str:
 
 def print_drift(model: Detector, scores: np.ndarray) -> None:
     """Print a line if the scores of images that were judged together have shifted."""
-    where = drift(scores, model.normal[0].cpu().numpy())
+    where = drift(scores, model.good_scores[0].cpu().numpy())
     if where:
         unless = "most of them are defective" if where == "higher" else "the detector was trained with them"
         print(

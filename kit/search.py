@@ -47,7 +47,7 @@ def nearest(
     exports = torch.compiler.is_compiling()
     # An export cannot have loops that depend on values; on a GPU, starting each step of these loops takes too long.
     if exports or y.device.type != "cpu":
-        keys = keys_of(prototypes.bank, dtype) if exports else kept_keys(prototypes.bank, prototypes.sizes, dtype)
+        keys = keys_of(prototypes.bank, dtype) if exports else kept_keys(prototypes.bank, prototypes.cell_sizes, dtype)
         # Equal parts (N / parts, C). Without len(queries), which would fix the batch size in an export.
         index = among_all(queries.view(parts, queries.shape[0] // parts, queries.shape[1]).unbind(), keys, out)
         return index, y - prototypes.bank[index]
@@ -103,7 +103,7 @@ def keys_of(bank: Tensor, dtype: torch.dtype) -> Tensor:
 
 def divide(prototypes: nn.Module) -> None:
     """Divide the bank (P, C) into cells of about CELL prototypes, by k-means: each prototype belongs to the nearest of
-    the `centres` (K, C). The bank is sorted by cell; the first `sizes[0]` prototypes belong to the first cell."""
+    the `cell_centres` (K, C). The bank is sorted by cell; the first `cell_sizes[0]` prototypes are the first cell."""
     # Imported here: scikit-learn takes a second, and judging an image does not need it.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -114,8 +114,8 @@ def divide(prototypes: nn.Module) -> None:
         warnings.simplefilter("ignore", ConvergenceWarning)  # equal prototypes give fewer cells
         kmeans.fit(bank.cpu().numpy())
     cell = torch.from_numpy(kmeans.labels_).long().to(bank.device)
-    found, prototypes.sizes = cell.unique(return_counts=True)
-    prototypes.centres = torch.from_numpy(kmeans.cluster_centers_).to(bank)[found]
+    found, prototypes.cell_sizes = cell.unique(return_counts=True)
+    prototypes.cell_centres = torch.from_numpy(kmeans.cluster_centers_).to(bank)[found]
     order = cell.argsort(stable=True)
     prototypes.bank = bank[order]
     prototypes.spacing = prototypes.spacing[order]
@@ -142,9 +142,9 @@ def shape_step(dtype: torch.dtype) -> int:
 def among_cells(prototypes: nn.Module, queries: Tensor, out: LeftOut | None, looks: int) -> Tensor:
     """`among_all`, but each query searches only `looks` cells: those with the nearest centres, among the cells that
     have a prototype that counts."""
-    sizes = prototypes.sizes
+    sizes = prototypes.cell_sizes
     looks = min(looks, len(sizes))
-    nearness = queries @ keys_of(prototypes.centres, queries.dtype).T
+    nearness = queries @ keys_of(prototypes.cell_centres, queries.dtype).T
     if out is not None:
         cells = out.is_out.split(sizes.tolist(), dim=1)
         is_empty = torch.stack([of_cell.all(dim=1) for of_cell in cells], dim=1)

@@ -1,7 +1,8 @@
 """CL-Flow in the paper's own form (Wang, Li, Luo, Bi, arXiv 2311.06794), from the image to the loss. Only the abstract
 was available, so this is a reconstruction. clflow.py is our own form, which detects more.
 
-    a frozen backbone's maps at three scales -> a 2D flow for each -> energies, whose sum is the exact NLL
+    a frozen backbone's maps at three scales -> a 2D flow for each -> energies E; at each scale the sum of C E over
+    positions is the exact NLL, up to a constant
     pairs x+ and x- = synthesize(x+) -> L = L_nll + lambda_cls L_cls + lambda_con L_con, trained in one stage
 
 Shapes: images (B, 3, H, W) in [0, 1]; at each scale features x and latents z (B, C, h, w), log-determinants and
@@ -112,13 +113,13 @@ class Paper(Detector):
 # ---------------------------------------------------------------- which positions a loss sees
 
 
-def positions_in_boxes(boxes: Tensor, image: Shape, shape: Shape) -> Tensor:
-    """The positions of maps of `shape` (h, w) that boxes (A, 4) touch, as (A, h, w) bool. The boxes are (y0, x0, y1,
-    x1), half-open, in pixels of images of the shape `image` (H, W)."""
+def positions_in_boxes(boxes: Tensor, image_shape: Shape, map_shape: Shape) -> Tensor:
+    """The positions of maps of `map_shape` (h, w) that boxes (A, 4) touch, as (A, h, w) bool. The boxes are (y0, x0,
+    y1, x1), half-open, in pixels of images of `image_shape` (H, W)."""
     y0, x0, y1, x1 = boxes.T[:, :, None]  # (A, 1) each
-    row = torch.arange(shape[0], device=boxes.device)
-    column = torch.arange(shape[1], device=boxes.device)
-    pixels_down, pixels_across = image[0] / shape[0], image[1] / shape[1]  # of one position
+    row = torch.arange(map_shape[0], device=boxes.device)
+    column = torch.arange(map_shape[1], device=boxes.device)
+    pixels_down, pixels_across = image_shape[0] / map_shape[0], image_shape[1] / map_shape[1]  # of one position
     rows = (row * pixels_down < y1) & ((row + 1) * pixels_down > y0)  # (A, h)
     columns = (column * pixels_across < x1) & ((column + 1) * pixels_across > x0)  # (A, w)
     return rows[:, :, None] & columns[:, None, :]
@@ -196,14 +197,13 @@ class Losses(nn.Module):
         settings = self.model.settings
         pairs = len(mask)
         e = energy(z, log_det)
-        normal = e[:-pairs]  # of x+, (B, h, w)
-        losses = {"nll": normal.mean()}
+        losses = {"nll": e[:-pairs].mean()}
         touched = drawn_places(touches(mask, z.shape[2:]))
-        normal = tamed(normal).flatten()  # (B h w,)
+        normal = tamed(e[:-pairs]).flatten()  # of x+, (B h w,)
         anomalous = tamed(rows_at(e[-pairs:, None], touched))[:, 0]  # of x- where its defect is, (A n,)
         if settings.classification_weight:
-            odds = log_odds(normal, normal), log_odds(anomalous, normal)
-            losses["classification"] = classification_loss(*odds, settings.smoothing)
+            both = log_odds(normal, normal), log_odds(anomalous, normal)
+            losses["classification"] = classification_loss(*both, settings.smoothing)
         if settings.contrast_weight and settings.contrast == "energy":
             losses["contrast"] = info_nce(anomalous, normal, settings.temperature)  # each anomalous energy stands out
         if settings.contrast_weight and settings.contrast == "cosine":

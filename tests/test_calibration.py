@@ -36,7 +36,7 @@ def test_a_defective_image_among_the_good_is_shown_and_does_not_decide(category,
     assert "1 of the good images look unlike the others: chip.png" in capsys.readouterr().out
     assert Image.open(tmp_path / "spoilt/suspects.png").width == 960
     clean, spoilt = load(tmp_path / "clean/model.pt"), load(tmp_path / "spoilt/model.pt")
-    assert spoilt.normal.shape == (2, 25)
+    assert spoilt.good_scores.shape == (2, 25)
     limits = clean.thresholds().score, spoilt.thresholds().score
     assert limits[1] == pytest.approx(limits[0], rel=0.15)
     chip = folders.list_images(category / "test/chip")[1]
@@ -71,7 +71,7 @@ def test_of_many_images_some_are_drawn(run, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "using 10 of 24 images" in said and "from 10 good images" in said and "left out" not in said
     assert "series" not in said
-    assert load(run / "recalibrated.pt").normal.shape == (2, 10)
+    assert load(run / "recalibrated.pt").good_scores.shape == (2, 10)
 
 
 @pytest.mark.parametrize("trained", ["finished_run", "nearest_run", "projecting_run"])
@@ -113,7 +113,7 @@ def test_what_calibrates_is_judged_in_usual_brightness_like_new_images(run, cate
     images = data.read_batch(held_out, model.shape)
     assert not torch.equal(model.in_usual_brightness(images), images)
     HeldOut(model, held_out).calibrate()
-    assert torch.allclose(model.normal[0], model(images)[1], rtol=0.02)
+    assert torch.allclose(model.good_scores[0], model(images)[1], rtol=0.02)
 
 
 def test_a_series_of_new_images_counts_as_few(category, run, tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_a_detector_of_the_fewest_images_keeps_its_promise(tmp_path, monkeypatch
     options = NEAREST if method == "nearest" else [*LITE, "--epochs", 2, "--size", 192, "--batch", 256]
     call(train.main, "--data", few, "--out", tmp_path / "run", *options)
     model = load(tmp_path / "run" / "model.pt")
-    assert model.normal.shape == (2, LEAST_IMAGES)
+    assert model.good_scores.shape == (2, LEAST_IMAGES)
     others = draw_buttons(tmp_path / "others", 20, day=6)
     flagged = sum(model.inspect(path).anomalous for path in sorted(others.iterdir()))
     promised = model.thresholds().at_most
@@ -280,7 +280,7 @@ def test_a_series_is_named_and_its_threshold_holds_for_other_images(tmp_path, ca
     model = load(tmp_path / "run" / "model.pt")
     different = int(model.different)
     assert "look like a series" in said and 5 <= different <= 36 and f"about {different} different" in said
-    assert model.normal.shape == (2, 72)  # not the held-out ones, which have neighbours among the others
+    assert model.good_scores.shape == (2, 72)  # not the held-out ones, which have neighbours among the others
     assert model.thresholds().images == different
     others = [draw_button(np.random.default_rng([9, number]), "good")[0] for number in range(40)]
     scores = np.array([model.inspect(image).score for image in others])
@@ -311,11 +311,11 @@ def test_training_says_how_many_changed_copies_exceed_the_threshold(
         copy = make(read_image(path, model.shape), rng)
         scores.append(model(torch.from_numpy(copy).permute(2, 0, 1)[None])[1].item())
     highest, second = sorted(scores, reverse=True)[:2]
-    usual = model.normal / model.thresholds().score  # scores whose threshold is 1
+    usual = model.good_scores / model.thresholds().score  # scores whose threshold is 1
     model.camera[0] += 9  # so all images are unusual, in all ways
     usual_camera = model.camera.clone()
     for limit, expected in ((highest / 100, 6), ((highest + second) / 2, 1), (2 * highest, 0)):
-        model.normal = usual * limit
+        model.good_scores = usual * limit
         model.camera = usual_camera.clone()
         calibration.judge_changed_copies(model, held_out)
         said = capsys.readouterr().out.splitlines()[kind]

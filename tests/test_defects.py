@@ -215,7 +215,7 @@ def test_corrections_make_defects_and_good_images(category, tmp_path, monkeypatc
     assert seen["defects"] == [(path, None) for path in missed]
     model = load(tmp_path / "run" / "model.pt")
     settings = read_checkpoint(tmp_path / "run" / "model.pt")["settings"]
-    assert settings["images"] == model.normal.shape[1] == 24 - 2 + 1
+    assert settings["images"] == model.good_scores.shape[1] == 24 - 2 + 1
     assert not seen["trained_on"] & {good[4], good[7]}
     assert {path for path, _ in settings["taught"]} == {str(path.resolve()) for path in [*missed, alarm]}
     call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK, "--corrections", file, "--resume")

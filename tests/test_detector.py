@@ -102,9 +102,9 @@ def test_calibration_by_hand():
     units = [0.3 - levels[0], 10 * 0.3**2 - levels[1]]  # from the level to the worst percent of the median image
     assert model.units.tolist() == pytest.approx(units, rel=1e-4)
     scores = ((greys - levels[0]) / units[0] + (10 * greys**2 - levels[1]) / units[1]) / 2
-    assert model.normal[0].tolist() == pytest.approx(scores, abs=1e-4)
-    assert model.normal[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
-    model.normal = torch.tensor([[1.0] * 20, [2.0] * 20])
+    assert model.good_scores[0].tolist() == pytest.approx(scores, abs=1e-4)
+    assert model.good_scores[1].tolist() == pytest.approx(scores, abs=1e-4)  # the maximum is the score
+    model.good_scores = torch.tensor([[1.0] * 20, [2.0] * 20])
     model.different = torch.tensor(20)
     assert 1 < model.thresholds().score < 1.5 and model.thresholds(0.5).anomaly_map == 2
     grey = 0.5  # by hand, its score is above the threshold:
@@ -131,7 +131,7 @@ def test_half_the_bits_are_used_where_that_is_faster(monkeypatch, found, fast):
 def test_experts_that_never_differ_do_not_divide_by_zero():
     model = Brightness(held_out=2)
     model.calibrate(model.energies(torch.full((1, 3, 64, 64), grey)) for grey in (0.5, 0.5))
-    assert torch.isfinite(model.normal).all()
+    assert torch.isfinite(model.good_scores).all()
 
 
 # ---------------------------------------------------------------- with a trained model
@@ -154,7 +154,7 @@ def test_score_is_a_pure_function_of_one_image(model, category):
         together = model(images)[1]
         singles = torch.cat([model(image[None])[1] for image in images])
     assert singles.std() > 0
-    assert (together - singles).abs().max() < 1e-3 * model.normal[0].std()
+    assert (together - singles).abs().max() < 1e-3 * model.good_scores[0].std()
 
 
 @pytest.mark.parametrize("calibrated, judged", [("bfloat16", "float32"), ("float32", "bfloat16")])

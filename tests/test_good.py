@@ -197,7 +197,7 @@ def test_without_a_loss_that_learns_from_defects_none_are_painted(category, tmp_
     call(train.main, "--data", category, "--out", tmp_path / "run", *options)
     said = capsys.readouterr().out
     assert "painting" not in said and "nll" in said and "loss nan" not in said
-    assert load(tmp_path / "run" / "model.pt").normal.shape == (2, 24)
+    assert load(tmp_path / "run" / "model.pt").good_scores.shape == (2, 24)
 
 
 @pytest.mark.parametrize("least, times", [(24, 1), (25, 2), (64, 3)])

@@ -85,7 +85,7 @@ class LogOdds(torch.nn.Module):
 
 def test_without_noise_painted_rows_are_the_only_anomalous_ones():
     normal, anomalous = torch.randn(8, 3), torch.randn(2, 3)
-    found = ladder.LossesWithoutNoise(LogOdds()).odds(normal, anomalous)
+    found = ladder.LossesWithoutNoise(LogOdds()).log_odds(normal, anomalous)
     assert torch.equal(found[0], normal[:, 0]) and torch.equal(found[1], anomalous[:, 0])
-    with_noise = clflow.Losses(LogOdds()).odds(normal, anomalous)
+    with_noise = clflow.Losses(LogOdds()).log_odds(normal, anomalous)
     assert len(with_noise[1]) == 4

@@ -94,7 +94,7 @@ def test_cells_find_the_prototype_that_a_search_through_all_finds(monkeypatch):
     bank, rows = clustered(2000, 3000)
     mine = prototypes(bank)
     expected = torch.cdist(rows - mine.centre, mine.bank).argmin(dim=1)
-    assert len(mine.centres) == 32 and len(expected.unique()) > 1000
+    assert len(mine.cell_centres) == 32 and len(expected.unique()) > 1000
     mine.spacing.fill_(1e6)  # no row is far
     assert (mine.nearest(rows, 1, torch.float32)[0] == expected).float().mean() > 0.99
     monkeypatch.setattr(search, "LOOKED_INTO", 1)
@@ -121,10 +121,11 @@ def test_a_prototype_keeps_its_spacing_and_origin_in_its_cell():
     mine.bank, mine.spacing, mine.origin = before, before[:, 0], torch.arange(500)
     search.divide(mine)
     assert torch.equal(mine.bank, before[mine.origin]) and torch.equal(mine.spacing, before[mine.origin, 0])
-    cell = torch.arange(len(mine.centres)).repeat_interleave(mine.sizes)
-    assert (torch.cdist(mine.bank, mine.centres).argmin(dim=1) == cell).float().mean() > 0.95  # k-means may be stopped
-    means = torch.stack([mine.bank[cell == number].mean(dim=0) for number in range(len(mine.centres))])
-    assert (means - mine.centres).norm() < 0.1 * means.norm()
+    cell = torch.arange(len(mine.cell_centres)).repeat_interleave(mine.cell_sizes)
+    nearest_cell = torch.cdist(mine.bank, mine.cell_centres).argmin(dim=1)
+    assert (nearest_cell == cell).float().mean() > 0.95  # k-means may be stopped
+    means = torch.stack([mine.bank[cell == number].mean(dim=0) for number in range(len(mine.cell_centres))])
+    assert (means - mine.cell_centres).norm() < 0.1 * means.norm()
 
 
 def test_a_cell_that_does_not_count_is_not_looked_into():
@@ -168,7 +169,7 @@ def test_features_that_are_no_numbers_are_refused():
 
 def test_equal_prototypes_make_fewer_cells():
     mine = prototypes(torch.eye(4).repeat(50, 1))
-    assert len(mine.centres) <= 4 and mine.sizes.sum() == 200
+    assert len(mine.cell_centres) <= 4 and mine.cell_sizes.sum() == 200
     assert torch.equal(mine.bank[mine.nearest(torch.eye(4), 1, torch.float32)[0]] + mine.centre, torch.eye(4))
 
 
@@ -237,7 +238,7 @@ def test_a_training_image_is_judged_as_by_a_bank_without_it(nearest_run, categor
     """Only its own prototypes do not count. With them it would score far too low."""
     model = load(nearest_run / "model.pt")
     held_out, trained_on = split(folders.list_images(category / "train/good"), seed=0)
-    assert model.normal.shape == (2, 24)
+    assert model.good_scores.shape == (2, 24)
     number = 5
     x = model.features(data.read_batch([trained_on[number]], (128, 128)))
     own = model.prototypes.origin == number

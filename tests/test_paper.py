@@ -107,8 +107,8 @@ def test_the_volume_that_a_flow_changes_counts_in_the_energy():
     before = [e.clone() for e in model.energies(images)]
     with torch.no_grad():
         for flow in model.flows:
-            flow.steps[-1].offset.zero_()
-            flow.steps[-1].scale += 0.5  # z grows by e^0.5, log|det| by C / 2
+            flow.couplings[-1].offset.zero_()
+            flow.couplings[-1].log_scale += 0.5  # z grows by e^0.5, log|det| by C / 2
     for (z, log_det), e, old in zip(model.latents(images), model.energies(images), before, strict=True):
         exact = 0.5 * z.square().mean(dim=1) - log_det / z.shape[1]
         enlarged = F.interpolate(clflow.tamed(exact)[:, None], (16, 16), mode="bilinear")[:, 0]
@@ -270,7 +270,7 @@ def test_the_gradient_of_each_loss_reaches_all_three_flows_and_nothing_else(name
     mask[..., 10:30, 20:50] = 1
     paper.Losses(model)(torch.rand(3, 3, 64, 64), mask, torch.tensor([[10, 20, 30, 50]]))[name].backward()
     for flow in model.flows:
-        assert all(step.subnet[0].weight.grad.abs().max() > 0 for step in flow.steps[:-1])
+        assert all(step.subnet[0].weight.grad.abs().max() > 0 for step in flow.couplings[:-1])
     assert all(p.grad is None for p in (*model.backbone.parameters(), *model.norms.buffers()))
 
 
@@ -310,7 +310,7 @@ def test_the_held_out_images_calibrate_the_paper_s_form(paper_run, category):
     model = load(paper_run / "model.pt")
     held_out, _ = split(folders.list_images(category / "train" / "good"), seed=0)
     scores = [model.inspect(path).score for path in held_out]
-    assert model.normal[0].tolist() == pytest.approx(scores, abs=0.02) and len(model.levels) == 3
+    assert model.good_scores[0].tolist() == pytest.approx(scores, abs=0.02) and len(model.levels) == 3
 
 
 def test_options_that_the_paper_s_form_lacks_are_refused(category, tmp_path, capsys):

@@ -145,7 +145,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     time = {"ms_per_image": 0}
     assert alone | time == pytest.approx(together | time, abs=1e-6)
     assert all(a == pytest.approx(b, abs=1e-6) for a, b in points)
-    scores = [load(run / "model.pt").normal[0].sort().values for run in (one, two)]
+    scores = [load(run / "model.pt").good_scores[0].sort().values for run in (one, two)]
     assert len(scores[0]) == len(scores[1]) == 24  # all good images, but in another order
 
 

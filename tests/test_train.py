@@ -69,8 +69,8 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
     assert seen["trained"] | seen["held_out"] == set(folders.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
-    assert sorted(model.normal[0, :6].tolist()) == pytest.approx(sorted(scores), abs=0.02)
-    assert model.normal.shape == (2, 24)  # all good images; training images are judged as if new
+    assert sorted(model.good_scores[0, :6].tolist()) == pytest.approx(sorted(scores), abs=0.02)
+    assert model.good_scores.shape == (2, 24)  # all good images; training images are judged as if new
 
 
 # ---------------------------------------------------------------- seeds, choices, layouts
@@ -82,7 +82,7 @@ def test_same_seed_same_weights_and_another_seed_others(run_with_all_files, tiny
         call(train.main, "--data", tiny, "--out", tmp_path / name, *QUICK, "--seed", seed)
         states.append(read_checkpoint(tmp_path / name / "model.pt")["state"])
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert not torch.equal(states[0]["flow.steps.0.scale"], states[2]["flow.steps.0.scale"])
+    assert not torch.equal(states[0]["flow.couplings.0.log_scale"], states[2]["flow.couplings.0.log_scale"])
 
 
 def test_epochs_differ_in_their_random_numbers(tiny, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_every_open_choice_can_be_flipped(tiny, tmp_path):
     call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK, *choices)
     assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "seconds"]
     model = load(tmp_path / "run" / "model.pt")
-    assert len(model.flow.steps) == 2 and model.classifier is None and len(model.levels) == 1
+    assert len(model.flow.couplings) == 2 and model.classifier is None and len(model.levels) == 1
 
 
 @pytest.mark.parametrize("layout", ["btad", "plain", "deep", "grey"])
@@ -545,7 +545,7 @@ def test_a_bank_of_all_rows_leaves_rows_to_learn_from(category, tmp_path):
         patch.setattr("kit.rows.CANDIDATES", 100)
         call(train.main, "--data", category, "--out", tmp_path, *QUICK, "--bank", 100)
     model = load(tmp_path / "model.pt")
-    assert len(model.prototypes.bank) == 100 and torch.isfinite(model.normal).all()
+    assert len(model.prototypes.bank) == 100 and torch.isfinite(model.good_scores).all()
 
 
 def test_training_does_not_even_list_the_test_folder(tiny, tmp_path, monkeypatch, capsys):
