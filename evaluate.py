@@ -55,7 +55,7 @@ from kit.measuring import (
     report,
 )
 from kit.processes import Processes, join_processes, pick_device
-from kit.real_defects import files_of_training, fingerprint, is_among
+from kit.real_defects import files_of_training, is_among, without_copies
 from kit.rows import origins, spread
 from kit.search import CANDIDATES
 from kit.settings import LEAST_IMAGES
@@ -176,6 +176,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
     model = work.model
     files = unseen(model, folders.usable(folders.list_images(folder, subfolders=True), work.skip_bad))
+    hashes = without_copies(files)
+    files = list(hashes)
     if len(files) < LEAST_IMAGES:
         raise InputError(
             f"--recalibrate {folder}: only {len(files)} new images; give at least {LEAST_IMAGES}, better 50"
@@ -186,7 +188,7 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
         taken = [files[i] for i in order]
         print(f"using {LIMIT} of {len(files)} images, chosen at random")
     recalibrate(model, taken, alike_among(model, taken))
-    known = sorted({*model.settings.good, *(fingerprint(path) for path in taken)})
+    known = sorted({*model.settings.good, *(hashes[path] for path in taken)})
     model.settings = replace(model.settings, false_alarm=work.false_alarm, good=tuple(known))
     print(basis(model.thresholds()))
     odd = outliers(model.good_scores[0].cpu().numpy())
@@ -333,11 +335,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.curve:
         return curve(args.run, device, args.skip_bad, processes)
     checkpoint = checkpoint_of(args.run)
+    tell_unfinished(args.run, checkpoint)
     if args.export:
         if processes.first:
             export(load(checkpoint, "cpu"), single_file(args.export, args.export, "--export", [checkpoint]))
         return None
-    tell_unfinished(args.run, checkpoint)
     model = load(checkpoint, device)
     tell_precision(model, args, processes)
     work = Inspection(

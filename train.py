@@ -46,7 +46,7 @@ from kit.good import Defect, GoodImages, held_out_count, quantize_backbone, spli
 from kit.images import load_image
 from kit.processes import Processes, join_processes, pick_device
 from kit.quantized import is_fast
-from kit.real_defects import Corrections, fingerprint, fingerprints, is_among, list_defects, read_corrections
+from kit.real_defects import Corrections, fingerprints, list_defects, read_corrections, without_copies
 from kit.settings import FALSE_ALARM, OPTIONS, Settings, Shape, as_shape
 from kit.training import Epoch
 from kit.verdict import basis, outliers
@@ -110,8 +110,6 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     if line := shapes.told(run.files, model.shape):
         print(line)
     shapes.print_others(run.files, model.shape)
-    if processes.first:  # it is the one that writes checkpoints
-        model.settings = replace(model.settings, good=tuple(sorted({fingerprint(path) for path in run.files})))
     if progress is None:
         learn_usual(model, run.files)
         quantize_backbone(model, good.trained_on)
@@ -274,7 +272,8 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(folders.list_images(folder), [defect.path for defect in defects])
-        files = without_copies(folders.usable(files, args.skip_bad), defects)
+        hashes = without_copies(folders.usable(files, args.skip_bad), [defect.path for defect in defects])
+        files = list(hashes)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
             raise InputError(f"--data {category}: only {len(files)} good images; give at least {least}, better 50")
@@ -291,6 +290,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
                 images=len(files),
                 held_out=held_out_count(len(files)),
                 taught=taught,
+                good=tuple(sorted(hashes.values())),
                 **options | {"size": size},
             )
             roi = region_of_interest(args.roi, files, as_shape(size))
@@ -314,18 +314,6 @@ def refuse_shared(target: Path, category: Path, planned: list[Run]) -> None:
                 f"--out {target}: this folder would contain the runs of both {run.category} and {category}; rename one "
                 "of these two categories"
             )
-
-
-def without_copies(files: list[Path], defects: list[Defect]) -> list[Path]:
-    """The good images `files` without copies of the given defects, which are recognised by their bytes. Prints a line
-    if there are any."""
-    if not defects:
-        return files
-    known = {value for pair in fingerprints(defect.path for defect in defects) for value in pair}
-    kept = [path for path in files if not is_among(path, known)]
-    if len(kept) < len(files):
-        print(f"left out {len(files) - len(kept)} of the good images: they are copies of given defects")
-    return kept
 
 
 def given_defects(args: argparse.Namespace, corrections: Corrections) -> list[Defect]:

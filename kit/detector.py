@@ -26,6 +26,7 @@ from kit.windows import SIDE, in_windows, overlapping_parts, side_of
 
 FORMAT = 17  # of the checkpoint
 PART = 512  # positions along an axis that are weighted at once, to save memory
+LEAST_SPAN = 32  # pixels along each axis, which the filters of kit/camera.py need
 USUAL_CHANGE = 0.1  # of the logarithm of an image's brightness; smaller changes are never compensated
 
 
@@ -77,6 +78,13 @@ def image_score(maps: Tensor, pixels: int | None = None) -> Tensor:
     return torch.stack(scores).amax(dim=0)
 
 
+def span(marked: Tensor) -> slice:
+    """The part of an axis from the first to the last of the `marked` positions (n,) bool, at least LEAST_SPAN long."""
+    positions = marked.nonzero()[:, 0]
+    first = max(0, min(int(positions[0]), len(marked) - LEAST_SPAN))
+    return slice(first, max(int(positions[-1]) + 1, first + LEAST_SPAN))
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether convolutions are faster in bfloat16 on this device."""
     if device.type == "cuda":
@@ -113,6 +121,7 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.register_buffer("roi", torch.ones(self.shape, dtype=torch.bool))
         self.pixels = math.prod(self.shape)  # of the region of interest
+        self.roi_part = slice(None), slice(None)  # of an image: the rows and columns that contain this region
         self.is_precision_told = False  # whether `precision_warning` was shown
         self.full_precision = False  # for export: float32, even where bfloat16 is faster
         self.shares = shares  # of each expert in the map
@@ -187,15 +196,16 @@ class Detector(nn.Module):
     def measures(self, images: Tensor) -> Tensor:
         """`camera.measures` of images (B, 3, H, W) within the region of interest: (B, 7)."""
         images = images.to(self.device)
-        inside = self.pixels / math.prod(self.shape)
-        if inside < 1:
-            images = torch.where(self.roi, images, self.inner_mean(images))
-        return camera.measures(images, inside)
+        if self.pixels < math.prod(self.shape):
+            rows, columns = self.roi_part
+            images = torch.where(self.roi, images, self.inner_mean(images))[:, :, rows, columns]
+        return camera.measures(images, self.pixels / math.prod(images.shape[2:]))
 
     def set_roi(self, roi: Tensor) -> None:
         """Let only the region of interest (H, W) bool count."""
         self.roi = roi.to(self.device)
         self.pixels = int(roi.sum())
+        self.roi_part = span(roi.any(dim=1)), span(roi.any(dim=0))
 
     def inside(self, shape: Shape) -> Tensor:
         """Which positions of maps of this shape (h, w) the region of interest touches: (h, w) bool."""

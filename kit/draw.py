@@ -232,7 +232,7 @@ def write_page(own: OwnFiles, title: str, facts: dict[str, str], threshold: floa
     images = []
     for entry in entries:
         views = [view for view in VIEWS if (own.folder / picture(entry.name, view)).exists()]
-        shown = [printable(entry.name), printable(entry.kind), entry.anomalous, round(entry.score, 5), key(entry.name)]
+        shown = [printable(entry.name), printable(entry.kind), entry.anomalous, entry.score, key(entry.name)]
         images.append([*shown, views, str(entry.path.resolve()), entry.is_trained_on])
     found = {"title": title, "facts": list(facts.items()), "threshold": threshold, "images": images}
     text = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")  # no name can end the script

@@ -237,7 +237,8 @@ def is_listed(path: Path) -> bool:
 
 
 def list_entry(kind: str, name: str) -> str:
-    return json.dumps([kind, name]) + "\n"  # in ASCII: file names need not be UTF-8
+    # In ASCII: file names need not be UTF-8. It begins a line, since a full disk can leave half an entry before it.
+    return f"\n{json.dumps([kind, name])}\n"
 
 
 def read_list(folder: Path) -> set[tuple[str, str]]:

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop
 
 from kit import data
 from kit.detector import Detector
@@ -71,7 +72,8 @@ def quantize_backbone(model: Detector, files: Sequence[Path]) -> None:
     if wanted and model.backbone.can_quantize and is_fast(model.device):
         print("the backbone computes in int8 (8-bit integers)")
         some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
-        model.backbone.quantize(data.batches(some, model.shape))
+        part = list(part_shape(model.shape, PATCH))  # all of a large image at once would fill the memory
+        model.backbone.quantize(center_crop(images, part) for images in data.batches(some, model.shape))
 
 
 def held_out_count(images: int) -> int:

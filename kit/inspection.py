@@ -287,6 +287,7 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     each in scores.csv. Their kind is their folder. `trained_on` is the category of the detector."""
     root = root_of(images)
     good_folders = [trained_on, *(trained_on / "train" / name for name in folders.GOOD_NAMES)]
+    good_folders = [folder.resolve() for folder in good_folders]  # they may be links
     scores: dict[str, float] = {}
     for row in table_of(out / TABLE)[1:]:
         cells = dict(zip(SCORES_COLUMNS, row, strict=True))
@@ -354,7 +355,7 @@ def judge_files(
 def scores_row(name: str, verdict: Verdict) -> list:
     """A row of scores.csv; the box is that of the region with the highest peak."""
     box = verdict.regions[0].box if verdict.regions else [""] * 4
-    return [plain_cell(name), f"{verdict.score:.6f}", int(verdict.anomalous), *box]
+    return [plain_cell(name), f"{verdict.score:.9g}", int(verdict.anomalous), *box]
 
 
 def regions_rows(name: str, verdict: Verdict) -> list[list]:

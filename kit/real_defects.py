@@ -65,7 +65,7 @@ class Corrections:
                 )
         out = {path.resolve() for path in [*self.not_good, *defects]}
         kept = [path for path in files if path.resolve() not in out]
-        return kept + [path for path in self.false_alarms if path.resolve() not in there]
+        return kept + sorted(path for path in self.false_alarms if path.resolve() not in there)
 
 
 def read_corrections(file: Path) -> Corrections:
@@ -112,6 +112,21 @@ def fingerprint(path: Path) -> str:
         return hashlib.sha1(path.read_bytes()).hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def without_copies(files: list[Path], others: Iterable[Path] = ()) -> dict[Path, str]:
+    """The good images `files`, each with its hash, without copies of earlier ones or of the `others`, byte by byte. A
+    copy would tell nothing new, and the held-out images would not be new ones. Prints a line if there are any."""
+    known = {fingerprint(path) for path in others}
+    kept = {}
+    for path in files:
+        found = fingerprint(path)
+        if found not in known:
+            kept[path] = found
+            known.add(found)
+    if len(kept) < len(files):
+        print(f"left out {len(files) - len(kept)} good images: they are copies of others, or of given defects")
+    return kept
 
 
 def files_of_training(settings: Settings) -> set[str]:

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from kit import InputError
 from kit.settings import UNIT, Shape
@@ -76,6 +76,8 @@ def shape_in_file(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
+            if image.format == "TIFF":  # its `size` is the rotated one in newer versions of Pillow
+                width, height = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
             is_turned = False
             if may_be_turned(path, image):
                 with contextlib.suppress(Exception):  # see `kit.images.turned`

@@ -146,7 +146,7 @@ def decide(score: float, anomaly_map: np.ndarray, limits: Thresholds) -> Verdict
         limit = limits.anomaly_map
         if anomaly_map.max() < limit:
             limit = np.quantile(anomaly_map, 0.999)
-        found = anomaly_map >= limit
+        found = (anomaly_map >= limit) & (anomaly_map > 0)  # it is 0 outside the region of interest
     return Verdict(float(score), limits.score, anomalous, regions_of(anomaly_map, found), anomaly_map, found)
 
 

@@ -28,6 +28,7 @@ LOOK_EVERY = 1.0  # seconds
 PAGE_EVERY = 30.0
 IN_TURN = 2000  # known files that are checked at each look, in turn
 SETTLED_NS = 2_000_000_000  # after this, a later change is sure to give the directory another time
+AT_A_LOOK = 200  # images that are judged before the next look, so that the page is written during a backlog, too
 RECENT = 50  # latest images that are checked for a drift of their scores
 
 
@@ -65,7 +66,7 @@ def judge_what_comes(folder: Path, seen: set[tuple[str, Stamp]], judgements: Jud
     while True:
         looked = time.monotonic()
         now = unseen(folder, [*last_look, *listing.look()], seen)
-        whole = [path for path, stamp in now.items() if last_look.get(path) == stamp]
+        whole = [path for path, stamp in now.items() if last_look.get(path) == stamp][:AT_A_LOOK]
         last_look = now
         complaints: list[str] = []
         for image, verdict in judge_files(judgements.model, whole, judgements.limits, complaints):

@@ -172,7 +172,8 @@ def bend(images: Tensor, mask: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
 
 class Losses(nn.Module):
     """L = LAMBDA |(1 - M)(f(x-) - x+)|^2 / |1 - M| + (1 - LAMBDA) |M (f(x-) - x+)|^2 / |M|, where M marks what is
-    painted (`synthesize`) or bent in x-. The x+ without an x-, half of a batch, are not used.
+    painted (`synthesize`) or bent in x-; 1 - M is the rest of the region of interest. The x+ without an x-, half of a
+    batch, are not used.
 
     `forward(images, mask)`: B images x+, then A <= B images x- that were made from the first A of them; mask (A, 1, H,
     W). The boxes around the defects are not used. Returns the losses of the batch by name; training minimises
@@ -188,14 +189,14 @@ class Losses(nn.Module):
         self.model.train()  # batch norms use the batch's statistics here, and the running ones elsewhere
         error = (self.model.project(corrupted) - clean).square().mean(dim=1, keepdim=True)
         self.model.eval()
-        outside = region_error(error, 1 - mask)
+        outside = region_error(error, (1 - mask) * self.model.roi)
         inside = region_error(error, mask)
         return {"loss": LAMBDA * outside + (1 - LAMBDA) * inside, "outside": outside, "inside": inside}
 
 
 def region_error(error: Tensor, region: Tensor) -> Tensor:
     """Mean of `error` (A, 1, H, W) within `region` (same shape), then over the images, which have equal weight."""
-    return ((error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3))).mean()
+    return ((error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)).mean()
 
 
 # ---------------------------------------------------------------- the training

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clflow import classification_loss, energy, info_nce, tamed
 from flows import Flow2D
 from kit import data
-from kit.backbone import BACKBONES, as_rows
+from kit.backbone import BACKBONES
 from kit.calibration import calibrate_on
 from kit.detector import Detector
 from kit.good import GoodImages, Painter
@@ -104,8 +104,9 @@ class Paper(Detector):
         variances = [[] for _ in STRIDES]
         for images in data.batches(good.trained_on[:FITTED], self.shape):
             for scale, x in enumerate(self.scales(images)):
-                means[scale].append(x.mean(dim=(2, 3)))
-                variances[scale].append(x.var(dim=(2, 3), correction=0))
+                inside = x[:, :, self.inside(x.shape[2:])]  # (B, C, n)
+                means[scale].append(inside.mean(dim=2))
+                variances[scale].append(inside.var(dim=2, correction=0))
         for scale, norm in enumerate(self.norms):
             norm.fit(torch.cat(means[scale]), torch.cat(variances[scale]))
 
@@ -179,8 +180,8 @@ class Losses(nn.Module):
     def forward(self, images: Tensor, mask: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         settings = self.model.settings
         if not settings.classification_weight and not settings.contrast_weight:
-            likelihoods = [energy(z, log_det).mean() for z, log_det in self.model.latents(images[: -len(mask)])]
-            nll = torch.stack(likelihoods).mean()
+            energies = [energy(z, log_det) for z, log_det in self.model.latents(images[: -len(mask)])]
+            nll = torch.stack([e[:, self.model.inside(e.shape[1:])].mean() for e in energies]).mean()
             return {"loss": nll, "nll": nll}  # x- are not used
         scales = [self.of_scale(z, log_det, mask, boxes) for z, log_det in self.model.latents(images)]
         losses = {name: torch.stack([scale[name] for scale in scales]).mean() for name in scales[0]}
@@ -197,15 +198,16 @@ class Losses(nn.Module):
         settings = self.model.settings
         pairs = len(mask)
         e = energy(z, log_det)
-        losses = {"nll": e[:-pairs].mean()}
+        normal = e[:-pairs][:, self.model.inside(z.shape[2:])].flatten()  # of x+ in the region of interest, (N,)
+        losses = {"nll": normal.mean()}
         touched = drawn_places(touches(mask, z.shape[2:]))
-        normal = tamed(e[:-pairs]).flatten()  # of x+, (B h w,)
+        tamed_normal = tamed(normal)
         anomalous = tamed(rows_at(e[-pairs:, None], touched))[:, 0]  # of x- where its defect is, (A n,)
         if settings.classification_weight:
-            both = log_odds(normal, normal), log_odds(anomalous, normal)
+            both = log_odds(tamed_normal, tamed_normal), log_odds(anomalous, tamed_normal)
             losses["classification"] = classification_loss(*both, settings.smoothing)
         if settings.contrast_weight and settings.contrast == "energy":
-            losses["contrast"] = info_nce(anomalous, normal, settings.temperature)  # each anomalous energy stands out
+            losses["contrast"] = info_nce(anomalous, tamed_normal, settings.temperature)
         if settings.contrast_weight and settings.contrast == "cosine":
             losses["contrast"] = self.contrast_of_boxes(z, mask, boxes)
         return losses
@@ -216,7 +218,7 @@ class Losses(nn.Module):
         inside = drawn_places(positions_in_boxes(boxes, mask.shape[2:], z.shape[2:]))
         box = rows_at(z[:pairs], inside)
         negative_box = rows_at(z[-pairs:], inside)
-        everywhere = as_rows(z[:-pairs])
+        everywhere = z[:-pairs].permute(0, 2, 3, 1)[:, self.model.inside(z.shape[2:])].flatten(0, 1)
         normal = everywhere[torch.randint(len(everywhere), (len(box),))]
         return contrast_cosine(box, negative_box, normal, self.model.settings.temperature)
 

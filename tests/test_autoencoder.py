@@ -26,7 +26,7 @@ EVERYWHERE = torch.ones(64, 64, dtype=torch.bool)
 class Stub(torch.nn.Module):
     """A projection that adds 0.3 to every pixel. It checks that the batch norms use the batch's statistics."""
 
-    roi = None  # only `bend` uses it
+    roi = torch.ones(4, 4, dtype=torch.bool)
 
     def project(self, images: torch.Tensor) -> torch.Tensor:
         assert self.training
@@ -45,6 +45,11 @@ def test_loss_of_the_two_regions_by_hand(monkeypatch):
     inside = (first + (0.3 - 0.7) ** 2) / 2  # 12 pixels and 1: the images count equally
     assert found["outside"].item() == pytest.approx(0.09) and found["inside"].item() == pytest.approx(inside)
     assert found["loss"].item() == pytest.approx(0.9 * 0.09 + 0.1 * inside) and not stub.training
+    clean = clean.clone()
+    clean[:, :, :, 3] = 5  # outside the region of interest
+    stub.roi = stub.roi & (torch.arange(4) < 3)
+    found = autoencoder.Losses(stub)(torch.cat((clean, torch.full((2, 3, 4, 4), 0.3) - painted)), mask)
+    assert found["outside"].item() < 0.4
 
 
 def test_bend_moves_what_is_in_a_disc_where_there_is_contrast():

@@ -95,6 +95,22 @@ def test_images_of_the_training_do_not_recalibrate(category, request, tmp_path, 
     assert flagged / 16 <= model.thresholds().at_most
 
 
+def test_copies_of_one_image_count_once(category, nearest_run, tmp_path, capsys):
+    (tmp_path / "six").mkdir()
+    (tmp_path / "twice").mkdir()
+    for number, path in enumerate(folders.list_images(category / "train/good")[:6]):
+        shutil.copy(category / "test/good/000.png", tmp_path / "six" / f"{number}.png")
+        shutil.copy(path, tmp_path / "twice" / f"{number}.png")
+        shutil.copy(path, tmp_path / "twice" / f"{number} again.png")
+    out = Path(shutil.copytree(nearest_run, tmp_path / "run"))
+    refuse(evaluate.main, capsys, out, "--recalibrate", tmp_path / "six", words=["only 1 new image", "at least 5"])
+    command = ["--data", tmp_path / "six", "--out", tmp_path / "other", *NEAREST]
+    refuse(train.main, capsys, *command, words=["only 1 good image", "at least 5"])
+    call(train.main, "--data", tmp_path / "twice", "--out", tmp_path / "other", *NEAREST)
+    said = capsys.readouterr().out
+    assert "left out 6 good images: they are copies of others" in said and ", set from 6 good images" in said
+
+
 def test_altered_copies_of_the_training_are_warned_of(category, nearest_run, tmp_path, capsys):
     shutil.copytree(nearest_run, tmp_path / "run")
     for path in folders.list_images(category / "train/good"):  # the same pixels in another file format

@@ -3,16 +3,18 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from helpers import call
+from helpers import NoBackbone, call
 from PIL import Image
 from scipy import ndimage
 
 import evaluate
 from kit.camera import MEASURES, are_unusual, measures, quantization_step, usual, with_compression
 from kit.demo import draw_button
+from kit.detector import Detector
 from kit.good import blurred, camera_copy, compressed
 from kit.images import load_image, to_tensor
 from kit.inspection import camera_line, differences
+from kit.settings import NearestSettings
 
 
 @cache
@@ -150,6 +152,24 @@ def test_measures_by_numpy_and_scipy():
     beside = np.concatenate((image, np.full_like(image, image.mean())), axis=1)
     half = measures(to_tensor(beside[None]), inside=0.5)
     assert torch.allclose(half[:, [0, 4, 5]], whole[:, [0, 4, 5]], atol=0.1)  # light, noise, sharpness
+
+
+def test_a_region_of_interest_far_from_the_middle_is_measured(monkeypatch):
+    """Of a large image only the middle counts: the middle of the region."""
+    monkeypatch.setattr("kit.camera.MIDDLE", 64)
+    model = Detector(NearestSettings(images=1, held_out=1, size=256), NoBackbone(), [1.0])
+    roi = torch.zeros(256, 256, dtype=torch.bool)
+    roi[200:240, 8:60] = True
+    model.set_roi(roi)
+    (image,) = photographs(1)
+    inside = np.ascontiguousarray(image[100:140, 100:152])
+    pasted, noisier = np.zeros_like(image), np.zeros_like(image)
+    pasted[200:240, 8:60] = inside
+    noisier[200:240, 8:60] = inside + np.random.default_rng(0).normal(0, 0.1, inside.shape)
+    expected = measures(to_tensor(inside[None]))
+    found, found_noisier = (model.measures(to_tensor(photo[None]))[0] for photo in (pasted, noisier))
+    assert found[[0, 6]].tolist() == pytest.approx(expected[0, [0, 6]].tolist(), abs=0.05)  # light and colour
+    assert found_noisier[4] > found[4] + 0.5 and abs(found[4] - expected[0, 4]) < 0.3  # noise
 
 
 def test_evaluate_says_how_new_images_differ_and_recalibrating_learns_them(run, category, tmp_path, capsys):

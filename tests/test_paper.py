@@ -201,6 +201,7 @@ class Given(torch.nn.Module):
         given = {"classification_weight": 0.3, "contrast_weight": 0.7, "smoothing": 0.2, "temperature": 0.5}
         self.settings = replace(SETTINGS, **given | changes)
         self.latents = lambda images: latents
+        self.inside = lambda shape: torch.ones(shape, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("contrast", ["cosine", "energy"])
@@ -260,6 +261,22 @@ def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
     assert [found[name].item() for name in ("nll", "classification", "contrast")] == pytest.approx(expected, rel=1e-4)
     total = expected[0] + 0.3 * expected[1] + 0.7 * expected[2]
     assert found["loss"].item() == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("contrast", ["cosine", "energy", None])
+def test_what_lies_outside_the_region_of_interest_is_not_learnt(contrast):
+    weights = {"contrast": contrast} if contrast else {"classification_weight": 0, "contrast_weight": 0}
+    mask, boxes = torch.zeros(1, 1, 16, 16), torch.tensor([[0, 0, 4, 8]])
+    mask[0, 0, :4, :8] = 1
+    found = []
+    for outside in (0.0, 9.0):
+        z = torch.arange(4 * 6 * 16).view(4, 6, 4, 4) / 100
+        z[:, :, 2:] = outside
+        model = Given([(z, torch.zeros(4, 4, 4))], **weights)
+        model.inside = lambda shape: torch.arange(4)[:, None].expand(4, 4) < 2  # the upper half
+        torch.manual_seed(0)
+        found.append(paper.Losses(model)(torch.zeros(4, 3, 16, 16), mask, boxes)["loss"].item())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("contrast", ["cosine", "energy"])

@@ -1,12 +1,15 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from helpers import call, refuse
+from PIL import Image
 from torch import fx, nn
 
 import evaluate
 import train
-from kit import data, folders, quantized
+from kit import data, folders, good, quantized
 from kit.backbone import BACKBONES
 from methods import load
 
@@ -132,6 +135,21 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
     exported = program(images)[1]
     assert (exported - model(images)[1]).abs().max() < 1e-3 * exported.max()
     assert (exported / scores - 1).abs().max() < 0.05
+
+
+def test_large_images_are_measured_for_int8_in_parts(tmp_path, monkeypatch):
+    """All of a large image at once would need gigabytes."""
+    for number in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{number}.png")
+    seen = []
+    backbone = SimpleNamespace(can_quantize=True, quantize=lambda batches: seen.extend(batches))
+    monkeypatch.setattr(good, "is_fast", lambda device: True)
+    for shape, expected in (((1024, 2048), (512, 512)), ((512, 1024), (512, 1024))):
+        settings = SimpleNamespace(int8=True)
+        model = SimpleNamespace(settings=settings, backbone=backbone, device=None, shape=shape)
+        good.quantize_backbone(model, sorted(tmp_path.iterdir()))
+        assert {tuple(images.shape[2:]) for images in seen} == {expected} and sum(map(len, seen)) == 3
+        seen.clear()
 
 
 def test_int8_without_effect_is_refused(category, tmp_path, monkeypatch, capsys):

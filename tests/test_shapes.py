@@ -69,7 +69,7 @@ def test_as_many_pixels_in_the_shape_of_the_images(tmp_path, size, image, expect
 def test_a_photograph_s_shape_is_that_of_the_turned_one(tmp_path, monkeypatch):
     turned = Image.Exif()
     turned[0x0112] = 6
-    for name in ("turned.jpg", "turned.png"):
+    for name in ("turned.jpg", "turned.png", "turned.tif", "turned.webp"):
         Image.new("RGB", (80, 40)).save(tmp_path / name, exif=turned)
         assert shape_in_file(tmp_path / name) == (80, 40)
     before, after = split_at_pixels((tmp_path / "turned.png").read_bytes())

@@ -326,6 +326,9 @@ def test_a_first_training_that_is_stopped_before_its_first_epoch_judges_nothing(
         call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK)
     command = [tmp_path / "run", "--images", tiny / "test" / "chip", "--out", tmp_path / "found"]
     refuse(evaluate.main, capsys, *command, words=["before the first epoch", "--resume"])
+    command = [tmp_path / "run", "--export", tmp_path / "untrained.pt2"]
+    refuse(evaluate.main, capsys, *command, words=["before the first epoch", "--resume"])
+    assert not (tmp_path / "untrained.pt2").exists()
 
 
 def test_two_links_to_folders_of_one_name_are_two_runs(tiny, tmp_path):
@@ -531,8 +534,8 @@ def test_what_no_run_wrote_is_not_removed(tiny, tmp_path, capsys):
 def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, capsys):
     one = folders.list_images(category / "train" / "good")[0]
     (tmp_path / "copies").mkdir()
-    for number in range(12):
-        shutil.copy(one, tmp_path / "copies" / f"{number}.png")
+    for number in range(10):  # the same pixels, but other bytes
+        Image.open(one).save(tmp_path / "copies" / f"{number}.png", compress_level=number)
     command = ["--data", tmp_path / "copies", "--out", tmp_path / "out", *QUICK]
     refuse(train.main, capsys, *command, words=["--data", "copies of each other"])
     assert not list((tmp_path / "out").rglob("state.pt"))

@@ -128,6 +128,14 @@ def test_anomalous_image_below_the_map_s_limit_shows_where_it_is_highest():
     assert decide(0.7, anomaly_map, Thresholds(0.6, 0.5, 9, 0.2)).regions[0].box == (50, 30, 52, 33)
 
 
+def test_nothing_outside_a_small_region_of_interest_is_found():
+    """The region is smaller than a thousandth of the image. Outside it the map is 0."""
+    anomaly_map = np.zeros((100, 100), dtype=np.float32)
+    anomaly_map[30:33, 50:53] = 0.4
+    verdict = decide(0.7, anomaly_map, Thresholds(0.6, 0.5, 9, 0.2))
+    assert [region.box for region in verdict.regions] == [(50, 30, 53, 33)]
+
+
 def test_normal_image_has_no_regions():
     verdict = decide(0.6, np.ones((4, 4), np.float32), Thresholds(0.6, 0.5, 9, 0.2))
     assert not verdict.anomalous and not verdict.regions and not verdict.found.any()

@@ -45,6 +45,7 @@ def watch_until(condition, *arguments) -> None:
 def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, monkeypatch, capsys):
     if CAN_FORK:  # the copies of this process look more often
         monkeypatch.setattr(watching, "LOOK_EVERY", 0.3)
+        monkeypatch.setattr(watching, "AT_A_LOOK", 2)
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
     chips, goods = (folders.list_images(category / "test" / kind) for kind in ("chip", "good"))
@@ -149,6 +150,9 @@ def test_the_last_fifty_are_the_last_judged(tmp_path):
     (tmp_path / "scores.csv").write_text("\n".join([header, *rows, ""]))
     entries = inspection.entries_of(tmp_path, tmp_path, tmp_path, "new")
     assert [(entry.name, entry.score) for entry in entries] == [("b.png", 2), ("a.png", 3)]
+    (tmp_path / "category" / "train").mkdir(parents=True)
+    (tmp_path / "category" / "train" / "good").symlink_to(tmp_path)  # the images of the training are behind a link
+    assert all(entry.is_trained_on for entry in inspection.entries_of(tmp_path, tmp_path, tmp_path / "category", "new"))
 
 
 def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path, monkeypatch, capsys):
@@ -160,7 +164,7 @@ def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path, 
     watch_until(lambda: len(rows_of(out)) == 4, run, "--images", inbox)
     before, page = rows_of(out), (out / "report.html").read_bytes()
     saved = read_checkpoint(run / "model.pt")
-    saved["state"]["normal"] += 0.5
+    saved["state"]["good_scores"] += 0.5
     torch.save(saved, run / "model.pt")
     shutil.copy(category / "test" / "good" / "000.png", inbox / "new.png")
     capsys.readouterr()
