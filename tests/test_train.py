@@ -534,8 +534,8 @@ def test_what_no_run_wrote_is_not_removed(tiny, tmp_path, capsys):
 def test_copies_of_one_image_are_refused_and_leave_nothing(category, tmp_path, capsys):
     one = folders.list_images(category / "train" / "good")[0]
     (tmp_path / "copies").mkdir()
-    for number in range(10):  # the same pixels, but other bytes
-        Image.open(one).save(tmp_path / "copies" / f"{number}.png", compress_level=number)
+    for number in range(12):  # the same pixels, but other bytes
+        Image.open(one).save(tmp_path / "copies" / f"{number}.png", dpi=(number + 1, 1))
     command = ["--data", tmp_path / "copies", "--out", tmp_path / "out", *QUICK]
     refuse(train.main, capsys, *command, words=["--data", "copies of each other"])
     assert not list((tmp_path / "out").rglob("state.pt"))
