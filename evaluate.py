@@ -78,7 +78,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in kept_epochs(run):
         model = load(file, device)
-        tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
+        tests = left_to_measure(model, readable_tests(own_category(model, file), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
         folder = folder_of(file)
@@ -174,6 +174,9 @@ def alike_among(model: Detector, files: Sequence[Path]) -> float:
 
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
+    if not folder.is_dir():
+        raise InputError(f"--recalibrate {folder}: no such folder")
+    folders.print_unread(folder, subfolders=True)
     model = work.model
     files = unseen(model, folders.usable(folders.list_images(folder, subfolders=True), work.skip_bad))
     if len(files) < LEAST_IMAGES:
@@ -349,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         processes=processes,
     )
     if is_test(args):
-        category = args.data or Path(model.settings.data)
+        category = args.data or own_category(model, args.run)
         refuse_inside(work.out, category / "test")
         return report(work, category)
     if not processes.first:  # one process alone judges new images
@@ -384,6 +387,17 @@ def tell_precision(model: Detector, args: argparse.Namespace, processes: Process
     if line and processes.first and not args.recalibrate:
         print(line)
     model.is_precision_told = True
+
+
+def own_category(model: Detector, run: Path) -> Path:
+    """The category that a detector was trained on. Raises InputError, naming its run, if this folder is gone."""
+    category = Path(model.settings.data)
+    if not category.is_dir():
+        raise InputError(
+            f"{run}: the images it was trained on ({category}) are gone; put them back, or give the folder that "
+            "contains test/ with --data"
+        )
+    return category
 
 
 def is_test(args: argparse.Namespace) -> bool:

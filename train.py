@@ -268,6 +268,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
     planned: list[Run] = []
     for category in categories:
         folder = folders.good_folder(category)
+        folders.print_unread(folder)
         name = folders.category_name(category)
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:

@@ -430,6 +430,8 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--false-alarm", 2], ["--false-alarm"]),
         ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "files that are read"]),
         ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "give at least 5"]),
+        ([run, "--recalibrate", tmp_path / "nowhere"], ["--recalibrate", "no such folder"]),
+        ([run, "--data", tmp_path / "nowhere"], ["--data", "no such folder"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
         ([tmp_path / "junk.pt"], ["junk.pt"]),
@@ -437,6 +439,14 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
     ]
     for arguments, words in cases:
         refuse(evaluate.main, capsys, *arguments, words=words)
+
+
+def test_a_run_says_that_the_images_of_its_training_are_gone(run, tmp_path, capsys):
+    saved = read_checkpoint(run / "model.pt")
+    saved["settings"]["data"] = str(tmp_path / "moved")
+    torch.save(saved, run / "model.pt")
+    words = [run, "trained on", tmp_path / "moved", "gone", "with --data"]
+    refuse(evaluate.main, capsys, run, words=words)
 
 
 def test_what_no_evaluation_wrote_is_not_removed(run, tiny, tmp_path, capsys):
