@@ -92,7 +92,10 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     method = METHODS[run.settings.method]
     model, progress = begin(run, args)
     if model is None:
-        print(f"{run.out}: this training is already finished")
+        print(
+            f"{run.out}: this training is already finished; to train again, for example with new images, leave out "
+            "--resume"
+        )
         return
     good = GoodImages(*split(run.files, run.settings.seed), textures, processes, run.defects)
     if len(good.trained_on) < processes.count:
@@ -105,6 +108,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         masks = sum(defect.mask is not None for defect in run.defects)
         beside = f", and {len(run.defects)} images with real defects ({masks} with masks)"
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
+    if run.roi is not None:
+        print(f"--roi: {100 * run.roi.mean():.1f} % of the image is inspected")
     if unused := folders.unused_subfolders(folders.good_folder(run.category)):
         print(f"images in subfolders are not used: {', '.join(path.name for path in unused)}")
     if line := shapes.told(run.files, model.shape):
@@ -474,4 +479,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command")
+    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command and leave out --weights")

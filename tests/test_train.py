@@ -248,7 +248,7 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert [row["epoch"] for row in log_of(tmp_path / "parts")] == ["1", "2"]
     assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "model.pt"]
     call(train.main, *arguments("parts", "--resume"))
-    assert "already finished" in capsys.readouterr().out
+    assert "already finished; to train again" in capsys.readouterr().out
     refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["was started with epochs = 2;"])
 
 
@@ -584,7 +584,7 @@ def test_both_signals_end_a_training_in_order(tiny, tmp_path):
         wait_for(lambda process=process: "\nepoch 2/" in process.stdout.read_text())  # the first one is on the disk now
         process.send_signal(number)
         ended = process.ended(seconds=60)
-        said = "stopped; to continue, add --resume to the same command\n"
+        said = "stopped; to continue, add --resume to the same command and leave out --weights\n"
         assert ended.returncode == 128 + number and ended.stderr == said
         assert read_checkpoint(tmp_path / f"{number}" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
