@@ -97,6 +97,8 @@ def test_what_is_done_to_images_is_told(tmp_path, capsys):
         "use --size 256x4096 for full resolution"
     )
     assert shapes.told(files, (256, 4096)) == ""
+    square = images_of(tmp_path / "square", (1000, 1000))
+    assert shapes.told(square, (992, 992)) == "" and "shrinks" in shapes.told(square, (960, 960))
     Image.new("L", (40, 40)).save(tmp_path / "small.png")  # --size native would not take these
     grown = shapes.told([tmp_path / "small.png"], (384, 384))
     assert grown == "images of 40 x 40 pixels are judged at 384 x 384: a 20-pixel defect grows to 192 pixels"
