@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -201,7 +202,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     with locked(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
-    print(f"wrote {to}; to use the new threshold, give this file: python evaluate.py {to} --images FOLDER")
+    command = f"python evaluate.py {shlex.quote(str(to))} --images FOLDER"
+    print(f"wrote {to}; to use the new threshold, give this file: {command}")
 
 
 # ---------------------------------------------------------------- one image, explained
@@ -338,7 +340,10 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = checkpoint_of(args.run)
     if args.export:
         if processes.first:
-            export(load(checkpoint, "cpu"), single_file(args.export, args.export, "--export", [checkpoint]))
+            model = load(checkpoint, "cpu")
+            rate = args.false_alarm or model.settings.false_alarm
+            model.settings = replace(model.settings, false_alarm=rate)
+            export(model, single_file(args.export, args.export, "--export", [checkpoint]))
         return None
     tell_unfinished(args.run, checkpoint)
     model = load(checkpoint, device)
@@ -424,13 +429,15 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     """Where the metrics go: into the run folder if they are those of its final checkpoint on its own category. Others
-    get a folder of their own, so that nobody confuses them."""
+    get a folder of their own, so that nobody confuses them: RUN/tests/CHECKPOINT, RUN/tests/CATEGORY, or
+    RUN/tests/CHECKPOINT-CATEGORY."""
     run = folder_of(checkpoint)
+    parts = []
     if checkpoint.name not in (MODEL, STATE):
-        return run / "tests" / checkpoint.stem
+        parts.append(checkpoint.stem)
     if category.resolve() != own_data:
-        return run / "tests" / folders.category_name(category)
-    return run
+        parts.append(folders.category_name(category))
+    return run / "tests" / "-".join(parts) if parts else run
 
 
 if __name__ == "__main__":
