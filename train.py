@@ -1,7 +1,7 @@
 """Train a detector on good images: python train.py --data mvtec/bottle. Without --data it draws and uses a demo."""
 
 from kit import InputError  # first, before PyTorch is imported
-from kit.command_line import quit_on_signals, refuse_without_effect, run_script, training_options
+from kit.command_line import flag_of, quit_on_signals, refuse_without_effect, run_script, training_options
 
 if __name__ == "__main__":
     quit_on_signals()
@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -236,21 +236,38 @@ def names(run: Run) -> list[str]:
 
 
 def check_resumable(run: Run, checkpoint: dict) -> None:
-    """Raises InputError if the run had other settings or, unless it is finished, other images."""
+    """Raises InputError if the run had other options or, unless it is finished, other images."""
     then = checkpoint["settings"]
-    for name, value in asdict(run.settings).items():
-        if name not in ("images", "held_out", "taught", "good") and then.get(name) != value:
-            was = then.get(name)
-            hint = "give the same value, or another --out"
-            raise InputError(f"--resume: {run.out} was started with {name} = {was}; {hint}")
+    for name in ("method", "seed", "roi", *OPTIONS[run.settings.method].defaults):
+        if name != "size":
+            check_same_option(run, then, name)
     if then.get("taught", ()) != run.settings.taught:
         raise InputError(
             f"--resume: {run.out} was started with other --defects or --corrections; give the same ones, or "
             "another --out"
         )
-    if checkpoint["progress"] is None:  # it is finished
+    if checkpoint["progress"] is not None:  # it is not finished
+        check_same_images(run, checkpoint["progress"]["files"])
+    check_same_option(run, then, "size")  # after the images, since their shape decides the size
+
+
+def check_same_option(run: Run, then: dict, name: str) -> None:
+    """Raises InputError, with the option as it must be typed, if it had another value in the settings `then`."""
+    value = then.get(name)
+    if value == getattr(run.settings, name):
         return
-    before, now = set(checkpoint["progress"]["files"]), set(names(run))
+    if value is None:
+        was = f"without {flag_of(name)}"
+    elif isinstance(value, bool):
+        was = f"with {flag_of(name if value else 'no_' + name)}"
+    else:
+        was = f"with {flag_of(name)} {shapes.size_text(value)}"
+    raise InputError(f"--resume: {run.out} was started {was}; give the same value, or another --out")
+
+
+def check_same_images(run: Run, files: list[str]) -> None:
+    """Raises InputError if these files, by name, are not the good images of the run."""
+    before, now = set(files), set(names(run))
     for files, what, remedy in ((before - now, "missing", "put them back"), (now - before, "new", "remove them")):
         if not files:
             continue
