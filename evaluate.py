@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def curve(run: Path, device: str, skip_bad: bool, processes: Processes) -> None:
     lines: dict[str, dict[str, list]] = {"image_auroc": {}, "pixel_auroc": {}, "aupro": {}}
     for file in kept_epochs(run):
         model = load(file, device)
-        tests = left_to_measure(model, readable_tests(Path(model.settings.data), skip_bad))
+        tests = left_to_measure(model, readable_tests(own_category(model, file), skip_bad))
         judged = judge_tests(model, tests, processes)
         figures = measure(judged)
         folder = folder_of(file)
@@ -174,6 +175,9 @@ def alike_among(model: Detector, files: Sequence[Path]) -> float:
 
 def write_recalibrated(work: Inspection, folder: Path) -> None:
     """Set the thresholds from the good images in `folder`, without training. Writes RUN/recalibrated.pt."""
+    if not folder.is_dir():
+        raise InputError(f"--recalibrate {folder}: no such folder")
+    folders.print_unread(folder, subfolders=True)
     model = work.model
     files = unseen(model, folders.usable(folders.list_images(folder, subfolders=True), work.skip_bad))
     hashes = without_copies(files)
@@ -200,7 +204,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
     with locked(work.out):
         to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
         write_atomically(to, model.save)
-    print(f"wrote {to}; to use the new threshold, give this file: python evaluate.py {to} --images FOLDER")
+    command = f"python evaluate.py {shlex.quote(str(to))} --images FOLDER"
+    print(f"wrote {to}; to use the new threshold, give this file: {command}")
 
 
 # ---------------------------------------------------------------- one image, explained
@@ -338,7 +343,10 @@ def main(arguments: list[str] | None = None) -> None:
     tell_unfinished(args.run, checkpoint)
     if args.export:
         if processes.first:
-            export(load(checkpoint, "cpu"), single_file(args.export, args.export, "--export", [checkpoint]))
+            model = load(checkpoint, "cpu")
+            rate = args.false_alarm or model.settings.false_alarm
+            model.settings = replace(model.settings, false_alarm=rate)
+            export(model, single_file(args.export, args.export, "--export", [checkpoint]))
         return None
     model = load(checkpoint, device)
     tell_precision(model, args, processes)
@@ -351,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
         processes=processes,
     )
     if is_test(args):
-        category = args.data or Path(model.settings.data)
+        category = args.data or own_category(model, args.run)
         refuse_inside(work.out, category / "test")
         return report(work, category)
     if not processes.first:  # one process alone judges new images
@@ -388,6 +396,17 @@ def tell_precision(model: Detector, args: argparse.Namespace, processes: Process
     model.is_precision_told = True
 
 
+def own_category(model: Detector, run: Path) -> Path:
+    """The category that a detector was trained on. Raises InputError, naming its run, if this folder is gone."""
+    category = Path(model.settings.data)
+    if not category.is_dir():
+        raise InputError(
+            f"{run}: the images it was trained on ({category}) are gone; put them back, or give the folder that "
+            "contains test/ with --data"
+        )
+    return category
+
+
 def is_test(args: argparse.Namespace) -> bool:
     """Whether to measure on a labelled test set."""
     return not (args.explain or args.recalibrate or args.images)
@@ -412,13 +431,15 @@ def output(args: argparse.Namespace, checkpoint: Path, model: Detector) -> Path:
 
 def results_folder(checkpoint: Path, category: Path, own_data: Path) -> Path:
     """Where the metrics go: into the run folder if they are those of its final checkpoint on its own category. Others
-    get a folder of their own, so that nobody confuses them."""
+    get a folder of their own, so that nobody confuses them: RUN/tests/CHECKPOINT, RUN/tests/CATEGORY, or
+    RUN/tests/CHECKPOINT-CATEGORY."""
     run = folder_of(checkpoint)
+    parts = []
     if checkpoint.name not in (MODEL, STATE):
-        return run / "tests" / checkpoint.stem
+        parts.append(checkpoint.stem)
     if category.resolve() != own_data:
-        return run / "tests" / folders.category_name(category)
-    return run
+        parts.append(folders.category_name(category))
+    return run / "tests" / "-".join(parts) if parts else run
 
 
 if __name__ == "__main__":

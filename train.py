@@ -1,7 +1,7 @@
 """Train a detector on good images: python train.py --data mvtec/bottle. Without --data it draws and uses a demo."""
 
 from kit import InputError  # first, before PyTorch is imported
-from kit.command_line import quit_on_signals, refuse_without_effect, run_script, training_options
+from kit.command_line import flag_of, quit_on_signals, refuse_without_effect, run_script, training_options
 
 if __name__ == "__main__":
     quit_on_signals()
@@ -14,7 +14,7 @@ import json
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,10 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
     method = METHODS[run.settings.method]
     model, progress = begin(run, args)
     if model is None:
-        print(f"{run.out}: this training is already finished")
+        print(
+            f"{run.out}: this training is already finished; to train again, for example with new images, leave out "
+            "--resume"
+        )
         return
     good = GoodImages(*split(run.files, run.settings.seed), textures, processes, run.defects)
     if len(good.trained_on) < processes.count:
@@ -105,6 +108,8 @@ def train_held(run: Run, args: argparse.Namespace, textures: list[Path], process
         masks = sum(defect.mask is not None for defect in run.defects)
         beside = f", and {len(run.defects)} images with real defects ({masks} with masks)"
     print(f"reading {len(run.files)} good images ({len(good.held_out)} held out for calibration){beside}", flush=True)
+    if run.roi is not None:
+        print(f"--roi: {100 * run.roi.mean():.1f} % of the image is inspected")
     if unused := folders.unused_subfolders(folders.good_folder(run.category)):
         print(f"images in subfolders are not used: {', '.join(path.name for path in unused)}")
     if line := shapes.told(run.files, model.shape):
@@ -229,21 +234,38 @@ def names(run: Run) -> list[str]:
 
 
 def check_resumable(run: Run, checkpoint: dict) -> None:
-    """Raises InputError if the run had other settings or, unless it is finished, other images."""
+    """Raises InputError if the run had other options or, unless it is finished, other images."""
     then = checkpoint["settings"]
-    for name, value in asdict(run.settings).items():
-        if name not in ("images", "held_out", "taught", "good") and then.get(name) != value:
-            was = then.get(name)
-            hint = "give the same value, or another --out"
-            raise InputError(f"--resume: {run.out} was started with {name} = {was}; {hint}")
+    for name in ("method", "seed", "roi", *OPTIONS[run.settings.method].defaults):
+        if name != "size":
+            check_same_option(run, then, name)
     if then.get("taught", ()) != run.settings.taught:
         raise InputError(
             f"--resume: {run.out} was started with other --defects or --corrections; give the same ones, or "
             "another --out"
         )
-    if checkpoint["progress"] is None:  # it is finished
+    if checkpoint["progress"] is not None:  # it is not finished
+        check_same_images(run, checkpoint["progress"]["files"])
+    check_same_option(run, then, "size")  # after the images, since their shape decides the size
+
+
+def check_same_option(run: Run, then: dict, name: str) -> None:
+    """Raises InputError, with the option as it must be typed, if it had another value in the settings `then`."""
+    value = then.get(name)
+    if value == getattr(run.settings, name):
         return
-    before, now = set(checkpoint["progress"]["files"]), set(names(run))
+    if value is None:
+        was = f"without {flag_of(name)}"
+    elif isinstance(value, bool):
+        was = f"with {flag_of(name if value else 'no_' + name)}"
+    else:
+        was = f"with {flag_of(name)} {shapes.size_text(value)}"
+    raise InputError(f"--resume: {run.out} was started {was}; give the same value, or another --out")
+
+
+def check_same_images(run: Run, files: list[str]) -> None:
+    """Raises InputError if these files, by name, are not the good images of the run."""
+    before, now = set(files), set(names(run))
     for files, what, remedy in ((before - now, "missing", "put them back"), (now - before, "new", "remove them")):
         if not files:
             continue
@@ -266,6 +288,7 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
     planned: list[Run] = []
     for category in categories:
         folder = folders.good_folder(category)
+        folders.print_unread(folder)
         name = folders.category_name(category)
         read_folders = [folder, category / "test", category / "ground_truth"]
         if args.textures:
@@ -461,4 +484,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command")
+    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command and leave out --weights")

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     if checkpoint["settings"]["method"] != "autoencoder":
         raise InputError(f"{run}: not a run of the autoencoder; train one with --method autoencoder")
     category = Path(checkpoint["settings"]["data"])
-    good_tests = [path for name in folders.GOOD_NAMES for path in folders.list_images(category / "test" / name)]
+    good_tests = [path for folder in folders.good_folders(category / "test") for path in folders.list_images(folder)]
     files = good_tests or folders.list_images(folders.good_folder(category))
     draw_projection(Autoencoder.restore(checkpoint), files[:4], OwnFiles(run, "trained").claim("projection.png"))
     print(f"wrote {run / 'projection.png'}")

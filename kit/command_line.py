@@ -15,6 +15,7 @@ from kit import InputError
 from kit.settings import FALSE_ALARM, LITE0, OPTIONS
 from kit.shapes import check_size, parsed_size
 
+MEMORY_IS_FULL = "the memory is full; end other programs, or train with a smaller --size"
 AFTER_THE_FIRST = 6.0  # seconds that other processes wait with an error
 RANGES = {
     "seed": (0, 2**31),
@@ -38,6 +39,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser. A wrong command line raises InputError: one line, without the usage block."""
 
     def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments") and ": -" not in message:  # as with --images *.png
+            message += "; each option takes one value: for several images give their folder"
         raise InputError(message)
 
 
@@ -200,11 +203,13 @@ def method_options(args: argparse.Namespace) -> dict:
         refuse_without_effect(args, ["bank"], "with --no-local")
     if not args.defects:
         refuse_without_effect(args, ["defect_masks"], "without --defects")
-    if (args.defects or args.corrections) and not (classifies or contrasts):
-        raise InputError(
-            "--classification-weight 0 --contrast-weight 0: no loss would learn from real defects; "
-            "leave one of them out"
-        )
+    if not (classifies or contrasts):
+        refuse_without_effect(args, ["textures"], "with --classification-weight 0 --contrast-weight 0")
+        if args.defects or args.corrections:
+            raise InputError(
+                "--classification-weight 0 --contrast-weight 0: no loss would learn from real defects; "
+                "leave one of them out"
+            )
     for name in ("textures", "defects", "defect_masks", "corrections", "roi"):
         if getattr(args, name):
             options[name] = str(getattr(args, name).resolve())
@@ -242,8 +247,8 @@ def evaluation_parser() -> Parser:
     add(
         "--out",
         type=Path,
-        help="folder for the results of --images (default: predictions/RUN/IMAGES) or --data (default: "
-        "RUN/tests/NAME), or picture file for --explain (default: explained.png, explained-2.png, ...)",
+        help="folder for the results of --images (default: predictions/RUN/IMAGES) or of test images (default: RUN; "
+        "with --data RUN/tests/NAME), or picture file for --explain (default: explained.png, explained-2.png, ...)",
     )
     rate_help = f"accepted share of flagged good images, 0 to 1 (default: the detector's own, normally {FALSE_ALARM})"
     add("--false-alarm", type=float, help=rate_help)
@@ -263,7 +268,7 @@ def check_evaluation(args: argparse.Namespace) -> None:
     if len(modes) > 1:
         raise InputError(f"{flag_of(modes[0])} and {flag_of(modes[1])} cannot be combined; give only one of them")
     if args.export:
-        refuse_without_effect(args, ["out", "false_alarm", "skip_bad", "device"], "with --export")
+        refuse_without_effect(args, ["out", "skip_bad", "device"], "with --export")
     if args.curve:
         refuse_without_effect(args, ["out", "false_alarm"], "with --curve")
     if args.recalibrate:
@@ -274,8 +279,6 @@ def check_evaluation(args: argparse.Namespace) -> None:
         refuse_without_effect(args, ["skip_bad"], "with --watch")
     if not args.images:
         refuse_without_effect(args, ["watch"], "without --images FOLDER")
-    if not modes:
-        refuse_without_effect(args, ["out"], "without --images, --data or --explain")
     if args.false_alarm is not None and not 0 < args.false_alarm < 1:
         raise InputError(f"--false-alarm {args.false_alarm}: out of range; give a share between 0 and 1")
 
@@ -336,12 +339,18 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         if is_first():
             print(on_interrupt, file=sys.stderr)
         sys.exit(128 + number)
-    except (InputError, OSError, MemoryError) as error:
+    except InputError as error:
         fail(one_line(error))
+    except OSError as error:
+        fail(f"{one_line(error)}; check the path, its permissions and the free disk space")
+    except MemoryError:
+        fail(MEMORY_IS_FULL)
     except RuntimeError as error:
         kind = type(error).__name__  # PyTorch's classes, without importing it: the command line is read before
-        if kind == "OutOfMemoryError":  # of a GPU
-            fail(one_line(error))
+        if kind == "OutOfMemoryError":
+            fail("the memory of the GPU is full; give --device cpu, or train with a smaller --size")
+        if "DefaultCPUAllocator" in str(error):
+            fail(MEMORY_IS_FULL)
         if str(error).startswith("DataLoader worker"):
             fail("a background process was killed, perhaps because the memory was full; continue with --resume")
         if kind != "DistBackendError" and "/gloo/transport/" not in str(error):  # Gloo's errors have no class

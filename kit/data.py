@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kit import InputError
-from kit.images import load_image, read_image, to_tensor, turned
+from kit.images import in_eight_bits, load_image, read_image, to_tensor, turned
 from kit.settings import Shape
 from kit.windows import at_once
 
@@ -67,10 +67,15 @@ def read_mask(path: Path | None, shape: Shape) -> np.ndarray:
 
 
 def read_region(path: Path, judged_in: Shape) -> np.ndarray:
-    """The region of interest that an image marks in white, in the shape in which images are judged: (H, W) bool. Raises
-    InputError, naming the file, if it cannot be decoded or marks nothing."""
-    picture = turned(load_image(path)).convert("L").point(lambda value: 255 * (value > 127))
-    region = np.asarray(picture.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
+    """The region of interest that an image marks in white, in the shape in which images are judged: (H, W) bool.
+    Transparent pixels mark nothing. Raises InputError, naming the file, if it cannot be decoded or marks nothing."""
+    mask = turned(load_image(path))
+    try:
+        grey = in_eight_bits(mask, background="black").convert("L")
+    except InputError as error:  # values outside their range
+        raise InputError(f"--roi {path}: {error}") from error
+    is_white = grey.point(lambda value: 255 * (value > 127))
+    region = np.asarray(is_white.resize(judged_in[::-1], Image.Resampling.BOX)) > 127
     if not region.any():
         raise InputError(f"--roi {path}: contains no white area; mark the area to inspect in white")
     return region

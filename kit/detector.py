@@ -357,7 +357,10 @@ def read_checkpoint(path: Path | str) -> dict:
     """Read a file of `Detector.save`: format, settings, state, progress. Raises InputError if it is missing, is not a
     checkpoint, or comes from another version."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; train.py writes a detector to runs/<name>/model.pt")
+        remedy = "train.py writes a detector to runs/<name>/model.pt"
+        if runs := sorted(Path(path).parent.glob("*/*/model.pt")):  # a folder of runs was given
+            remedy = f"give one of the runs in this folder, for example {runs[0].parent}"
+        raise InputError(f"{path}: no such file; {remedy}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = int(checkpoint["format"])

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from kit.files import OwnFiles, write_atomically, write_text
-from kit.images import composed, turned, values_and_white
+from kit.images import in_eight_bits, turned
 from kit.verdict import Thresholds, Verdict
 
 WIDTH = 960  # pixels, of charts and sheets
@@ -48,11 +48,7 @@ def heat_and_line(verdict: Verdict, size: tuple[int, int]) -> tuple[np.ndarray, 
 def photograph(image: Image.Image, longest: int) -> Image.Image:
     """An image for display: 8-bit RGB, rotated by its EXIF tag, with sides of at most `longest` pixels. Raises
     InputError for values outside their range."""
-    image = turned(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        values, white = values_and_white(image)
-        image = Image.fromarray(np.uint8(255 * values[..., 0] / white))
-    shown = composed(image)  # a copy, which may shrink
+    shown = in_eight_bits(turned(image))  # a copy, which may shrink
     shown.thumbnail((longest, longest))
     return shown
 

@@ -199,7 +199,8 @@ class OwnFiles:
             return
         if not ours & read_list(self.folder):  # read again: another process of this program may have just written it
             raise InputError(
-                f"--out {self.folder}: contains {name}, which this program did not write; give another --out"
+                f"--out {self.folder}: contains {name}, but {LIST} does not list it as a file of this program; give "
+                f"another --out, move the file away, or copy {LIST} too if you copied a run"
             )
 
     def names(self) -> list[str]:
@@ -381,7 +382,10 @@ def refuse_other_data(out: Path, checkpoint: Path, data: Path) -> None:
     try:
         other = Path(read_checkpoint(checkpoint)["settings"]["data"])
     except InputError as error:
-        raise InputError(f"--out {out}: {error}. Remove that file, or give another --out") from error
+        raise InputError(
+            f"--out {out}: contains a detector of another version, or a damaged one ({checkpoint}); remove this file "
+            "and train again, or give another --out"
+        ) from error
     if other != data.resolve():
         raise InputError(f"--out {out}: contains a run that was trained on {other}; give another --out")
 

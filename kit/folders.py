@@ -7,7 +7,9 @@ from pathlib import Path
 from kit import InputError
 from kit.images import SUFFIXES, read_image
 
-GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's
+GOOD_NAMES = ("good", "ok")  # MVTec AD's and BTAD's, in lower case: Good and OK count, too
+# Types of images that are not read. Other files, such as tables and notes, may lie beside the images.
+UNREAD_SUFFIXES = ".heic .heif .gif .pgm .ppm .avif .dng .cr2 .nef .raw .psd .svg".split()
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,27 @@ class LabelledImage:
 def list_images(folder: Path, subfolders: bool = False) -> list[Path]:
     """Image files in `folder`, sorted by path; none if there is no such folder. Hidden files and hidden subfolders are
     left out."""
+    return sorted(path for path in visible(folder, subfolders) if is_image(path) and path.is_file())
+
+
+def visible(folder: Path, subfolders: bool) -> list[Path]:
+    """All that is in `folder`, except hidden files and subfolders."""
     paths = folder.rglob("*") if subfolders else folder.glob("*")
-    seen = [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts[:-1]))]
-    return sorted(path for path in seen if is_image(path) and path.is_file())
+    return [path for path in paths if not any(map(is_hidden, path.relative_to(folder).parts))]
 
 
 def is_image(path: Path) -> bool:
     """Whether the file has the suffix of an image and is not hidden."""
     return path.suffix.lower() in SUFFIXES and not is_hidden(path.name)
+
+
+def print_unread(folder: Path, subfolders: bool = False) -> None:
+    """Print a line if there are images in `folder` of types that are not read."""
+    suffixes = [path.suffix.lower() for path in visible(folder, subfolders)]
+    unread = [suffix for suffix in suffixes if suffix in UNREAD_SUFFIXES]
+    if unread:
+        types = ", ".join(sorted(set(unread)))
+        print(f"{folder}: skipped {len(unread)} files of types that are not read ({types}); convert them first")
 
 
 def is_hidden(name: str) -> bool:
@@ -54,13 +69,23 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
     Raises InputError, naming the `flag`, if there are none."""
     if not data.is_dir():
         raise InputError(f"{flag} {data}: no such folder")
-    for folder in (*(data / "train" / name for name in GOOD_NAMES), data):
+    for folder in (*good_folders(data / "train"), data):
         if list_images(folder):
             return folder
     remedy = f"add good images ({' '.join(SUFFIXES)})"
     if others := unused_subfolders(data):
         remedy = f"give one of its subfolders with images, for example {others[0]}, or move the images into one folder"
     raise InputError(f"{flag} {data}: no images in it or in its train/good; {remedy}")
+
+
+def good_folders(parent: Path) -> list[Path]:
+    """The subfolders of `parent`, normally one or none, whose names say that they contain good images."""
+    return sorted(path for path in parent.glob("*") if is_good_name(path.name) and path.is_dir())
+
+
+def is_good_name(name: str) -> bool:
+    """Whether this is a name of folders with good images."""
+    return name.lower() in GOOD_NAMES
 
 
 def unused_subfolders(folder: Path) -> list[Path]:
@@ -72,9 +97,12 @@ def unused_subfolders(folder: Path) -> list[Path]:
 
 
 def category_folders(data: Path) -> list[Path]:
-    """The categories in the folder `data`, each with train/good or train/ok; if there are none, `data` itself."""
-    found = {p.parents[1] for p in data.glob("*/train/*") if p.name in GOOD_NAMES and not is_hidden(p.parents[1].name)}
-    return sorted(found) or [data]
+    """The categories in the folder `data`, each with train/good or train/ok. It is `data` alone if that has train/good
+    itself (a subfolder may be a backup), or if no subfolder has one."""
+    if good_folders(data / "train"):
+        return [data]
+    found = {path.parents[1] for path in data.glob("*/train/*") if is_good_name(path.name)}
+    return sorted(category for category in found if not is_hidden(category.name)) or [data]
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
@@ -117,10 +145,12 @@ def by_stem(files: list[Path]) -> dict[str, Path]:
 def labelled_images(data: Path) -> list[LabelledImage]:
     """The labelled images of `test/<good|ok|defect>`, in MVTec AD or BTAD layout; masks in `ground_truth/<defect>` are
     matched by stem, with or without `_mask`. Raises InputError if there are no images."""
+    if not data.is_dir():
+        raise InputError(f"--data {data}: no such folder")
     found = []
     for folder in test_folders(data):
         files = list_images(folder)
-        anomalous = folder.name not in GOOD_NAMES
+        anomalous = not is_good_name(folder.name)
         masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
         if masks:
             by_stem(files)  # no two images may claim one mask

@@ -1,6 +1,7 @@
 """One image: decoding, checks, conversion to RGB in [0, 1]; whether it is grey, and where the object is. Arrays are
 numpy, (H, W, 3) float32."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # no others: a PostScript file called .png would start Ghostscript
 LEAST_SIDE = 32  # pixels per side
 Image.MAX_IMAGE_PIXELS = 200_000_000  # Pillow warns of larger images, and refuses those that are twice as large
+# The warning names a line of this program's source, and the user can do nothing about it: such images are read.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 AnyImage = Image.Image | Path | str | np.ndarray | torch.Tensor  # what a user may hand over
 
@@ -28,12 +31,12 @@ def turned(image: Image.Image) -> Image.Image:
         return image
 
 
-def composed(image: Image.Image) -> Image.Image:
-    """RGB, with transparent pixels on a white background instead of the hidden colour in the file."""
+def composed(image: Image.Image, background: str = "white") -> Image.Image:
+    """RGB, with transparent pixels on this background instead of the hidden colour in the file."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    paper = Image.new("RGBA", image.size, "white")
+    paper = Image.new("RGBA", image.size, background)
     return Image.alpha_composite(paper, image).convert("RGB")
 
 
@@ -46,6 +49,15 @@ def values_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     if image.mode.startswith("I"):  # I;16 and its byte orders, or 32-bit integers
         return checked(np.asarray(image, dtype=np.float32), 65535, "integers"), 65535
     return np.asarray(composed(image)), 255
+
+
+def in_eight_bits(image: Image.Image, background: str = "white") -> Image.Image:
+    """8-bit RGB of a PIL image of any mode, with transparent pixels on this background. Raises InputError for values
+    outside their range."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, white = values_and_white(image)
+        image = Image.fromarray(np.uint8(255 * values[..., 0] / white))
+    return composed(image, background)
 
 
 def checked(values: np.ndarray, white: float, kind: str) -> np.ndarray:
@@ -112,6 +124,10 @@ def load_image(path: Path | str) -> Image.Image:
             return image
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a folder; give an image file") from error
     except Exception as error:  # Pillow raises many kinds of errors for damaged files
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
 

@@ -272,6 +272,7 @@ def new_images(images: Path, out: Path) -> list[Path]:
         return [images]
     refuse_inside(out, images)
     files = folders.list_images(images, subfolders=True)
+    folders.print_unread(images, subfolders=True)
     if not files:
         raise InputError(f"--images {images}: no images in this folder")
     return files
@@ -286,7 +287,7 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     """The entries of report.html: the `images`, a file or a folder, that this detector judged, from the last row of
     each in scores.csv. Their kind is their folder. `trained_on` is the category of the detector."""
     root = root_of(images)
-    good_folders = [trained_on, *(trained_on / "train" / name for name in folders.GOOD_NAMES)]
+    good_folders = [trained_on, *folders.good_folders(trained_on / "train")]
     good_folders = [folder.resolve() for folder in good_folders]  # they may be links
     scores: dict[str, float] = {}
     for row in table_of(out / TABLE)[1:]:

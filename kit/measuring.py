@@ -142,6 +142,9 @@ def report(work: Inspection, category: Path) -> None:
     model, out = work.model, work.out
     refuse_other_figures(work, category)
     tests = left_to_measure(model, readable_tests(category, work.skip_bad))
+    if work.processes.first:  # a folder that cannot be written is refused before the images are judged
+        with locked(out):
+            OwnFiles(out, "measured").claim("metrics.json")
     judged = judge_tests(model, tests, work.processes)
     if not work.processes.first:
         return  # its part is done

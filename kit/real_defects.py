@@ -18,9 +18,8 @@ def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
     are no images, or no masks in a given folder."""
     files = folders.list_images(folder)
     if not files:
-        raise InputError(
-            f"--defects {folder}: no such folder, or no images in it; give a folder of images with defects"
-        )
+        what = "no images in this folder (subfolders are not read)" if folder.is_dir() else "no such folder"
+        raise InputError(f"--defects {folder}: {what}; give one folder of images with defects")
     found = folders.by_stem(folders.list_images(masks or usual_masks(folder)))
     if masks and not any(path.stem in found for path in files):
         raise InputError(

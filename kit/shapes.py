@@ -126,10 +126,12 @@ def whole_units(side: float) -> int:
 
 def told(files: list[Path], shape: Shape) -> str:
     """One line that says how images like `files` are resized to `shape`, and which --size would keep them in full
-    resolution; "" if they are not resized."""
+    resolution; "" if they already have it."""
     usual = usual_shape(files)
-    if usual is None or usual == shape:
+    if usual is None:
         return ""
+    if all(abs(side - judged_side) <= UNIT / 2 for side, judged_side in zip(usual, shape, strict=True)):
+        return ""  # only rounded to multiples of UNIT, as with --size native
     shrinks = math.sqrt(math.prod(shape) / math.prod(usual))
     change = "shrinks" if shrinks < 1 else "grows"
     line = (

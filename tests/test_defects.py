@@ -13,7 +13,7 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import data, folders
+from kit import InputError, data, folders
 from kit.data import read_mask
 from kit.detector import read_checkpoint
 from kit.good import Defect
@@ -121,6 +121,13 @@ def test_masks_are_found_in_both_layouts(category, tmp_path):
     shutil.copy(found[1].mask, tmp_path / "drawn" / f"{found[1].path.stem}_mask.png")
     named = list_defects(tmp_path / "bad", tmp_path / "drawn")
     assert [bool(defect.mask) for defect in named] == [False, True, False, False]
+
+
+def test_a_folder_whose_images_are_all_in_subfolders_is_not_missing(category, tmp_path):
+    with pytest.raises(InputError, match="--defects .*test: no images in this folder .subfolders are not read"):
+        list_defects(category / "test", None)
+    with pytest.raises(InputError, match="--defects .*none: no such folder"):
+        list_defects(tmp_path / "none", None)
 
 
 # ---------------------------------------------------------------- the scripts

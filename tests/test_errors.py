@@ -9,7 +9,7 @@ import torch
 from helpers import ROOT, script
 
 from kit import InputError
-from kit.command_line import check_range, one_line, refuse_without_effect, run_script
+from kit.command_line import check_range, evaluation_options, one_line, refuse_without_effect, run_script
 from kit.processes import pick_device
 from kit.settings import OPTIONS
 from methods import METHODS
@@ -19,9 +19,10 @@ from methods import METHODS
     "error, line",
     [
         (InputError("a.png: broken"), "a.png: broken"),
-        (MemoryError(), "MemoryError"),  # the interpreter raises it without a text
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (MemoryError(), "the memory is full"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the memory is full"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "the memory of the GPU is full; give --device cpu"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device; check the path"),
         (
             InputError("Caught InputError in a worker.\nTraceback ...\nkit.InputError: b.png: broken"),
             "b.png: broken",
@@ -34,8 +35,20 @@ def test_errors_become_one_line_and_exit_code_2(capsys, error, line):
 
     with pytest.raises(SystemExit) as stop:
         run_script(main)
-    assert stop.value.code == 2 and capsys.readouterr().err == f"error: {line}\n"
-    assert one_line(error) == line
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.startswith(f"error: {line}") and stderr.count("\n") == 1
+
+
+def test_an_error_without_a_text_is_named_by_its_type():
+    assert one_line(MemoryError()) == "MemoryError"  # the interpreter raises it without a text
+
+
+def test_several_values_for_one_option_are_explained():
+    """As when a shell replaces *.png by the names of the files."""
+    with pytest.raises(InputError, match="unrecognized arguments: b.png; .* for several images give their folder"):
+        evaluation_options(["run", "--images", "a.png", "b.png"])
+    with pytest.raises(InputError, match="unrecognized arguments: --image-size$"):
+        evaluation_options(["run", "--image-size"])
 
 
 def test_a_programming_error_keeps_its_traceback():

@@ -66,6 +66,14 @@ def test_pictures_of_images_whose_names_collide_are_distinct(run, category, tmp_
     assert len(list((tmp_path / "out" / "pictures").rglob("*.png"))) == 5
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_images_are_judged(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kit.measuring.judge_tests", lambda *args: pytest.fail("images were judged"))
+    (tmp_path / "file").touch()
+    refuse(evaluate.main, capsys, run, "--out", tmp_path / "file", words=["--out", "is a file"])
+    with files.locked(run):
+        refuse(evaluate.main, capsys, run, words=["--out", "another call is writing"])
+
+
 def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     shutil.copytree(category / "test", tmp_path / "data" / "test")
     shutil.copytree(category / "ground_truth" / "crack", tmp_path / "data" / "ground_truth" / "crack")
@@ -78,6 +86,8 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
 
 def test_figures_of_another_checkpoint_stay_apart(run):
     shutil.copy(run / "model.pt", run / "epoch_02.pt")
+    other = evaluate.results_folder(run / "epoch_02.pt", run.parent / "bolt", run.parent / "nut")
+    assert other == run / "tests" / "epoch_02-bolt"
     call(evaluate.main, run / "epoch_02.pt")
     assert json.loads((run / "tests" / "epoch_02" / "metrics.json").read_text())["checkpoint"] == "epoch_02.pt"
     assert not (run / "metrics.json").exists()
@@ -384,8 +394,10 @@ def test_exported_program_freezes_neither_half_precision_nor_a_gpu(exported):
 def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    call(evaluate.main, run, "--export", tmp_path / "model.onnx")
-    limits = evaluate.exported_limits(load(run / "model.pt"))
+    call(evaluate.main, run, "--export", tmp_path / "model.onnx", "--false-alarm", 0.1)
+    model = load(run / "model.pt")
+    model.settings = replace(model.settings, false_alarm=0.1)
+    limits = evaluate.exported_limits(model)
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # an export searches through the whole bank
     model = load(run / "model.pt")
@@ -397,7 +409,8 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
             expected = model(some)
         assert abs(maps - expected[0].numpy()).max() < 1e-4 and abs(scores - expected[1].numpy()).max() < 1e-4
     about = session.get_modelmeta().custom_metadata_map
-    assert float(about["score_threshold"]) == limits.score and "192" in about["images"]
+    assert float(about["score_threshold"]) == limits.score and about["false_alarm"] == "0.1"
+    assert "192" in about["images"]
 
 
 def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
@@ -420,6 +433,8 @@ def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path, monkeypatch):
 def test_bad_evaluation_input(run, category, tmp_path, capsys):
     (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "all" / "bolt" / "seed0").mkdir(parents=True)
+    (tmp_path / "all" / "bolt" / "seed0" / "model.pt").touch()
     images = category / "test" / "chip"
     cases = [
         ([run, "--images", tmp_path / "empty"], ["--images", "empty"]),
@@ -430,13 +445,24 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         ([run, "--false-alarm", 2], ["--false-alarm"]),
         ([run, "--explain", images / "000.png", "--out", images / "000.png"], ["--out", "files that are read"]),
         ([run, "--recalibrate", tmp_path / "empty"], ["--recalibrate", "give at least 5"]),
+        ([run, "--recalibrate", tmp_path / "nowhere"], ["--recalibrate", "no such folder"]),
+        ([run, "--data", tmp_path / "nowhere"], ["--data", "no such folder"]),
         ([tmp_path, "--curve"], ["--keep-epochs"]),
         ([tmp_path / "empty"], ["model.pt"]),
+        ([tmp_path / "all"], ["no such file", "one of the runs in this folder", tmp_path / "all/bolt/seed0"]),
         ([tmp_path / "junk.pt"], ["junk.pt"]),
         ([run, "--data", tmp_path], ["--data", "test"]),
     ]
     for arguments, words in cases:
         refuse(evaluate.main, capsys, *arguments, words=words)
+
+
+def test_a_run_says_that_the_images_of_its_training_are_gone(run, tmp_path, capsys):
+    saved = read_checkpoint(run / "model.pt")
+    saved["settings"]["data"] = str(tmp_path / "moved")
+    torch.save(saved, run / "model.pt")
+    words = [run, "trained on", tmp_path / "moved", "gone", "with --data"]
+    refuse(evaluate.main, capsys, run, words=words)
 
 
 def test_what_no_evaluation_wrote_is_not_removed(run, tiny, tmp_path, capsys):
@@ -522,10 +548,19 @@ def test_an_export_has_the_thresholds_of_its_own_precision(run, tmp_path, monkey
     assert f"there are no good images in {tmp_path / 'empty'} any more" in capsys.readouterr().out
 
 
+def test_an_export_has_the_threshold_of_the_rate_that_was_asked_for(run, tmp_path, monkeypatch):
+    exported = []
+    monkeypatch.setattr(evaluate, "export", lambda model, file: exported.append(model))
+    for options in ([], ["--false-alarm", 0.1]):
+        call(evaluate.main, run, "--export", tmp_path / "model.pt2", *options)
+    own, other = (model.thresholds() for model in exported)
+    assert own == load(run).thresholds(0.02) and other == load(run).thresholds(0.1) != own
+    assert exported[1].settings.false_alarm == 0.1
+
+
 def test_options_without_effect_are_refused(run, capsys):
     cases = [
-        ([run, "--out", "x"], ["--out", "--images"]),
-        ([run, "--export", "x", "--false-alarm", 0.1], ["--false-alarm", "--export"]),
+        ([run, "--export", "x", "--out", "y"], ["--out", "--export"]),
         ([run, "--export", "x", "--device", "cpu"], ["--device", "--export"]),
         ([run, "--export", "x", "--images", "y"], ["--export", "--images"]),
         ([run, "--curve", "--out", "x"], ["--out", "--curve"]),

@@ -127,13 +127,13 @@ def test_what_a_new_run_may_not_write_over(tmp_path):
         with pytest.raises(InputError, match="images are read from there"):
             files.check_out(inside, mine, [mine], resume=False)
     torch.save({"format": 3}, out / "unfinished" / "state.pt")
-    with pytest.raises(InputError, match="format 3.*--out"):
+    with pytest.raises(InputError, match="another version.*state.pt.*train again"):
         files.check_out(out, mine, [mine], resume=False)
     files.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "epoch_02.pt").touch()
     files.check_out(tmp_path / "kept", mine, [mine], resume=False)
-    with pytest.raises(InputError, match="epoch_02.pt.*did not write"):
+    with pytest.raises(InputError, match=f"epoch_02.pt, but {files.LIST} does not list it"):
         files.check_out(tmp_path / "kept", mine, [mine], resume=False, epochs=2)
 
 
@@ -232,7 +232,7 @@ def test_a_training_that_is_not_complete_is_not_put_in_place(tmp_path):
 
 def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
     (tmp_path / "model.pt").write_text("mine")
-    with pytest.raises(InputError, match="model.pt.*did not write.*another --out"):
+    with pytest.raises(InputError, match="model.pt.*does not list it.*another --out"):
         OwnFiles(tmp_path, "trained").claim("model.pt")
     OwnFiles(tmp_path, "trained").claim("log.csv").touch()
     (tmp_path / files.LIST).open("a").write('["trained", "mod')  # cut off by a kill
@@ -300,7 +300,7 @@ def test_the_demo_replaces_no_foreign_file(tmp_path):
     assert said_by_pictures(tmp_path) == drawn
     (tmp_path / files.LIST).unlink()
     first.write_text("foreign")
-    with pytest.raises(InputError, match="train/good/000.png.*did not write.*another --out"):
+    with pytest.raises(InputError, match="train/good/000.png.*does not list it.*another --out"):
         draw_demo(tmp_path, counts)
     assert first.read_text() == "foreign"
 

@@ -12,6 +12,7 @@ from kit.folders import (
     has_tests,
     labelled_images,
     list_images,
+    print_unread,
     unused_subfolders,
     usable,
 )
@@ -50,6 +51,39 @@ def test_good_images_are_found_in_every_layout_and_never_in_test(tmp_path):
             good_folder(tmp_path / name)
     assert category_folders(tmp_path) == [tmp_path / "btad", tmp_path / "mvtec"]
     assert category_folders(tmp_path / "own") == [tmp_path / "own"]
+
+
+def test_case_does_not_count_in_the_names_of_folders_of_good_images(tmp_path):
+    touch(tmp_path, "a/train/Good/0.png", "a/test/Good/1.png", "a/test/OK/2.png", "a/test/Bad/3.png")
+    assert good_folder(tmp_path / "a") == tmp_path / "a/train/Good"
+    assert category_folders(tmp_path) == [tmp_path / "a"]
+    labels = {test.path.name: test.anomalous for test in labelled_images(tmp_path / "a")}
+    assert labels == {"1.png": False, "2.png": False, "3.png": True}
+
+
+def test_a_category_that_contains_a_copy_of_itself_is_one_category(tmp_path):
+    touch(tmp_path, "my/train/good/a.png", "my/backup/train/good/a.png")
+    assert category_folders(tmp_path / "my") == [tmp_path / "my"]
+
+
+def test_images_of_other_types_are_counted_and_tables_are_not(tmp_path, capsys):
+    touch(tmp_path, "a.png", "b.gif", "deep/c.GIF")
+    for name in ("d.HEIC", "._d.heic", "scores.csv", "notes.txt"):
+        (tmp_path / name).touch()
+    print_unread(tmp_path)
+    print_unread(tmp_path, subfolders=True)
+    of_folder, of_all = capsys.readouterr().out.splitlines()
+    assert "skipped 2 files of types that are not read (.gif, .heic)" in of_folder and "skipped 3 files" in of_all
+    (tmp_path / "none").mkdir()
+    print_unread(tmp_path / "none")
+    assert not capsys.readouterr().out
+
+
+def test_no_folder_is_not_a_folder_without_test_images(tmp_path):
+    with pytest.raises(InputError, match="no images in test/good"):
+        labelled_images(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        labelled_images(tmp_path / "nowhere")
 
 
 def test_subfolders_that_training_does_not_read_are_named(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kit import InputError
-from kit.data import read_mask
+from kit.data import read_mask, read_region
 from kit.draw import photograph
 from kit.images import load_image, read_image, to_rgb
 
@@ -138,6 +138,12 @@ def test_arrays_that_could_mean_anything_are_refused(image, word):
         to_rgb(image)
 
 
+def test_a_path_without_a_file_and_a_folder_are_named_as_such(tmp_path):
+    refused(tmp_path / "none.png", "no such file")
+    (tmp_path / "folder.png").mkdir()
+    refused(tmp_path / "folder.png", "is a folder")
+
+
 # ---------------------------------------------------------------- masks
 
 
@@ -171,6 +177,34 @@ def test_masks_of_all_kinds_mark_the_same(tmp_path, mask):
     expected = np.zeros((32, 32), bool)
     expected[:, :16] = True
     assert np.array_equal(read_mask(tmp_path / "mask.png", (32, 32)), expected)
+
+
+def half_white(dark: object, white: object, kind: type) -> Image.Image:
+    """A mask of 40 x 40 pixels of this dtype: its left half has one value, its right half the other one."""
+    halves = [np.full((40, 20, np.size(value)), value, kind) for value in (white, dark)]
+    return Image.fromarray(np.hstack(halves).squeeze())
+
+
+@pytest.mark.parametrize(
+    "dark, white, kind",
+    [
+        (100, 200, np.uint8),
+        ((255, 255, 255, 0), (255, 255, 255, 255), np.uint8),  # transparent
+        (200, 60_000, np.uint16),
+        (0.25, 0.75, np.float32),
+    ],
+)
+def test_the_white_half_of_an_image_is_the_region_of_interest(tmp_path, dark, white, kind):
+    half_white(dark, white, kind).save(tmp_path / "roi.tif")
+    expected = np.zeros((32, 32), bool)
+    expected[:, :16] = True
+    assert np.array_equal(read_region(tmp_path / "roi.tif", (32, 32)), expected)
+
+
+def test_a_region_of_interest_with_values_out_of_range_is_named(tmp_path):
+    half_white(0, 255, np.float32).save(tmp_path / "roi.tif")
+    with pytest.raises(InputError, match="--roi .*roi.tif: .*range"):
+        read_region(tmp_path / "roi.tif", (32, 32))
 
 
 def test_all_labels_of_one_mask_count(tmp_path):

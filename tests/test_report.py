@@ -183,10 +183,11 @@ def test_ticks_become_corrections(run, category, tmp_path, browser):
         browser.find_element("css selector", "#correction input").click()
         browser.find_element("css selector", "#close").click()
         told = [card.get_attribute("textContent") for card in cards]
-        assert "wrong: missed" in told[-1] and "wrong: false alarm" in told[0] and "this is wrong" in told[1]
+        assert "saved as: missed defect" in told[-1] and "saved as: false alarm" in told[0]
+        assert "this is wrong" in told[1]
         # A ticked image keeps its list when the threshold moves.
         browser.execute_script("moveTo(100)")
-        assert save.text == "Save corrections.json: 1 missed, 1 false alarm"
+        assert save.text == "Save corrections.json: 1 missed defect, 1 false alarm"
         assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
         save.click()
         file = tmp_path / "corrections.json"

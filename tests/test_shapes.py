@@ -97,6 +97,8 @@ def test_what_is_done_to_images_is_told(tmp_path, capsys):
         "use --size 256x4096 for full resolution"
     )
     assert shapes.told(files, (256, 4096)) == ""
+    square = images_of(tmp_path / "square", (1000, 1000))
+    assert shapes.told(square, (992, 992)) == "" and "shrinks" in shapes.told(square, (960, 960))
     Image.new("L", (40, 40)).save(tmp_path / "small.png")  # --size native would not take these
     grown = shapes.told([tmp_path / "small.png"], (384, 384))
     assert grown == "images of 40 x 40 pixels are judged at 384 x 384: a 20-pixel defect grows to 192 pixels"
@@ -166,10 +168,11 @@ def test_only_the_region_of_interest_counts(strips, strips_run, tmp_path):
     assert shown[40:80, 100:140].mean() < 0.5 * shown[40:80, 200:240].mean()  # dimmed
 
 
-def test_nothing_outside_the_region_is_learnt_or_painted(strips, strips_run, tmp_path):
+def test_nothing_outside_the_region_is_learnt_or_painted(strips, strips_run, tmp_path, capsys):
     """All prototypes come from the right half. Their number is a tenth of its rows."""
     options = ["--roi", strips_run.with_name("roi.png"), "--size", 143, *LITE, "--method", "nearest"]
     call(train.main, "--data", strips, *options, "--out", tmp_path / "run")
+    assert "--roi: 50.0 % of the image is inspected" in capsys.readouterr().out
     model = load(tmp_path / "run" / "model.pt")
     images = sorted((strips / "train" / "good").iterdir())
     x = model.features(read_batch(images, STRIP)).permute(0, 2, 3, 1)  # (B, 8, 40, C)
@@ -189,7 +192,7 @@ def test_nothing_outside_the_region_is_learnt_or_painted(strips, strips_run, tmp
 def test_a_wrong_region_of_interest_is_refused(strips, tmp_path, capsys):
     Image.new("L", (100, 100), 255).save(tmp_path / "square.png")
     Image.new("L", (320, 64), 0).save(tmp_path / "empty.png")
-    for name, word in (("square", "100 x 100"), ("empty", "white"), ("missing", "cannot be read")):
+    for name, word in (("square", "100 x 100"), ("empty", "white"), ("missing", "no such file")):
         arguments = ["--data", strips, "--roi", tmp_path / f"{name}.png", *LITE, "--out", tmp_path / "run"]
         refuse(train.main, capsys, *arguments, words=["--roi" if name != "missing" else "missing.png", word])
     assert not (tmp_path / "run").exists()

@@ -57,15 +57,19 @@ def test_the_model_is_calibrated_on_the_held_out_images_and_trained_on_the_other
         return good_rows(model, pairs)
 
     def painting(model, pairs, images):
-        seen.update(painted=set(pairs.files))
+        seen.update(painted=set(pairs.files), textures=pairs.textures)
         return painted_rows(model, pairs, images)
 
     monkeypatch.setattr(data, "batches", encoding)
     monkeypatch.setattr("kit.rows.good_rows", fitting)
     monkeypatch.setattr("kit.rows.painted_rows", painting)
-    call(train.main, "--data", category, "--out", tmp_path / "run", *QUICK)
+    noise = tmp_path / "textures" / "striped" / "noise.png"
+    noise.parent.mkdir(parents=True)
+    Image.effect_noise((64, 64), 80).save(noise)
+    options = [*QUICK, "--textures", tmp_path / "textures"]
+    call(train.main, "--data", category, "--out", tmp_path / "run", *options)
     assert len(seen["held_out"]) == 6 and not seen["trained"] & seen["held_out"]
-    assert seen["painted"] == seen["trained"]
+    assert seen["painted"] == seen["trained"] and seen["textures"] == [noise]
     assert seen["trained"] | seen["held_out"] == set(folders.list_images(category / "train/good"))
     model = load(tmp_path / "run" / "model.pt")
     scores = [model.inspect(path).score for path in seen["held_out"]]
@@ -101,11 +105,7 @@ def test_epochs_differ_in_their_random_numbers(tiny, tmp_path, monkeypatch):
 
 
 def test_every_open_choice_can_be_flipped(tiny, tmp_path):
-    textures = tmp_path / "textures" / "striped"
-    textures.mkdir(parents=True)
-    Image.effect_noise((64, 64), 80).save(textures / "noise.png")
-    choices = ["--contrast-weight", 0, "--textures", tmp_path / "textures", "--no-local"]
-    choices += ["--classification-weight", 0, "--steps", 2]
+    choices = ["--contrast-weight", 0, "--no-local", "--classification-weight", 0, "--steps", 2]
     call(train.main, "--data", tiny, "--out", tmp_path / "run", *QUICK, *choices)
     assert list(log_of(tmp_path / "run")[0]) == ["epoch", "loss", "nll", "seconds"]
     model = load(tmp_path / "run" / "model.pt")
@@ -236,7 +236,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert "not finished" in capsys.readouterr().out
 
     refuse(train.main, capsys, *arguments("parts"), words=["unfinished training", "--resume"])
-    refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["was started with lr ="])
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--lr", 0.1), words=["was started with --lr 0.002;"])
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--size", "64x96"), words=["started with --size 64;"])
     spare = folders.list_images(mine / "train" / "good")[3]
     spare.rename(spare.with_name("renamed.png"))  # the same number of images, but not the same ones
     refuse(train.main, capsys, *arguments("parts", "--resume"), words=["missing: train/good/003.png;", "--out"])
@@ -248,8 +249,8 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     assert [row["epoch"] for row in log_of(tmp_path / "parts")] == ["1", "2"]
     assert visible(tmp_path / "parts") == ["log.csv", "loss.png", "model.pt"]
     call(train.main, *arguments("parts", "--resume"))
-    assert "already finished" in capsys.readouterr().out
-    refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["was started with epochs = 2;"])
+    assert "already finished; to train again" in capsys.readouterr().out
+    refuse(train.main, capsys, *arguments("parts", "--resume", "--epochs", 5), words=["was started with --epochs 2;"])
 
 
 def test_training_in_place_of_an_older_run_leaves_nothing_of_it(run_with_all_files, tiny, tmp_path):
@@ -456,6 +457,9 @@ def test_options_without_effect_are_refused(category, tmp_path, capsys):
     for form in ("cosine", "energy"):
         attempt("--contrast", form, words=["--contrast has no effect with --method clflow"])
     attempt("--classification-weight", 0, "--smoothing", 0.2, words=["--smoothing", "no effect"])
+    no_losses = ["--classification-weight", 0, "--contrast-weight", 0]
+    for method in ("clflow", "paper"):
+        attempt("--method", method, *no_losses, "--textures", "x", words=["--textures has no effect"])
     attempt("--no-local", "--bank", 99, words=["--bank", "no effect", "--no-local"])
     attempt("--method", "neares", words=["--method", "neares", "clflow", "paper", "nearest", "autoencoder"])
 
@@ -587,7 +591,7 @@ def test_both_signals_end_a_training_in_order(tiny, tmp_path):
         wait_for(lambda process=process: "\nepoch 2/" in process.stdout.read_text())  # the first one is on the disk now
         process.send_signal(number)
         ended = process.ended(seconds=60)
-        said = "stopped; to continue, add --resume to the same command\n"
+        said = "stopped; to continue, add --resume to the same command and leave out --weights\n"
         assert ended.returncode == 128 + number and ended.stderr == said
         assert read_checkpoint(tmp_path / f"{number}" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
