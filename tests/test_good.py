@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import QUICK, ROOT, NoBackbone, call
+from torch.utils.data import DataLoader
 
 import kit.good
 import train
@@ -115,6 +116,25 @@ def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     assert not np.array_equal(pairs(painter, [3, 4])[0][2], images[2])
 
 
+@pytest.mark.parametrize("workers", [False, True])
+def test_the_order_of_the_images_is_drawn_when_an_epoch_begins(category, monkeypatch, workers):
+    """Afterwards each process of a training sets a seed of its own. The order is the same with and without background
+    processes."""
+    batches = DataLoader(range(24), 8, shuffle=True, num_workers=int(workers), collate_fn=list)
+    torch.manual_seed(5)
+    expected = [number for batch in batches for number in batch]
+    if workers:
+        monkeypatch.setattr(kit.good, "DataLoader", DataLoader)
+    painter = make_painter(category)
+    seen = PairLoader(painter, 24, 8, torch.device("cpu"))
+    torch.manual_seed(5)
+    epoch = seen.epoch(1)
+    torch.manual_seed(6)
+    images = torch.cat([images[:8] for images, _, _ in epoch])
+    files = torch.from_numpy(np.stack([painter.untouched(number) for number in expected])).permute(0, 3, 1, 2)
+    assert sorted(expected) == list(range(24)) and torch.equal(images, files)
+
+
 def test_small_sets_are_repeated(category):
     assert len(PairLoader(make_painter(category), 100, 1, torch.device("cpu"))) == 4 * 24  # about 100
 
@@ -127,6 +147,7 @@ def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
     assert all(np.allclose(painter.untouched(i), expected[i], atol=1e-3) for i in range(24))  # float16
 
 
+@pytest.mark.usefixtures("background_processes")
 def test_batches_need_no_shared_memory(category, monkeypatch):
     """Workers send arrays, not tensors: tensors go through shared memory, and a container has only 64 MB of it, less
     than a few batches."""
