@@ -153,7 +153,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
     """Without masks. The highest log-odds of other images with such defects lie above those of good images."""
-    take_few_steps(monkeypatch, painted=32, steps=20)
+    take_few_steps(monkeypatch, painted=32, steps=20, in_thirds=2)
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.rmtree(mine / "ground_truth")
     (tmp_path / "bad").mkdir()

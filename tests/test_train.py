@@ -140,10 +140,11 @@ def test_folders_of_other_kinds(tiny, tmp_path, layout, capsys):
     assert len(list((tmp_path / "new").glob("*.png"))) == 12
 
 
+@pytest.mark.usefixtures("background_processes")
 def test_demo_trains_and_evaluates_without_data(tmp_path, monkeypatch):
     counts = dict.fromkeys(COUNTS, 4) | {"train/good": 24, "test/good": 8}
     monkeypatch.setattr("kit.demo.draw_demo", partial(draw_demo, counts=counts))
-    take_few_steps(monkeypatch, painted=64, steps=50)
+    take_few_steps(monkeypatch, painted=64, steps=50, in_thirds=5)
     call(train.main, "--out", tmp_path / "demo", "--epochs", 1, "--batch", 512)
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert metrics["image_auroc"] >= 0.95 and metrics["backbone"] == "efficientnet_lite0"
@@ -478,6 +479,7 @@ def test_two_folders_of_the_same_name_do_not_share_a_run(tiny, tmp_path, monkeyp
     refuse(train.main, capsys, "--data", "b/good", *QUICKEST, words=["runs/good", "a/good", "--out"])
 
 
+@pytest.mark.usefixtures("background_processes")
 def test_unreadable_image_in_a_loader_worker_is_named_in_one_line(tiny, tmp_path, monkeypatch, capsys):
     shutil.copytree(tiny / "train", tmp_path / "data" / "train")
     monkeypatch.setattr("kit.good.CACHE_BYTES", 0)  # so that the workers decode
