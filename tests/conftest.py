@@ -151,6 +151,14 @@ def finished_run(category, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def measured_run(finished_run, tmp_path_factory) -> Path:
+    """A copy of the CL-Flow run, measured on its test images. Tests must not change it."""
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("measured") / "run"))
+    call(evaluate.main, run)
+    return run
+
+
+@pytest.fixture(scope="session")
 def nearest_run(category, tmp_path_factory) -> Path:
     """A run of the nearest prototype. Beside it, said.txt has what the training printed."""
     out = tmp_path_factory.mktemp("nearest") / "run"

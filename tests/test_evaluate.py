@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TINY, call, draw_synthetic, mask_of, refuse, visible
+from helpers import SMALL, call, draw_synthetic, mask_of, refuse, visible
 from PIL import Image
 
 import evaluate
@@ -32,8 +32,8 @@ def rows_of(out) -> dict[str, dict]:
 # ---------------------------------------------------------------- a labelled test set
 
 
-def test_evaluate_finds_the_drawn_defects(run, category):
-    call(evaluate.main, run)
+def test_evaluate_finds_the_drawn_defects(measured_run, category):
+    run = measured_run
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == [
         *("checkpoint", "detector", "category", "data", "method", "backbone", "size", "seed", "epochs"),
@@ -76,9 +76,9 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
 
 
-def test_figures_of_another_checkpoint_stay_apart(run):
+def test_figures_of_another_checkpoint_stay_apart(run, pair):
     shutil.copy(run / "model.pt", run / "epoch_02.pt")
-    call(evaluate.main, run / "epoch_02.pt")
+    call(evaluate.main, run / "epoch_02.pt", "--data", pair)
     assert json.loads((run / "tests" / "epoch_02" / "metrics.json").read_text())["checkpoint"] == "epoch_02.pt"
     assert not (run / "metrics.json").exists()
 
@@ -251,10 +251,10 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     assert len(lines_of(Path("predictions/run/ne/scores.csv"))) == 2
 
 
-def test_figures_on_other_test_images_are_not_written_over(run, tiny, tmp_path, capsys):
+def test_figures_on_other_test_images_are_not_written_over(run, pair, tmp_path, capsys):
     """Two folders with the same name, and an --out that belongs to another detector."""
     for place in "ab":
-        shutil.copytree(tiny / "test", tmp_path / place / "set" / "test")
+        shutil.copytree(pair / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
     before = (run / "tests" / "set" / "metrics.json").read_bytes()
     words = ["contains metrics of", "a/set", "another --out"]
@@ -439,32 +439,32 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         refuse(evaluate.main, capsys, *arguments, words=words)
 
 
-def test_what_no_evaluation_wrote_is_not_removed(run, tiny, tmp_path, capsys):
+def test_what_no_evaluation_wrote_is_not_removed(run, pair, tmp_path, capsys):
     """A folder that has the name of ours is kept, with its files. A call that would overwrite such a file is
     refused."""
     mine = tmp_path / "pictures" / "holiday.png"
     mine.parent.mkdir()
     mine.touch()
     for _ in range(2):
-        call(evaluate.main, run, "--data", tiny, "--out", tmp_path)
-    assert mine.exists() and len(list((tmp_path / "pictures").glob("chip/*.png"))) == TINY["test/chip"]
+        call(evaluate.main, run, "--data", pair, "--out", tmp_path)
+    assert mine.exists() and len(list((tmp_path / "pictures").glob("chip/*.png"))) == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.json").write_text("mine")
     words = ["metrics.json", "give another --out"]
-    refuse(evaluate.main, capsys, run, "--data", tiny, "--out", tmp_path / "other", words=words)
+    refuse(evaluate.main, capsys, run, "--data", pair, "--out", tmp_path / "other", words=words)
     assert (tmp_path / "other" / "metrics.json").read_text() == "mine"
     (tmp_path / "scores.csv").write_text("name,marks\nAda,1\n")
     words = ["scores.csv", "give another --out"]
-    refuse(evaluate.main, capsys, run, "--images", tiny / "test" / "good", "--out", tmp_path, words=words)
+    refuse(evaluate.main, capsys, run, "--images", pair / "test" / "good", "--out", tmp_path, words=words)
     assert "Ada" in (tmp_path / "scores.csv").read_text()
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "report.html").write_text("mine")
-    options = ["--images", tiny / "test" / "good", "--out", tmp_path / "page"]
+    options = ["--images", pair / "test" / "good", "--out", tmp_path / "page"]
     refuse(evaluate.main, capsys, run, *options, words=["report.html", "give another --out"])
     assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]  # noticed before anything is judged
 
 
-def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, tiny, tmp_path):
+def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, pair, tmp_path):
     """evaluate.py FOLDER/model.pt writes into the folder of the checkpoint, and leaves all other files there alone."""
     folder = tmp_path / "mine"
     for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png"):
@@ -472,17 +472,17 @@ def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, tiny, tmp_
         (folder / name).touch()
     shutil.copy(run / "model.pt", folder)
     for _ in range(2):
-        call(evaluate.main, folder / "model.pt", "--data", tiny, "--out", folder)
+        call(evaluate.main, folder / "model.pt", "--data", pair, "--out", folder)
     for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png", "model.pt"):
         assert (folder / name).exists()
 
 
-def test_no_name_in_a_list_leads_out_of_the_folder(run, tiny, tmp_path):
+def test_no_name_in_a_list_leads_out_of_the_folder(run, pair, tmp_path):
     outside = tmp_path / "outside.png"
     outside.touch()
     out = tmp_path / "out"
     for _ in range(2):  # the second one removes the pictures of the first
-        call(evaluate.main, run, "--data", tiny, "--out", out)
+        call(evaluate.main, run, "--data", pair, "--out", out)
         with open(out / files.LIST, "a") as file:
             file.write(f'["measured", "../outside.png"]\n["measured", "{outside}"]\n')
     assert outside.exists()
