@@ -200,7 +200,7 @@ def other_detector(run: Path) -> Path:
     """The same run with another calibration, which makes it another detector."""
     other = Path(shutil.copytree(run, run.with_name("other")))
     saved = read_checkpoint(other / "model.pt")
-    saved["state"]["normal"] += 0.5
+    saved["state"]["good_scores"] += 0.5
     torch.save(saved, other / "model.pt")
     return other
 

@@ -160,7 +160,7 @@ def test_after_a_retraining_a_camera_keeps_its_history(run, category, tmp_path, 
     watch_until(lambda: len(rows_of(out)) == 4, run, "--images", inbox)
     before, page = rows_of(out), (out / "report.html").read_bytes()
     saved = read_checkpoint(run / "model.pt")
-    saved["state"]["normal"] += 0.5
+    saved["state"]["good_scores"] += 0.5
     torch.save(saved, run / "model.pt")
     shutil.copy(category / "test" / "good" / "000.png", inbox / "new.png")
     capsys.readouterr()
