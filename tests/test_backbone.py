@@ -86,6 +86,23 @@ def test_a_frozen_backbone_stays_frozen():
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
+def test_batch_norms_of_a_backbone_keep_their_statistics():
+    """Those of the ResNets are folded into convolutions. Another backbone may have some."""
+
+    class WithBatchNorm(Backbone):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def features(self, images):
+            return self.norm(images)
+
+    backbone = WithBatchNorm()
+    torch.nn.Sequential(backbone).train()  # as the detector around it does
+    backbone.features(torch.rand(2, 3, 8, 8))
+    assert backbone.norm.running_mean.tolist() == [0, 0, 0] and backbone.norm.running_var.tolist() == [1, 1, 1]
+
+
 def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
     net = torchvision.models.resnet18().eval()
     for module in net.modules():

@@ -272,8 +272,9 @@ def test_checkpoint_is_self_contained(model, finished_run, tmp_path):
     checkpoint = read_checkpoint(finished_run / "model.pt")
     assert checkpoint["format"] == FORMAT and checkpoint["progress"] is None
     model.save(tmp_path / "again.pt")
-    again = load(tmp_path / "again.pt").state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    again = load(tmp_path / "again.pt")
+    assert again.settings == model.settings
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path):

