@@ -174,6 +174,9 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
+    crack = folders.list_images(category / "test" / "crack")[0]
+    call(evaluate.main, projecting_run, "--explain", crack, "--out", tmp_path / "why.png")
+    assert Image.open(tmp_path / "why.png").width > 900
     images = data.read_batch(folders.list_images(category / "test" / "good")[:3], SHAPE)
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(projection.main, projecting_run)

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, call, draw_synthetic, mask_of, refuse, visible
+from helpers import ROOT, SMALL, call, draw_synthetic, mask_of, refuse, visible
 from PIL import Image
 
 import evaluate
@@ -399,7 +400,7 @@ def test_exported_program_freezes_neither_half_precision_nor_a_gpu(exported):
     assert "bfloat16" not in graph and "autocast" not in graph and "cuda" not in graph
 
 
-def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, monkeypatch):
+def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     call(evaluate.main, run, "--export", tmp_path / "model.onnx")
@@ -416,6 +417,19 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
         assert abs(maps - expected[0].numpy()).max() < 1e-4 and abs(scores - expected[1].numpy()).max() < 1e-4
     about = session.get_modelmeta().custom_metadata_map
     assert float(about["score_threshold"]) == limits.score and "192" in about["images"]
+    # The program of docs/usage.md.
+    usage = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(import sys\n.*?)^```$", usage, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    chip = folders.list_images(category / "test" / "chip")[0]
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(chip)])
+    capsys.readouterr()
+    exec(program, {})
+    said = capsys.readouterr().out
+    with torch.no_grad():
+        expected = model(images[:1])[1].item()
+    assert f"{chip}: anomalous, score " in said
+    assert float(re.search(r"score ([\d.]+)", said)[1]) == pytest.approx(expected, abs=2e-4)
 
 
 def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):

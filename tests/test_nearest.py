@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LITE, NEAREST, call, check_export, refuse, visible
+from PIL import Image
 from scipy.spatial import distance
 
 import evaluate
@@ -263,6 +264,9 @@ def test_it_goes_through_the_same_scripts(nearest_run, category, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.85 and metrics["pixel_auroc"] > 0.9
     images = data.read_batch(folders.list_images(category / "test" / "chip")[:3], (128, 128))
+    chip = folders.list_images(category / "test" / "chip")[0]
+    call(evaluate.main, nearest_run, "--explain", chip, "--out", tmp_path / "why.png")
+    assert Image.open(tmp_path / "why.png").width > 900
     check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3, loads=False)
 
 

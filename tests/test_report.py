@@ -102,7 +102,8 @@ def test_the_page_knows_the_images_that_were_trained_on(run, category, tmp_path)
 @pytest.fixture
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("no Chromium here")
     options = webdriver.ChromeOptions()

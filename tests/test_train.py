@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import calibration, data, folders, search
+from kit import InputError, calibration, data, folders, search
 from kit.demo import COUNTS, draw_demo
 from kit.detector import read_checkpoint
 from kit.files import LIST, STATE, UNFINISHED, OwnFiles, locked
-from kit.processes import Processes
+from kit.processes import ALONE, Processes
 from kit.rows import good_rows, painted_rows
+from kit.training import Descent
 from methods import autoencoder, load, paper
 
 
@@ -444,6 +446,31 @@ def test_bad_training_input(category, tmp_path, capsys):
     for flag, value in (("--epochs", 0), ("--seeds", 0), ("--size", 63), ("--epochs", "x"), ("--device", "x"),
                         ("--contrast", "x"), ("--smoothing", 2), ("--seed", -1), ("--lr", 0)):  # fmt: skip
         attempt("--data", category, *LITE, flag, value, words=[flag])
+
+
+class Product(torch.nn.Module):
+    """A loss for `Descent`: the sum of its two weights times a number."""
+
+    model = SimpleNamespace(settings=SimpleNamespace(lr=0.1, epochs=1))
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, number):
+        return {"loss": (self.weight * number).sum()}
+
+
+def test_a_training_that_diverges_ends_before_the_step():
+    losses = Product()
+    descent = Descent(losses, steps_per_epoch=10, weight_decay=0.0, processes=ALONE)
+    assert descent.step([torch.tensor(3.0)]) == {"loss": 6}
+    before = losses.weight.detach().clone()
+    assert (before < 1).all()
+    for number, loss in ((torch.nan, "nan"), (torch.inf, "inf")):
+        with pytest.raises(InputError, match=rf"--lr: training diverged \(the loss is {loss}\); try a lower"):
+            descent.step([torch.tensor(number)])
+    assert torch.equal(losses.weight, before)
 
 
 def test_options_without_effect_are_refused(category, tmp_path, capsys):
