@@ -37,14 +37,15 @@ def test_threshold_by_hand():
     assert np.log(threshold(values, 0.02)) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_series_of_many_images_has_no_order_statistic():
-    """600 scores count as 20 different images. Their logarithms are 0, or 0.1 above or below: none is clipped."""
+@pytest.mark.parametrize("different", [20, 499])
+def test_a_series_of_many_images_has_no_order_statistic(different):
+    """600 scores count as fewer different images. Their logarithms are 0, or 0.1 above or below: none is clipped."""
     logs = np.repeat([-0.1, 0.0, 0.1], 200)
     assert threshold(np.exp(logs), 0.02) == np.exp(0.1)  # the twelfth highest, if all are different
     deviation = np.std(logs, ddof=1) / CLIPPED_DEVIATION
-    pooled = np.sqrt((20 * 0.16**2 + 20 * deviation**2) / 40)
-    expected = stats.t.ppf(0.98, 39) * np.sqrt(1 + 1 / 20) * pooled
-    assert np.log(threshold(np.exp(logs), 0.02, different=20)) == pytest.approx(expected)
+    pooled = np.sqrt((20 * 0.16**2 + different * deviation**2) / (20 + different))
+    expected = stats.t.ppf(0.98, different - 1 + 20) * np.sqrt(1 + 1 / different) * pooled
+    assert np.log(threshold(np.exp(logs), 0.02, different)) == pytest.approx(expected)
 
 
 def test_too_few_scores_give_no_threshold():
