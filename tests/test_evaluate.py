@@ -77,11 +77,14 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
 
 
-def test_an_empty_mask_of_a_defect_makes_pixel_metrics_na(run, pair, tmp_path):
+def test_an_empty_mask_of_a_defect_makes_pixel_metrics_na(run, pair, tiny, tmp_path):
+    """Two defects, and one of the masks is empty."""
     data = shutil.copytree(pair, tmp_path / "data")
+    for part in ("test", "ground_truth"):
+        shutil.copy(tiny / part / "chip/001.png", data / part / "chip")
     call(evaluate.main, run, "--data", data)
     assert json.loads((run / "tests" / "data" / "metrics.json").read_text())["aupro"] is not None
-    Image.new("L", (256, 256)).save(data / "ground_truth/chip/000.png")
+    Image.new("L", (256, 256)).save(data / "ground_truth/chip/001.png")
     call(evaluate.main, run, "--data", data)
     metrics = json.loads((run / "tests" / "data" / "metrics.json").read_text())
     assert metrics["aupro"] is metrics["pixel_auroc"] is metrics["pixel_ap"] is None and metrics["image_auroc"] == 1

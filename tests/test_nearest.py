@@ -20,6 +20,7 @@ from kit.good import split
 from kit.settings import NearestSettings
 from methods import load
 from methods.nearest import Nearest, scaled_distances
+from methods.stages import stages_of
 
 RNG = np.random.default_rng(0)
 
@@ -267,6 +268,10 @@ def test_it_goes_through_the_same_scripts(nearest_run, category, tmp_path):
     chip = folders.list_images(category / "test" / "chip")[0]
     call(evaluate.main, nearest_run, "--explain", chip, "--out", tmp_path / "why.png")
     assert Image.open(tmp_path / "why.png").width > 900
+    model = load(nearest_run / "model.pt")
+    ((name, seen),) = stages_of(model, images[:1])
+    with torch.no_grad():
+        assert name == "expert 1" and torch.equal(seen, model.energies_in_windows(images[:1])[0][0])
     check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3, loads=False)
 
 
