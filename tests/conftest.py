@@ -46,7 +46,8 @@ keep_freed_memory()  # as the scripts do
 @pytest.fixture(scope="session", autouse=True)
 def few_steps():
     """Fewer painted defects, camera copies and steps: most tests look at what a training writes, and not at how well it
-    learns. Scripts in new processes use the full numbers; copies of this process do not."""
+    learns. An export compares fewer images, nothing is painted in background processes, and pictures are compressed
+    less. All of this holds in copies of this process, but not in scripts in new processes."""
     with pytest.MonkeyPatch.context() as patch:
         take_few_steps(patch, painted=16, steps=5)
         patch.setattr(calibration, "COPIES", 5)
