@@ -3,6 +3,7 @@ of them."""
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -43,10 +44,14 @@ class PairLoader:
         return len(self.loader)
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The batches of an epoch: images (B + A, 3, H, W), masks (A, 1, H, W), boxes (A, 4); see `pairs`."""
+        """The batches of an epoch: images (B + A, 3, H, W), masks (A, 1, H, W), boxes (A, 4); see `pairs`. The order of
+        the images depends on torch's seed at the time of this call."""
         self.painter.epoch = number
-        drawn = iter(self.loader)  # draws the order of the images at once
-        return map(self.as_tensors, drawn)
+        batches = iter(self.loader)
+        # A loader without background processes draws the order with its first batch. That has to be now: afterwards
+        # each of several processes sets a seed of its own, and all of them need the same order.
+        first = next(batches)
+        return map(self.as_tensors, chain([first], batches))
 
     def as_tensors(self, batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
         images, masks, boxes = batch

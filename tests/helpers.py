@@ -11,6 +11,7 @@ from PIL import Image
 
 import clflow
 import evaluate
+from kit import calibration
 from kit.backbone import Backbone
 from kit.command_line import run_script
 from kit.demo import draw_sheet
@@ -27,12 +28,31 @@ QUICKEST = ["--method", "nearest", *LITE, "--size", 64, "--bank", 40]  # where t
 SMALL = {"train/good": 24, "test/good": 8, "test/crack": 4, "test/chip": 4, "test/stain": 4}
 TINY = {"train/good": 12, "test/good": 5, "test/chip": 3}  # for tests that do not look at how well it learns
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+NOWHERE = ROOT / "no-such-folder"
+PATIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import train, kit.command_line
+kit.command_line.AFTER_THE_FIRST = 60
+train.run_script(train.main)
+"""  # train.py on a machine that may be slow
 
 
-def take_few_steps(patch: pytest.MonkeyPatch, painted: int, steps: int) -> None:
-    """CL-Flow paints this many defects, and has this many steps per epoch, to save time."""
+def take_few_steps(patch: pytest.MonkeyPatch, painted: int, steps: int, in_thirds: int | None = None) -> None:
+    """CL-Flow paints this many defects, and has this many steps per epoch, to save time. Tests that do not look at the
+    threshold may take even fewer steps `in_thirds`, when the calibration trains on two thirds of the images."""
     patch.setattr(clflow, "PAINTED", painted)
     patch.setattr(clflow, "STEPS_PER_EPOCH", steps)
+    if in_thirds is None:
+        return
+    retrain = calibration.retrain
+
+    def retrain_briefly(*arguments) -> None:
+        with pytest.MonkeyPatch.context() as brief:
+            brief.setattr(clflow, "STEPS_PER_EPOCH", in_thirds)
+            retrain(*arguments)
+
+    patch.setattr(calibration, "retrain", retrain_briefly)
 
 
 def call(main, *arguments: object) -> None:
@@ -65,14 +85,27 @@ def visible(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name != LIST)
 
 
-def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float) -> None:
+def check_export(run: Path, images: torch.Tensor, to: Path, tolerance: float, loads: bool = True) -> None:
     """Check that the exported program gives the maps and scores of the run's own model in float32, if this model also
-    searches the whole bank; otherwise nearly the same scores."""
-    call(evaluate.main, run, "--export", to)
+    searches the whole bank; otherwise nearly the same scores. Without `loads` the program is not read back from its
+    file, which takes longest."""
+    programs = []
+    save = torch.export.save
+
+    def keep_and_save(program: torch.export.ExportedProgram, file: object) -> None:
+        programs.append(program)
+        save(program, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "save", keep_and_save)
+        call(evaluate.main, run, "--export", to)
+    (program,) = programs
+    if loads:
+        program = torch.export.load(to)
     model = load(run / "model.pt")
     model.full_precision = True
     with torch.no_grad():
-        exported = torch.export.load(to).module()(images)
+        exported = program.module()(images)
         _, scores = model(images)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)

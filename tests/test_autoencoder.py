@@ -17,6 +17,7 @@ from kit import data, folders
 from kit.good import GoodImages, split
 from kit.images import read_image
 from methods import autoencoder, load
+from methods.stages import stages_of
 from synth import synthesize
 
 SHAPE = (96, 96)  # of the images of projecting_run
@@ -179,7 +180,15 @@ def test_autoencoder_goes_through_the_same_scripts(projecting_run, category, tmp
     assert metrics["image_auroc"] > 0.7 and metrics["pixel_auroc"] > 0.9
     call(evaluate.main, projecting_run, "--images", category / "test" / "crack", "--out", tmp_path / "new")
     assert len(list((tmp_path / "new").glob("*.png"))) == SMALL["test/crack"]
+    crack = folders.list_images(category / "test" / "crack")[0]
+    call(evaluate.main, projecting_run, "--explain", crack, "--out", tmp_path / "why.png")
+    assert Image.open(tmp_path / "why.png").width > 900
     images = data.read_batch(folders.list_images(category / "test" / "good")[:3], SHAPE)
+    model = load(projecting_run / "model.pt")
+    with torch.no_grad():
+        *_, (name, seen) = stages_of(model, images[:1])
+        expected = model.energies_in_windows(images[:1])[0][0]
+    assert name == "E, compared with the bank" and torch.allclose(seen, expected, rtol=0.01)
     check_export(projecting_run, images, tmp_path / "model.pt2", tolerance=1e-4)
     call(projection.main, projecting_run)
     assert Image.open(projecting_run / "projection.png").width == 960

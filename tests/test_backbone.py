@@ -86,6 +86,23 @@ def test_a_frozen_backbone_stays_frozen():
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
+def test_batch_norms_of_a_backbone_keep_their_statistics():
+    """Those of the ResNets are folded into convolutions. Another backbone may have some."""
+
+    class WithBatchNorm(Backbone):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def features(self, images):
+            return self.norm(images)
+
+    backbone = WithBatchNorm()
+    torch.nn.Sequential(backbone).train()  # as the detector around it does
+    backbone.features(torch.rand(2, 3, 8, 8))
+    assert backbone.norm.running_mean.tolist() == [0, 0, 0] and backbone.norm.running_var.tolist() == [1, 1, 1]
+
+
 def test_local_weights_may_lack_layer4_and_must_fit(tmp_path):
     net = torchvision.models.resnet18().eval()
     for module in net.modules():
@@ -119,14 +136,14 @@ def test_a_resnet_can_be_exported(monkeypatch):
 
 
 class VisionTransformer(Backbone):
-    """The first layer of torchvision's ViT-B/16, untrained: the tokens of its patches as a map."""
+    """One layer of torchvision's vision transformer, small and untrained: the tokens of its patches as a map."""
 
-    channels = 768
+    channels = 192
     stride = 16
 
     def __init__(self):
         super().__init__()
-        shape = {"num_layers": 1, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072}
+        shape = {"num_layers": 1, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
         self.vit = torchvision.models.VisionTransformer(image_size=224, patch_size=16, **shape)
         self.eval().requires_grad_(False)
 
@@ -142,16 +159,16 @@ class VisionTransformer(Backbone):
 
 
 @pytest.mark.parametrize("options", [["--epochs", 1, "--batch", 64], ["--method", "nearest"]])
-def test_a_vision_transformer_goes_through_training_and_judging(category, tmp_path, monkeypatch, options):
-    monkeypatch.setitem(BACKBONES, "vit_b_16", VisionTransformer)
+def test_a_vision_transformer_goes_through_training_and_judging(tiny, tmp_path, monkeypatch, options):
+    monkeypatch.setitem(BACKBONES, "vit", VisionTransformer)
     out = tmp_path / "run"
-    call(train.main, "--data", category, "--out", out, "--backbone", "vit_b_16", "--size", 192, *options)
+    call(train.main, "--data", tiny, "--out", out, "--backbone", "vit", "--size", 160, *options)
     call(evaluate.main, out)
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["backbone"] == "vit_b_16"
+    assert metrics["backbone"] == "vit"
     assert all(math.isfinite(metrics[name]) for name in ("image_auroc", "pixel_auroc", "aupro", "threshold"))
     model = load(out / "model.pt")
-    images = data.read_batch(folders.list_images(category / "test" / "chip"), (192, 192))
-    assert model.features(images).shape == (4, 768, 12, 12)
+    images = data.read_batch(folders.list_images(tiny / "test" / "chip"), (160, 160))
+    assert model.features(images).shape == (3, 192, 10, 10)
     maps, scores = model(images)
-    assert maps.shape == (4, 192, 192) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (4,)
+    assert maps.shape == (3, 160, 160) and maps.isfinite().all() and maps.std() > 0 and scores.shape == (3,)

@@ -8,10 +8,11 @@ from PIL import Image
 from scipy import ndimage
 
 import evaluate
+import kit.good
 from kit.camera import MEASURES, are_unusual, measures, quantization_step, usual, with_compression
 from kit.demo import draw_button
 from kit.detector import Detector
-from kit.good import blurred, camera_copy, compressed
+from kit.good import blurred, camera_copy, compressed, side_light, with_camera_copies
 from kit.images import load_image, to_tensor
 from kit.inspection import camera_line, differences
 from kit.settings import NearestSettings
@@ -115,6 +116,73 @@ def test_copies_are_a_little_worse_and_reproducible():
     assert all(0 <= copy.min() and copy.max() <= 1 for copy in copies)
     assert min(away) > 0 and max(away) < 0.04 and np.std(away) > 0.002
     assert (copies[3] == camera_copy(image, np.random.default_rng(3))).all()
+
+
+def test_how_often_and_how_strongly_copies_are_changed(monkeypatch):
+    """Half are blurred by 0.3 to 1.2 pixels, two thirds are compressed with quality 40 to 95. The strength of the noise
+    is uniform in 0 to 0.03."""
+    sigmas, qualities, noise = [], [], []
+    monkeypatch.setattr(kit.good, "blurred", lambda image, sigma: sigmas.append(sigma) or image)
+    monkeypatch.setattr(kit.good, "compressed", lambda image, quality: qualities.append(quality) or image)
+    flat = np.full((32, 32, 3), (0.5, 0.4, 0.3), np.float32)
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        noise.append((camera_copy(flat, rng) - flat).std())
+    assert 265 <= len(sigmas) <= 335 and 365 <= len(qualities) <= 435
+    assert 0.3 <= min(sigmas) < 0.33 and 1.17 < max(sigmas) <= 1.2 and np.mean(sigmas) == pytest.approx(0.75, abs=0.05)
+    assert 40 <= min(qualities) < 42 and 92 < max(qualities) <= 95 and np.mean(qualities) == pytest.approx(67.5, abs=3)
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        assert np.quantile(noise, share) == pytest.approx(0.03 * share, abs=0.002)
+
+
+def test_half_of_the_painted_images_are_replaced_by_a_camera_copy(monkeypatch):
+    """Mask and box stay."""
+    monkeypatch.setattr(kit.good, "camera_copy", lambda image, rng: f"copy of {image}")
+    paint = with_camera_copies(lambda image, rng, other, roi: ("painted", "mask", "box"))
+    rng = np.random.default_rng(0)
+    found = [paint("image", rng, "other", "roi") for _ in range(600)]
+    copied = sum(image == "copy of painted" for image, _, _ in found)
+    assert 265 <= copied <= 335 and sum(image == "painted" for image, _, _ in found) == 600 - copied
+    assert all((mask, box) == ("mask", "box") for _, mask, box in found)
+
+
+def test_light_from_one_side_by_hand():
+    """A ramp of 10 to 25 % in any direction, brighter on one side and darker on the other. The centre stays."""
+    flat = np.full((65, 65, 3), 0.5, np.float32)
+    angles, strengths = [], []
+    for number in range(400):
+        ramp = side_light(flat, np.random.default_rng(number))[..., 0] / 0.5 - 1
+        down, across = ramp[64, 32], ramp[32, 64]
+        assert ramp[32, 32] == pytest.approx(0, abs=1e-6)
+        assert ramp[0, 32] == pytest.approx(-down, abs=1e-6) and ramp[0, 0] == pytest.approx(-down - across, abs=1e-6)
+        assert ramp[48, 32] == pytest.approx(down / 2, abs=1e-6)
+        angles.append(np.arctan2(down, across))
+        strengths.append(np.hypot(down, across))
+    assert 0.1 <= min(strengths) < 0.105 and 0.245 < max(strengths) <= 0.25 + 1e-6
+    assert np.mean(strengths) == pytest.approx(0.175, abs=0.01)
+    assert (np.histogram(angles, bins=4, range=(-np.pi, np.pi))[0] > 70).all()
+
+
+LEAST = (0.1, 0.05, 0.05, 0.05, 0.2, 0.15, 0.05, 0.5)  # the smallest change of each measure that counts
+
+
+@pytest.mark.parametrize("measure", range(8))
+@pytest.mark.parametrize("deviation", [0.0, 1.0])
+def test_from_which_change_on_images_differ_by_hand(measure, deviation):
+    """A single image: four robust deviations, and at least the smallest change. The median of n images: 4 / sqrt(n)
+    deviations, and no fewer than two."""
+    middle = np.arange(8.0)
+    normal = np.stack((middle, np.full(8, deviation)))
+    for count, deviations in ((1, 4), (2, 4 / 2**0.5), (4, 2), (9, 2)):
+        limit = max(deviations * deviation, LEAST[measure])
+        for change, differs in ((1.01 * limit, True), (-1.01 * limit, True), (0.99 * limit, False)):
+            images = np.tile(middle, (count, 1))
+            images[:, measure] += change
+            assert bool(differences(images, normal)) == differs
+            if count == 1 and measure < 7:  # compression is not in the pixels
+                found = are_unusual(torch.from_numpy(images[:, :7]), torch.from_numpy(normal))[0].tolist()
+                is_side = measure in (1, 2)
+                assert found == [differs and not is_side, differs and is_side]
 
 
 def test_grey_copies_stay_grey():

@@ -13,7 +13,7 @@ from PIL import Image
 import clflow
 import evaluate
 import train
-from kit import InputError, data, folders
+from kit import InputError, data, folders, rows
 from kit.data import read_mask
 from kit.detector import read_checkpoint
 from kit.good import Defect
@@ -57,6 +57,24 @@ def test_rows_are_those_that_the_mask_touches_in_the_region_of_interest(model, c
                 expected.append(w[:, i, j])
     assert 2 < len(expected) < height * width / 4
     assert torch.equal(found, torch.stack(expected).half())
+
+
+def test_each_defect_counts_eight_times_and_many_defects_less_often(model, category, monkeypatch):
+    asked = []
+
+    def noted(image, mask, count, rng):
+        asked.append(count)
+        yield image, mask
+
+    monkeypatch.setattr(rows, "augmented", noted)
+    defects = list_defects(category / "test" / "crack", None)[:2]
+    defect_rows(model, defects)
+    assert asked == [8, 8] and rows.MOST_DEFECT_IMAGES / 8 == 75
+    for most, each in ((16, 8), (15, 7), (9, 4), (1, 1)):
+        asked.clear()
+        monkeypatch.setattr(rows, "MOST_DEFECT_IMAGES", most)
+        defect_rows(model, defects)
+        assert asked == [each, each]
 
 
 def test_copies_move_image_and_mask_together(category):
@@ -160,7 +178,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
     """Without masks. The highest log-odds of other images with such defects lie above those of good images."""
-    take_few_steps(monkeypatch, painted=32, steps=20)
+    take_few_steps(monkeypatch, painted=32, steps=20, in_thirds=2)
     mine = shutil.copytree(category, tmp_path / "mine")
     shutil.rmtree(mine / "ground_truth")
     (tmp_path / "bad").mkdir()

@@ -159,15 +159,15 @@ def test_score_is_a_pure_function_of_one_image(model, category):
 
 @pytest.mark.parametrize("calibrated, judged", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_another_precision_than_that_of_the_calibration_is_told(
-    run, tiny, tmp_path, monkeypatch, capsys, calibrated, judged
+    run, pair, tmp_path, monkeypatch, capsys, calibrated, judged
 ):
     model = load(run / "model.pt")
     model.halved = torch.tensor(calibrated == "bfloat16")
     model.save(run / "model.pt")
-    image = folders.list_images(tiny / "test/good")[0]
+    image = folders.list_images(pair / "test/good")[0]
     line = f"the threshold comes from scores in {calibrated}, but this machine judges in {judged}"
     out = ["--out", tmp_path / "out"]
-    ways = [["--data", tiny], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
+    ways = [["--data", pair], ["--images", image, *out], ["--explain", image, "--out", tmp_path / "explained.png"]]
     for as_calibrated in (False, True):
         fast = (judged if not as_calibrated else calibrated) == "bfloat16"
         monkeypatch.setattr(kit.detector, "has_fast_bfloat16", lambda device, fast=fast: fast)
@@ -272,8 +272,9 @@ def test_checkpoint_is_self_contained(model, finished_run, tmp_path):
     checkpoint = read_checkpoint(finished_run / "model.pt")
     assert checkpoint["format"] == FORMAT and checkpoint["progress"] is None
     model.save(tmp_path / "again.pt")
-    again = load(tmp_path / "again.pt").state_dict()
-    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    again = load(tmp_path / "again.pt")
+    assert again.settings == model.settings
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path):

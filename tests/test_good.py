@@ -10,25 +10,27 @@ import numpy as np
 import pytest
 import torch
 from helpers import QUICK, ROOT, NoBackbone, call
+from PIL import Image
+from torch.utils.data import DataLoader
 
 import kit.good
 import train
 from kit.folders import list_images
 from kit.good import GoodImages, Painter, held_out_count, split, widened
 from kit.images import read_image, to_tensor
-from kit.processes import Processes
+from kit.processes import ALONE, Processes
 from kit.settings import UNIT, as_shape
 from methods import load
 from methods.pairs import PairLoader, pairs
 from synth import bounding_box, synthesize
 
 
-def make_painter(category, processes: Processes = Processes(), size=64) -> Painter:  # noqa: B008 (it is frozen)
-    good = GoodImages([], list_images(category / "train/good"), [], processes)
+def make_painter(category, processes: Processes = ALONE, size=64, textures=(), paint=synthesize) -> Painter:
+    good = GoodImages([], list_images(category / "train/good"), list(textures), processes)
     shape = as_shape(size)
     roi, settings = torch.ones(shape, dtype=torch.bool), SimpleNamespace(seed=0)
     model = SimpleNamespace(shape=shape, roi=roi, settings=settings, backbone=NoBackbone())
-    return Painter(good, synthesize, model)
+    return Painter(good, paint, model)
 
 
 @pytest.mark.parametrize("shape", [(384, 1408), (192, 2752), (96, 5984), (1024, 1024)])
@@ -113,6 +115,46 @@ def test_what_is_painted_depends_on_seed_epoch_and_image_alone(category):
     assert np.array_equal(images[2], again[2])
     painter.epoch = 1
     assert not np.array_equal(pairs(painter, [3, 4])[0][2], images[2])
+    painter.epoch, painter.seed = 0, 1
+    assert not np.array_equal(pairs(painter, [3, 4])[0][2], images[2])
+
+
+def test_half_of_the_defects_take_their_content_from_a_texture(category, tmp_path):
+    """The others take it from a good image. The texture is white; no good image is."""
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    others = []
+
+    def paint(image, rng, other, roi):
+        others.append(other)
+        return image, np.ones(image.shape[:2], bool), (0, 0, 1, 1)
+
+    painter = make_painter(category, textures=[tmp_path / "white.png"], paint=paint)
+    for number in range(200):
+        painter.pair(number)
+    from_texture = sum((other == 1).all() for other in others)
+    assert 75 <= from_texture <= 125
+    good = [painter.image(path) for path in painter.files]
+    from_good = sum(any(np.array_equal(other, image) for image in good) for other in others)
+    assert from_good == 200 - from_texture
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_the_order_of_the_images_is_drawn_when_an_epoch_begins(category, monkeypatch, workers):
+    """Afterwards each process of a training sets a seed of its own. The order is the same with and without background
+    processes."""
+    batches = DataLoader(range(24), 8, shuffle=True, num_workers=int(workers), collate_fn=list)
+    torch.manual_seed(5)
+    expected = [number for batch in batches for number in batch]
+    if workers:
+        monkeypatch.setattr(kit.good, "DataLoader", DataLoader)
+    painter = make_painter(category)
+    seen = PairLoader(painter, 24, 8, torch.device("cpu"))
+    torch.manual_seed(5)
+    epoch = seen.epoch(1)
+    torch.manual_seed(6)
+    images = torch.cat([images[:8] for images, _, _ in epoch])
+    files = torch.from_numpy(np.stack([painter.untouched(number) for number in expected])).permute(0, 3, 1, 2)
+    assert sorted(expected) == list(range(24)) and torch.equal(images, files)
 
 
 def test_small_sets_are_repeated(category):
@@ -127,6 +169,7 @@ def test_images_beyond_the_cache_are_read_anew(category, monkeypatch):
     assert all(np.allclose(painter.untouched(i), expected[i], atol=1e-3) for i in range(24))  # float16
 
 
+@pytest.mark.usefixtures("background_processes")
 def test_batches_need_no_shared_memory(category, monkeypatch):
     """Workers send arrays, not tensors: tensors go through shared memory, and a container has only 64 MB of it, less
     than a few batches."""

@@ -45,6 +45,33 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert read_image(tmp_path / "mode.tif", (32, 32)).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK"])
+def test_every_mode_keeps_its_colour(tmp_path, mode):
+    colour = (204, 102, 51)  # one of Pillow's default palette
+    Image.new("RGB", (40, 33), colour).convert(mode).save(tmp_path / "mode.tif")
+    grey = np.dot((0.299, 0.587, 0.114), colour)  # ITU-R 601-2
+    expected = [grey] * 3 if mode in ("L", "LA") else colour
+    found = 255 * read_image(tmp_path / "mode.tif")
+    assert np.abs(found - expected).max() < 1.01
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "frames.png", "frames.webp"])
+def test_the_first_page_of_several_is_read(tmp_path, name):
+    first, second = Image.new("RGB", (40, 33), "black"), Image.new("RGB", (40, 33), "white")
+    options = {"lossless": True} if name.endswith("webp") else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **options)
+    with Image.open(tmp_path / name) as image:
+        assert image.n_frames == 2
+    assert not read_image(tmp_path / name).any()
+
+
+def test_a_too_large_image_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (100, 90)).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.png").shape == (90, 100, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 90 // 2 - 1)
+    refused(tmp_path / "large.png", "9000 pixels")
+
+
 def test_float_tiff_within_0_to_1_is_taken_as_it_is(tmp_path):
     values = RNG.random((40, 50), dtype=np.float32)
     Image.fromarray(values).save(tmp_path / "float.tif")

@@ -23,7 +23,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(paper, "IMAGES_PER_EPOCH", 18)
     monkeypatch.setattr(clflow, "STEPS_PER_EPOCH", 5)
     monkeypatch.setattr(ladder, "SMALL", SIDE)
-    monkeypatch.setattr(ladder, "PAPER", {step: [*options, "--epochs", 2] for step, options in ladder.PAPER.items()})
+    few = ["--epochs", 2, "--steps", 2]
+    monkeypatch.setattr(ladder, "PAPER", {step: [*options, *few] for step, options in ladder.PAPER.items()})
     monkeypatch.setattr(ladder, "OURS", {step: (SIDE, changed) for step, (_, changed) in ladder.OURS.items()})
 
 

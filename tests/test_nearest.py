@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import LITE, NEAREST, call, check_export, refuse, visible
+from PIL import Image
 from scipy.spatial import distance
 
 import evaluate
@@ -19,6 +20,7 @@ from kit.good import split
 from kit.settings import NearestSettings
 from methods import load
 from methods.nearest import Nearest, scaled_distances
+from methods.stages import stages_of
 
 RNG = np.random.default_rng(0)
 
@@ -263,7 +265,14 @@ def test_it_goes_through_the_same_scripts(nearest_run, category, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == "nearest" and metrics["image_auroc"] > 0.85 and metrics["pixel_auroc"] > 0.9
     images = data.read_batch(folders.list_images(category / "test" / "chip")[:3], (128, 128))
-    check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3)
+    chip = folders.list_images(category / "test" / "chip")[0]
+    call(evaluate.main, nearest_run, "--explain", chip, "--out", tmp_path / "why.png")
+    assert Image.open(tmp_path / "why.png").width > 900
+    model = load(nearest_run / "model.pt")
+    ((name, seen),) = stages_of(model, images[:1])
+    with torch.no_grad():
+        assert name == "expert 1" and torch.equal(seen, model.energies_in_windows(images[:1])[0][0])
+    check_export(nearest_run, images, tmp_path / "model.pt2", tolerance=1e-3, loads=False)
 
 
 def test_stopped_after_its_bank_was_chosen_it_goes_on_with_it(nearest_run, category, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Started, start
-from helpers import LITE, QUICK, ROOT, TORCHRUN, call, script, take_few_steps
+from helpers import LITE, NOWHERE, QUICK, ROOT, call, take_few_steps
 
 import evaluate
 import train
@@ -21,20 +21,13 @@ from kit.processes import ALONE, join_processes
 from methods import load
 
 CPU = ["--device", "cpu"]
-PAINTED, STEPS = 64, 60
-PATIENT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import train, kit.command_line
-kit.command_line.AFTER_THE_FIRST = 60
-train.run_script(train.main)
-"""  # train.py on a machine that may be slow
+FEW = {"painted": 64, "steps": 60, "in_thirds": 10}
 FEW_STEPS = f"""
 import sys
-sys.path.insert(0, {str(ROOT)!r})
-import train, clflow, kit.good
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+import pytest, helpers, train, kit.good
 kit.good.LEAST_COPIES = 1
-clflow.PAINTED, clflow.STEPS_PER_EPOCH = {PAINTED}, {STEPS}
+helpers.take_few_steps(pytest.MonkeyPatch(), **{FEW})
 train.run_script(train.main)
 """  # train.py, faster
 
@@ -78,12 +71,12 @@ def errors_in(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("error:")]
 
 
-def test_what_stops_all_processes_is_said_once(tmp_path):
+def test_what_stops_all_processes_is_said_once(request, real_processes):
     """The first process prints the line and ends; torchrun then ends the other one, which waits."""
-    patient = tmp_path / "patient.py"
-    patient.write_text(PATIENT)
-    result = script(*TORCHRUN, patient, "--data", tmp_path / "missing", *LITE, *CPU)
-    assert errors_in(result) == [f"error: --data {tmp_path / 'missing'}: no such folder"]
+    process = real_processes[request.node.name]
+    stdout, stderr = process.communicate(timeout=300)
+    result = subprocess.CompletedProcess([], process.returncode, stdout, stderr)
+    assert errors_in(result) == [f"error: --data {NOWHERE}: no such folder"]
 
 
 def test_an_error_on_one_machine_ends_all(category, tmp_path, monkeypatch):
@@ -116,7 +109,7 @@ def test_two_processes_do_what_one_does(category, tmp_path, monkeypatch):
     with several camera copies of each image they would start the choice from different rows."""
     options = ["--data", category, *LITE, *CPU, "--size", 64, "--epochs", 1, "--steps", 2, "--batch", 512]
     one, two, faster = tmp_path / "one", tmp_path / "two", tmp_path / "faster.py"
-    take_few_steps(monkeypatch, PAINTED, STEPS)
+    take_few_steps(monkeypatch, **FEW)
     monkeypatch.setattr("kit.good.LEAST_COPIES", 1)
     faster.write_text(FEW_STEPS)
     threads = torch.get_num_threads()

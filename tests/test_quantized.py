@@ -11,6 +11,9 @@ import evaluate
 import train
 from kit import data, folders, good, quantized
 from kit.backbone import BACKBONES
+from kit.command_line import training_options
+from kit.good import camera_copy
+from kit.images import read_image, to_tensor
 from methods import load
 
 CPU = torch.device("cpu")
@@ -124,10 +127,17 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
     call(evaluate.main, rounded_run, "--export", file)
     said = capsys.readouterr().out
     assert "could not be converted" not in said
-    limits = load(rounded_run / "model.pt").thresholds()
-    assert float(said.split("thresholds: ")[1].split()[0]) == pytest.approx(limits.score, rel=0.05)
     program = torch.export.load(file).module()
     model = load(rounded_run / "model.pt")
+    # The threshold is converted by the ratio of the scores of camera copies.
+    copies = []
+    for number, path in enumerate(evaluate.some_good(category)):
+        copies.append(camera_copy(read_image(path, model.shape), np.random.default_rng(number)))
+    copies = to_tensor(np.stack(copies))
+    ratio = (program(copies)[1].sum() / model(copies)[1].sum()).item()
+    assert abs(ratio - 1) > 5e-3
+    expected = ratio * model.thresholds().score
+    assert float(said.split("thresholds: ")[1].split()[0]) == pytest.approx(expected, rel=2e-3)
     images = data.read_batch(folders.list_images(category / "test" / "good")[:2], model.shape)
     scores = model(images)[1]
     model.for_export()
@@ -150,6 +160,18 @@ def test_large_images_are_measured_for_int8_in_parts(tmp_path, monkeypatch):
         good.quantize_backbone(model, sorted(tmp_path.iterdir()))
         assert {tuple(images.shape[2:]) for images in seen} == {expected} and sum(map(len, seen)) == 3
         seen.clear()
+
+
+def test_a_clflow_computes_in_int8_by_default(tiny, weights, tmp_path, capsys):
+    """Other tests train on an EfficientNet-Lite0, which has no int8."""
+    options = ["--weights", weights, "--size", 96, "--epochs", 1, "--batch", 64]
+    call(train.main, "--data", tiny, "--out", tmp_path / "run", *options)
+    assert "the backbone computes in int8" in capsys.readouterr().out
+    model = load(tmp_path / "run" / "model.pt")
+    assert model.settings.backbone == "resnet18" and model.settings.int8 and model.backbone.has_int8
+    verdict = model.inspect(folders.list_images(tiny / "test" / "chip")[0])
+    assert np.isfinite(verdict.score) and np.isfinite(verdict.threshold) and np.isfinite(verdict.anomaly_map).all()
+    assert training_options(["--data", "x", "--no-int8"])[1]["int8"] is False
 
 
 def test_int8_without_effect_is_refused(category, tmp_path, monkeypatch, capsys):

@@ -69,8 +69,8 @@ def verdict_limits() -> Thresholds:
     return Thresholds(1.0, 1.0, 9, 0.2)
 
 
-def test_pages_of_test_images_and_of_new_ones(run, category, tmp_path):
-    call(evaluate.main, run)
+def test_pages_of_test_images_and_of_new_ones(measured_run, category, tmp_path):
+    run = measured_run
     found = data_of(run / "report.html")
     metrics = json.loads((run / "metrics.json").read_text())
     assert (
@@ -102,7 +102,8 @@ def test_the_page_knows_the_images_that_were_trained_on(run, category, tmp_path)
 @pytest.fixture
 def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("no Chromium here")
     options = webdriver.ChromeOptions()
@@ -114,10 +115,9 @@ def browser():
     found.quit()
 
 
-def test_slider_order_filter_and_viewer(run, browser):
-    call(evaluate.main, run)
-    images = data_of(run / "report.html")["images"]
-    browser.get((run / "report.html").as_uri())
+def test_slider_order_filter_and_viewer(measured_run, browser):
+    images = data_of(measured_run / "report.html")["images"]
+    browser.get((measured_run / "report.html").as_uri())
 
     def element(selector):
         return browser.find_element("css selector", selector)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from forked import start
 from helpers import ROOT, call, draw_synthetic, refuse
 from PIL import Image
 
@@ -19,7 +20,8 @@ def test_a_sheet_of_synthetic_defects(category, tmp_path, capsys):
     changed = np.abs(after - before).sum(axis=-1)
     assert changed[mask > 200].mean() > 5 * changed[mask < 50].mean()
     again = tmp_path / "again.png"
-    call(draw_synthetic, category, "--out", again, "--size", 64)
+    ended = start("synth.py", category, "--out", again, "--size", 64).ended()  # as a user starts it
+    assert ended.returncode == 0 and f"wrote {again}" in ended.stdout, ended.stderr
     assert (np.asarray(Image.open(again)) == np.asarray(Image.open(tmp_path / "sheet.png"))).all()
     refuse(draw_synthetic, capsys, tmp_path / "none", words=["FOLDER", "no such folder"])
 

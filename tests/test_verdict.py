@@ -5,7 +5,7 @@ from scipy import stats
 from kit import InputError
 from kit.inspection import drift
 from kit.settings import LEAST_IMAGES
-from kit.verdict import CLIPPED_AT, CLIPPED_DEVIATION, Thresholds, decide, outliers, threshold, thresholds
+from kit.verdict import CLIPPED_AT, CLIPPED_DEVIATION, Thresholds, allowance, decide, outliers, threshold, thresholds
 
 
 def test_threshold_of_many_images_is_an_order_statistic():
@@ -35,6 +35,17 @@ def test_threshold_by_hand():
     deviation = np.sqrt((20 * usual + 5 * variance) / 25)
     expected = np.mean(clipped) + stats.t.ppf(0.98, 24) * np.sqrt(1 + 1 / 5) * deviation
     assert np.log(threshold(values, 0.02)) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("different", [20, 499])
+def test_a_series_of_many_images_has_no_order_statistic(different):
+    """600 scores count as fewer different images. Their logarithms are 0, or 0.1 above or below: none is clipped."""
+    logs = np.repeat([-0.1, 0.0, 0.1], 200)
+    assert threshold(np.exp(logs), 0.02) == np.exp(0.1)  # the twelfth highest, if all are different
+    deviation = np.std(logs, ddof=1) / CLIPPED_DEVIATION
+    pooled = np.sqrt((20 * 0.16**2 + different * deviation**2) / (20 + different))
+    expected = stats.t.ppf(0.98, different - 1 + 20) * np.sqrt(1 + 1 / different) * pooled
+    assert np.log(threshold(np.exp(logs), 0.02, different)) == pytest.approx(expected)
 
 
 def test_too_few_scores_give_no_threshold():
@@ -101,6 +112,17 @@ def test_what_the_images_support_is_clopper_and_pearsons_bound():
     assert (values > limits.score).sum() == 2
     assert stats.binom.cdf(2, 60, limits.at_most) == pytest.approx(0.1)
     assert thresholds(np.ones((2, 8)), 0.9).at_most == 1  # all of them are above
+
+
+def test_the_allowance_by_hand():
+    """The copies' threshold, at five times the rate but at most one half, divided by the limit of the images as they
+    are; between 1 and the highest allowance."""
+    copies = np.exp(np.random.default_rng(0).normal(0.5, 0.16, 30))
+    assert allowance(1.0, copies, 0.02, most=9) == pytest.approx(threshold(copies, 0.1))
+    assert allowance(0.5, copies, 0.02, most=9) == pytest.approx(threshold(copies, 0.1) / 0.5)
+    assert allowance(1.0, copies, 0.3, most=9) == pytest.approx(threshold(copies, 0.5))
+    assert allowance(1.0, copies, 0.02, most=1.2) == 1.2
+    assert allowance(100.0, copies, 0.02, most=9) == 1
 
 
 def test_drift_is_said_of_a_folder_that_moved_but_not_of_one_full_of_defects():

@@ -69,12 +69,15 @@ def test_each_image_is_judged_once_and_none_is_lost(run, category, tmp_path, mon
     (inbox / "a.png").unlink()
     shutil.copy(goods[2], inbox / "d.png")  # arrived while the program was not running
     shutil.copy(chips[2], inbox / "b.png")  # another image under the same name
+    (inbox / "broken.png").write_bytes(b"not an image")
     watcher = start(*command)
     wait_for(lambda: len(rows_of(out)) == 6)
     time.sleep(2.5 * watching.LOOK_EVERY)
     watcher.send_signal(signal.SIGINT)
     ended = watcher.ended(seconds=30)
     assert ended.returncode == 130 and "Traceback" not in ended.stderr and "4 images judged so far" in ended.stdout
+    (line,) = [line for line in ended.stdout.splitlines() if "broken.png" in line]  # once, until the file changes
+    assert line.startswith(f"not judged: {inbox / 'broken.png'}: cannot be read as an image")
     names = [row["file"] for row in rows_of(out)]
     assert sorted(names) == ["a.png", "b.png", "b.png", "d.png", "slow.png", "tray 2/c.png"]
     stamps = {(row["file"], row["bytes"], row["changed"]) for row in rows_of(out)}
