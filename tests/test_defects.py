@@ -173,7 +173,7 @@ def test_what_defects_teach_is_known_and_left_out_of_the_figures(category, tmp_p
     call(evaluate.main, tmp_path / "run", "--data", mine)
     assert "4 test images" in capsys.readouterr().out
     refuse(train.main, capsys, *command, *masks, "--resume", words=["other --defects or --corrections"])
-    refuse(train.main, capsys, *command, "--resume", words=["was started with defects ="])
+    refuse(train.main, capsys, *command, "--resume", words=["was started with --defects", tmp_path / "bad"])
 
 
 def test_a_kind_that_was_given_is_found_more_surely(category, tmp_path, monkeypatch):
