@@ -51,13 +51,12 @@ class Whitening(nn.Linear):
 
     def fit(self, rows: Tensor) -> None:
         """rows: (N, C). Directions with less than 1/1000 of the mean variance are noise, and stay small."""
-        mean = rows.mean(dim=0)
         covariance = torch.cov(rows.T).to("cpu", torch.float64)  # not every device supports float64
         variance, axes = torch.linalg.eigh(covariance)  # in ascending order
         variance, axes = variance.flip(0), axes.flip(1)
         matrix = (axes / (variance + 1e-3 * variance.mean() + 1e-12).sqrt()).T[: self.out_features]
         self.weight.copy_(matrix)
-        self.bias.copy_(-self.weight @ mean)
+        self.bias.copy_(-self.weight @ rows.mean(dim=0))
 
 
 def energy(z: Tensor, log_det: Tensor) -> Tensor:
@@ -192,8 +191,7 @@ def info_nce(positive: Tensor, negatives: Tensor, temperature: float, times: flo
         mean of -log( e^(f / T) / (e^(f / T) + sum_k e^(f_k / T)) )
 
     f (A,) are the values of positives, f_k those of negatives: (A, n), or (n,) for all positives. Each negative counts
-    `times` times. The gradient with respect to f_k is proportional to e^(f_k / T), so the highest negatives count
-    most."""
+    `times` times. The gradient with respect to f_k is proportional to e^(f_k / T): the highest negatives count most."""
     rest = (negatives / temperature).logsumexp(dim=-1) + math.log(times)
     return F.softplus(rest - positive / temperature).mean()
 
@@ -244,8 +242,7 @@ class Losses(nn.Module):
 
 
 def train(model: CLFlow, good: "GoodImages", progress: dict | None = None) -> "Iterator[Epoch]":
-    """Train a model with ImageNet weights on good images, in one stage. The number of epochs is fixed, and the last one
-    counts.
+    """Train a model with ImageNet weights in one stage. The number of epochs is fixed, and the last one counts.
 
     A generator. It yields before the first step and after each epoch; each time the model is calibrated on the held-out
     images and ready to judge. After the last epoch it sets the threshold from all good images, so exhaust it. To

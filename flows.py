@@ -74,9 +74,8 @@ class Flow2D(nn.Module):
 
     def __init__(self, channels: int, steps: int = 8, kernel_sizes: tuple[int, ...] = (3,), hidden_ratio: float = 1.0):
         super().__init__()
-        self.couplings = nn.ModuleList()
-        for step in range(steps):
-            self.couplings.append(Coupling(channels, kernel_sizes[step % len(kernel_sizes)], hidden_ratio))
+        kernels = [kernel_sizes[step % len(kernel_sizes)] for step in range(steps)]
+        self.couplings = nn.ModuleList(Coupling(channels, kernel, hidden_ratio) for kernel in kernels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim == 2:

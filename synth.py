@@ -127,18 +127,12 @@ def blend(a: np.ndarray, b: np.ndarray, share: np.ndarray) -> np.ndarray:
 
 
 def thin_mask(height: int, width: int, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scratch (a curved chain of dots) or up to three spots: shapes that Perlin noise lacks. The first dot or spot is
-    at `first` (y, x)."""
-    if rng.random() < 0.5:  # a scratch; all lengths are for an image of 256 x 256
-        count = rng.integers(10, 40)
-        step = 2
-        wobble = 0.05
-        radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0)
-    else:
-        count = rng.integers(1, 4)
-        step = 10
-        wobble = 2
-        radii = rng.uniform(1.5, 7, (count, 2))
+    """A scratch (a curved chain of dots) or up to three spots. The first dot or spot is at `first` (y, x)."""
+    is_scratch = rng.random() < 0.5
+    count = rng.integers(10, 40) if is_scratch else rng.integers(1, 4)
+    step = 2 if is_scratch else 10  # all lengths are for an image of 256 x 256
+    wobble = 0.05 if is_scratch else 2
+    radii = rng.uniform(0.5, 2, (1, 2)).repeat(count, 0) if is_scratch else rng.uniform(1.5, 7, (count, 2))
     angle = rng.uniform(0, 2 * np.pi)
     bend = rng.normal(0, 0.03)
     directions = angle + np.cumsum(rng.normal(bend, wobble, count))
