@@ -1,5 +1,5 @@
 """The bank of prototypes: normal features that cover all others, and the local spacing between them. The residual of a
-feature is its difference from the nearest prototype, divided by the spacing there: this is the local scale.
+feature is its difference from the nearest prototype, divided by the spacing there. This spacing is the local scale.
 
 This file has the plain form. Behind the same calls, kit/search.py searches large banks faster. Shapes: features
 (B, C, h, w) of the backbone; rows y (N, C), one feature per position of each image. A bank has P prototypes p."""
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kit import InputError, search
 
+AT_ONCE = 1024  # prototypes that are compared with all others at once, to save memory
 NEIGHBOURS = 5  # of a prototype; their mean distance is the spacing there
 
 
@@ -95,7 +96,7 @@ def spacing_of(bank: Tensor) -> Tensor:
     feature by many spacings."""
     neighbours = min(NEIGHBOURS, len(bank) - 1)
     parts = []
-    for part in bank.split(search.CHUNK // 4):  # all distances at once would fill the memory
+    for part in bank.split(AT_ONCE):
         distances = torch.cdist(part, bank).topk(1 + neighbours, largest=False).values
         parts.append(distances[:, 1:].mean(dim=1))  # the nearest one is the vector itself
     spacing = torch.cat(parts)

@@ -401,8 +401,8 @@ def own_category(model: Detector, run: Path) -> Path:
     category = Path(model.settings.data)
     if not category.is_dir():
         raise InputError(
-            f"{run}: the images it was trained on ({category}) are gone; put them back, or give the folder that "
-            "contains test/ with --data"
+            f"{run}: the images it was trained on ({category}) are gone; put them back, or, without --curve, give the "
+            "folder that contains test/ with --data"
         )
     return category
 

@@ -37,7 +37,7 @@ class Coupling(nn.Module):
         self.offset = nn.Parameter(torch.zeros(channels))
         self.register_buffer("permutation", torch.randperm(channels))
 
-    def log_scale_and_shift(self, a: Tensor) -> tuple[Tensor, Tensor]:
+    def s_and_t(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """s and t of the changed half, each (B, changed, H, W), from the kept half (B, kept, H, W)."""
         u, t = self.subnet(a).split(self.changed, dim=1)
         u = u.to(a.dtype)  # under autocast the convolutions are in bfloat16; t is promoted when it is added
@@ -46,7 +46,7 @@ class Coupling(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a, b = x.split((self.kept, self.changed), dim=1)
-        s, t = self.log_scale_and_shift(a)
+        s, t = self.s_and_t(a)
         z = torch.cat((a, b * s.exp() + t), dim=1)
         z = z * self.log_scale.exp()[:, None, None] + self.offset[:, None, None]
         return self.permute_channels(z), s.sum(dim=1) + self.log_scale.sum()
@@ -61,7 +61,7 @@ class Coupling(nn.Module):
         z = z.index_select(1, self.permutation.argsort())
         z = (z - self.offset[:, None, None]) * (-self.log_scale).exp()[:, None, None]
         a, b = z.split((self.kept, self.changed), dim=1)
-        s, t = self.log_scale_and_shift(a)
+        s, t = self.s_and_t(a)
         return torch.cat((a, (b - t) * (-s).exp()), dim=1)
 
 

@@ -27,11 +27,11 @@ def synthesize(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int, int]]:
     """Paint `defects` synthetic defects: x- = x+ + alpha M (source - x+), blended in [0, 1], before any normalisation.
 
-    Their sizes are in proportion to sqrt(H W), at most 384 pixels. So a strip gets defects as large as those of a
-    square with the same number of pixels, and images above 384 x 384 do not get larger ones. `image` and `other` (a
-    texture or second good image; default: the image itself) are (H, W, 3). Defects lie on the foreground (see
-    `kit.images.foreground`) and inside the region of interest `roi` (H, W) bool, if it is given. If the region has no
-    foreground, they lie anywhere in it. Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)).
+    Their sizes are in proportion to sqrt(H W); a value above 384 counts as 384. So a strip gets defects as large as
+    those of a square with the same number of pixels, and images above 384 x 384 do not get larger ones. `image` and
+    `other` (a texture or second good image; default: the image itself) are (H, W, 3). Defects lie on the foreground
+    (see `kit.images.foreground`) and inside the region of interest `roi` (H, W) bool, if it is given. If the region has
+    no foreground, they lie anywhere in it. Returns (anomalous image, mask (H, W) bool, half-open box (y0, x0, y1, x1)).
     The mask is never empty, and pixels outside it are unchanged."""
     if other is None:
         other = image
@@ -180,8 +180,8 @@ def source(image: np.ndarray, other: np.ndarray, part: tuple[slice, slice], rng:
 
 
 def shuffled(image: np.ndarray, part: tuple[slice, slice], rng: np.random.Generator, grid: int = 8) -> np.ndarray:
-    """The tiles of an image (`grid` x `grid` in a square) in random order, with random contrast,
-    brightness and tint. Returns this part of the result."""
+    """The tiles of an image (`grid` x `grid` in a square) in random order, with random contrast, brightness and tint.
+    Returns this part of the result."""
     gain = rng.uniform(0.6, 1.6)
     shift = np.float32(rng.normal(0, 0.12) + rng.normal(0, 0.04, 3))
     height, width = image.shape[:2]

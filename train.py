@@ -484,4 +484,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command and leave out --weights")
+    run_script(main, on_interrupt="stopped; to continue, add --resume to the same command")

@@ -12,8 +12,8 @@
 #
 # image x → features y → relative to a prototype, r → whitened, w → latents z → energies → map → score → verdict
 #
-# This notebook is `docs/lecture.py` with its outputs. Either file opens as a notebook in VS Code
-# (`pip install jupytext matplotlib ipykernel`) and in Jupyter (`pip install jupyterlab`, too).
+# This notebook is `docs/lecture.py` with its outputs. Either file opens as a notebook in VS Code and in Jupyter. Both
+# need `pip install jupytext matplotlib ipykernel`; Jupyter also needs `pip install jupyterlab`.
 #
 # ## The paper
 #

@@ -4,6 +4,7 @@ takes seconds: --help and errors in the command line appear at once. Only the na
 torchvision knows the names."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments") and ": -" not in message:  # as with --images *.png
-            message += "; each option takes one value: for several images give their folder"
+            message += "; each value needs its option, and an option takes one value: for several images give a folder"
         raise InputError(message)
 
 
@@ -342,7 +343,11 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
     except InputError as error:
         fail(one_line(error))
     except OSError as error:
-        fail(f"{one_line(error)}; check the path, its permissions and the free disk space")
+        if error.errno == errno.ENOMEM:  # a process could not be started
+            fail(MEMORY_IS_FULL)
+        is_about_a_file = error.filename is not None or error.errno == errno.ENOSPC
+        hint = "; check the path, its permissions and the free disk space" if is_about_a_file else ""
+        fail(f"{one_line(error)}{hint}")
     except MemoryError:
         fail(MEMORY_IS_FULL)
     except RuntimeError as error:

@@ -358,7 +358,9 @@ def read_checkpoint(path: Path | str) -> dict:
     checkpoint, or comes from another version."""
     if not Path(path).is_file():
         remedy = "train.py writes a detector to runs/<name>/model.pt"
-        if runs := sorted(Path(path).parent.glob("*/*/model.pt")):  # a folder of runs was given
+        folder = Path(path).parent
+        runs = sorted(folder.glob("*/model.pt")) or sorted(folder.glob("*/seed*/model.pt"))
+        if runs:  # a folder of runs was given
             remedy = f"give one of the runs in this folder, for example {runs[0].parent}"
         raise InputError(f"{path}: no such file; {remedy}")
     try:

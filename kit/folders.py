@@ -72,6 +72,7 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
     for folder in (*good_folders(data / "train"), data):
         if list_images(folder):
             return folder
+    print_unread(data)
     remedy = f"add good images ({' '.join(SUFFIXES)})"
     if others := unused_subfolders(data):
         remedy = f"give one of its subfolders with images, for example {others[0]}, or move the images into one folder"

@@ -16,7 +16,6 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import center_crop
 
 from kit import data
 from kit.detector import Detector
@@ -32,6 +31,7 @@ NOISE = 0.03  # standard deviation, at most
 QUALITY = (40, 95)  # of the JPEG file
 SIDE_LIGHT = (0.1, 0.25)  # how much brighter one side is, and how much darker the opposite one
 LEAST_COPIES = 64  # camera copies: with fewer good images, there are several of each
+PARTS = 2  # of a large image, to choose the scales of int8
 PATCH = 512  # side in pixels of the part of a large image that is painted on
 WHOLE = (slice(None), slice(None))
 
@@ -72,8 +72,19 @@ def quantize_backbone(model: Detector, files: Sequence[Path]) -> None:
     if wanted and model.backbone.can_quantize and is_fast(model.device):
         print("the backbone computes in int8 (8-bit integers)")
         some = files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]
-        part = list(part_shape(model.shape, PATCH))  # all of a large image at once would fill the memory
-        model.backbone.quantize(center_crop(images, part) for images in data.batches(some, model.shape))
+        model.backbone.quantize(random_parts(model, some))
+
+
+def random_parts(model: Detector, files: Sequence[Path]) -> Iterator[Tensor]:
+    """These images, as (B, 3, H, W) tensors in [0, 1]. Of a large image, all of which would fill the memory, some
+    random parts in the region of interest."""
+    patch = part_shape(model.shape, PATCH)
+    places = np.argwhere(model.roi.cpu().numpy())
+    rng = np.random.default_rng(model.settings.seed)
+    for images in data.batches(files, model.shape):
+        for _ in range(1 if patch == model.shape else PARTS):
+            row, column = places[rng.integers(len(places))]
+            yield images[:, :, within(row, patch[0], model.shape[0]), within(column, patch[1], model.shape[1])]
 
 
 def held_out_count(images: int) -> int:
@@ -82,7 +93,8 @@ def held_out_count(images: int) -> int:
 
 
 class Painter:
-    """Good images x+, and anomalous images x- that a given function paints on them.
+    """Good images x+, and anomalous images x- that a given function paints on them. Like `synth.synthesize`, `paint`
+    takes x+, a random generator, another image and the region of interest, and returns x-, its mask and its box.
 
     The painting of an x- depends only on the seed, the epoch and its number, not on the processes or the order. It lies
     in the model's region of interest. For images with more pixels than two patches, x+ and x- are a random patch;
@@ -104,6 +116,7 @@ class Painter:
         bytes_per_image = 2 * 3 * math.prod(self.shape)  # float16
         room = int(CACHE_BYTES / self.processes.local_count / bytes_per_image)
         kept = (self.files + self.textures)[:room]
+        # A cached method would refer to this painter, and keep its images until Python looks for such cycles.
         read = partial(read_half, shape=self.shape)
         self.cache = {path: read(path) for path in counted(kept, "reading images", len(kept))}
         self.read_lately = lru_cache(maxsize=2)(read)  # a large image and a texture, say

@@ -287,8 +287,8 @@ def entries_of(out: Path, images: Path, trained_on: Path, detector: str) -> list
     """The entries of report.html: the `images`, a file or a folder, that this detector judged, from the last row of
     each in scores.csv. Their kind is their folder. `trained_on` is the category of the detector."""
     root = root_of(images)
-    good_folders = [trained_on, *folders.good_folders(trained_on / "train")]
-    good_folders = [folder.resolve() for folder in good_folders]  # they may be links
+    folders_of_good = (trained_on, *folders.good_folders(trained_on / "train"))
+    good_folders = {folder.resolve() for folder in folders_of_good}  # they may be links
     scores: dict[str, float] = {}
     for row in table_of(out / TABLE)[1:]:
         cells = dict(zip(SCORES_COLUMNS, row, strict=True))

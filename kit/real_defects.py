@@ -117,6 +117,7 @@ def without_copies(files: list[Path], others: Iterable[Path] = ()) -> dict[Path,
     """The good images `files`, each with its hash, without copies of earlier ones or of the `others`, byte by byte. A
     copy would tell nothing new, and the held-out images would not be new ones. Prints a line if there are any."""
     known = {fingerprint(path) for path in others}
+    of_others = " or of given defects" if known else ""
     kept = {}
     for path in files:
         found = fingerprint(path)
@@ -124,7 +125,7 @@ def without_copies(files: list[Path], others: Iterable[Path] = ()) -> dict[Path,
             kept[path] = found
             known.add(found)
     if len(kept) < len(files):
-        print(f"left out {len(files) - len(kept)} good images: they are copies of others, or of given defects")
+        print(f"left out {len(files) - len(kept)} of {len(files)} good images, as copies of other ones{of_others}")
     return kept
 
 

@@ -221,7 +221,7 @@ class Feed:
     defects suffice. If real defects are given, half of the defect rows are real."""
 
     def __init__(self, model: Detector, normal: GoodRows, painted: Rows | None):
-        return_freed_memory()
+        return_freed_memory()  # it lies in pieces that are too small for the codes
         self.device = model.device
         self.normal = codes(model, normal)
         self.normal_images = normal.image_indices

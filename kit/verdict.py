@@ -93,10 +93,10 @@ def threshold(values: np.ndarray, rate: float, different: int | None = None) -> 
     thirds of the images, so the guarantee does not hold exactly. CV+ guarantees 1 - 2 rate, but only for a rule that
     compares each new image with each of these detectors, and this program does not.
 
-    For fewer values, Student's bound for one more draw of a log-normal variable: mean + t s sqrt(1 + 1/n) of the
-    logarithms. Two measures make it robust. Values more than CLIPPED_AT deviations from the median are clipped to that
-    distance, so that the highest of a few values does not decide. And s is pooled with USUAL, the deviation measured on
-    other categories, which has the weight of BELIEVED images."""
+    For fewer values, the upper prediction limit (Student's t) for one more draw of a log-normal variable: mean + t s
+    sqrt(1 + 1/n) of the logarithms. Two measures make it robust. Values more than CLIPPED_AT deviations from the median
+    are clipped to that distance, so that the highest of a few values does not decide. And s is pooled with USUAL, the
+    deviation measured on other categories, which has the weight of BELIEVED images."""
     logs = np.log(np.maximum(np.asarray(values, dtype=np.float64), LEAST_SCORE))
     images = len(logs) if different is None else different
     if images < LEAST_IMAGES:

@@ -1,8 +1,8 @@
 """CL-Flow in the paper's own form (Wang, Li, Luo, Bi, arXiv 2311.06794), from the image to the loss. Only the abstract
 was available, so this is a reconstruction. clflow.py is our own form, which detects more.
 
-    a frozen backbone's maps at three scales -> a 2D flow for each -> energies E; at each scale the sum of C E over
-    positions is the exact NLL, up to a constant
+    a frozen backbone's maps at three scales -> a 2D flow for each -> energies E; at each scale C times the sum
+    of E over all positions is the exact NLL, up to a constant
     pairs x+ and x- = synthesize(x+) -> L = L_nll + lambda_cls L_cls + lambda_con L_con, trained in one stage
 
 Shapes: images (B, 3, H, W) in [0, 1]; at each scale features x and latents z (B, C, h, w), log-determinants and
@@ -215,7 +215,8 @@ class Losses(nn.Module):
     def contrast_of_boxes(self, z: Tensor, mask: Tensor, boxes: Tensor) -> Tensor:
         """`contrast_cosine` of latents (B + A, C, h, w) of one scale, at places drawn from the boxes."""
         pairs = len(boxes)
-        inside = drawn_places(positions_in_boxes(boxes, mask.shape[2:], z.shape[2:]))
+        is_in_box = positions_in_boxes(boxes, mask.shape[2:], z.shape[2:]) & self.model.inside(z.shape[2:])
+        inside = drawn_places(is_in_box)  # there are some, since the mask lies in the region of interest
         box = rows_at(z[:pairs], inside)
         negative_box = rows_at(z[-pairs:], inside)
         everywhere = z[:-pairs].permute(0, 2, 3, 1)[:, self.model.inside(z.shape[2:])].flatten(0, 1)

@@ -110,7 +110,7 @@ def test_copies_of_one_image_count_once(category, nearest_run, tmp_path, capsys)
     refuse(train.main, capsys, *command, words=["only 1 good image", "at least 5"])
     call(train.main, "--data", tmp_path / "twice", "--out", tmp_path / "other", *NEAREST)
     said = capsys.readouterr().out
-    assert "left out 6 good images: they are copies of others" in said and ", set from 6 good images" in said
+    assert "left out 6 of 12 good images, as copies of other ones\n" in said and ", set from 6 good images" in said
 
 
 def test_altered_copies_of_the_training_are_warned_of(category, nearest_run, tmp_path, capsys):

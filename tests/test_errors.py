@@ -45,7 +45,7 @@ def test_an_error_without_a_text_is_named_by_its_type():
 
 def test_several_values_for_one_option_are_explained():
     """As when a shell replaces *.png by the names of the files."""
-    with pytest.raises(InputError, match="unrecognized arguments: b.png; .* for several images give their folder"):
+    with pytest.raises(InputError, match="unrecognized arguments: b.png; .* for several images give a folder"):
         evaluation_options(["run", "--images", "a.png", "b.png"])
     with pytest.raises(InputError, match="unrecognized arguments: --image-size$"):
         evaluation_options(["run", "--image-size"])

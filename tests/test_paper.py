@@ -167,15 +167,6 @@ def test_classification_leaves_what_is_typically_normal_to_the_likelihood():
     assert anomalous.grad.item() < -0.5 and abs(typical.grad.item()) < 0.01
 
 
-def test_contrast_energy_by_hand():
-    anomalous = torch.tensor([0.5, 2.0], requires_grad=True)
-    loss = clflow.info_nce(anomalous, torch.tensor([0.1, 0.3]), temperature=0.5)
-    each = [-math.log(math.exp(a / 0.5) / (math.exp(a / 0.5) + math.exp(0.2) + math.exp(0.6))) for a in (0.5, 2.0)]
-    assert loss.item() == pytest.approx(sum(each) / 2, rel=1e-5)
-    loss.backward()
-    assert (anomalous.grad < 0).all()  # descent raises the energies of anomalies
-
-
 def test_contrast_cosine_pushes_the_negative_box_away_and_pulls_globally():
     box = torch.tensor([[1.0, 0.0]], requires_grad=True)
     negative = torch.tensor([[3.0, 3.0]], requires_grad=True)
@@ -266,7 +257,7 @@ def test_losses_against_a_loop_over_positions(monkeypatch, contrast):
 @pytest.mark.parametrize("contrast", ["cosine", "energy", None])
 def test_what_lies_outside_the_region_of_interest_is_not_learnt(contrast):
     weights = {"contrast": contrast} if contrast else {"classification_weight": 0, "contrast_weight": 0}
-    mask, boxes = torch.zeros(1, 1, 16, 16), torch.tensor([[0, 0, 4, 8]])
+    mask, boxes = torch.zeros(1, 1, 16, 16), torch.tensor([[0, 0, 12, 8]])
     mask[0, 0, :4, :8] = 1
     found = []
     for outside in (0.0, 9.0):

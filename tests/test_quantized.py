@@ -148,17 +148,22 @@ def test_an_export_rounds_as_the_detector_does(rounded_run, category, tmp_path, 
 
 
 def test_large_images_are_measured_for_int8_in_parts(tmp_path, monkeypatch):
-    """All of a large image at once would need gigabytes."""
+    """All of a large image at once would need gigabytes. The parts lie in the region of interest, here a white one."""
     for number in range(3):
-        Image.new("RGB", (40, 40)).save(tmp_path / f"{number}.png")
+        photo = np.zeros((256, 512, 3), np.uint8)
+        photo[128:, :64] = 255
+        Image.fromarray(photo).save(tmp_path / f"{number}.png")
     seen = []
     backbone = SimpleNamespace(can_quantize=True, quantize=lambda batches: seen.extend(batches))
     monkeypatch.setattr(good, "is_fast", lambda device: True)
-    for shape, expected in (((1024, 2048), (512, 512)), ((512, 1024), (512, 1024))):
-        settings = SimpleNamespace(int8=True)
-        model = SimpleNamespace(settings=settings, backbone=backbone, device=None, shape=shape)
+    for shape, expected, parts in (((1024, 2048), (512, 512), 6), ((512, 1024), (512, 1024), 3)):
+        roi = torch.zeros(shape, dtype=torch.bool)
+        roi[-200:, :200] = True
+        settings = SimpleNamespace(int8=True, seed=0)
+        model = SimpleNamespace(settings=settings, backbone=backbone, device=None, shape=shape, roi=roi)
         good.quantize_backbone(model, sorted(tmp_path.iterdir()))
-        assert {tuple(images.shape[2:]) for images in seen} == {expected} and sum(map(len, seen)) == 3
+        images = torch.cat(seen)
+        assert images.shape == (parts, 3, *expected) and (images.amax(dim=(1, 2, 3)) > 0.9).all()
         seen.clear()
 
 

@@ -627,7 +627,7 @@ def test_both_signals_end_a_training_in_order(tiny, tmp_path):
         wait_for(lambda process=process: "\nepoch 2/" in process.stdout.read_text())  # the first one is on the disk now
         process.send_signal(number)
         ended = process.ended(seconds=60)
-        said = "stopped; to continue, add --resume to the same command and leave out --weights\n"
+        said = "stopped; to continue, add --resume to the same command\n"
         assert ended.returncode == 128 + number and ended.stderr == said
         assert read_checkpoint(tmp_path / f"{number}" / UNFINISHED / STATE)["progress"]["epoch"] >= 1
 
