@@ -14,6 +14,7 @@ import json
 import math
 import re
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from kit.files import (
     write_text,
 )
 from kit.good import camera_copy
-from kit.images import read_image, to_tensor
+from kit.images import SUFFIXES, read_image, to_tensor
 from kit.inspection import drift, findings_folder, judge_new, sentence
 from kit.measuring import (
     Inspection,
@@ -201,9 +202,8 @@ def write_recalibrated(work: Inspection, folder: Path) -> None:
             f"{len(odd)} of these images look unlike the others: {', '.join(taken[index].name for index in odd[:3])}"
             f"{' ...' if len(odd) > 3 else ''}; if they are defective, remove them and recalibrate again"
         )
-    with locked(work.out):
-        to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
-        write_atomically(to, model.save)
+    to = OwnFiles(work.out, "trained").claim(RECALIBRATED)
+    write_atomically(to, model.save)
     command = f"python evaluate.py {shlex.quote(str(to))} --images FOLDER"
     print(f"wrote {to}; to use the new threshold, give this file: {command}")
 
@@ -248,7 +248,9 @@ def export(model: Detector, file: Path) -> None:
         contents = as_onnx(program, model, limits)
     else:
         buffer = io.BytesIO()  # a path would have to end in .pt2
-        torch.export.save(program, buffer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about weights that share memory
+            torch.export.save(program, buffer)
         contents = buffer.getvalue()
     write_atomically(file, lambda to: to.write_bytes(contents))
     print(f"wrote {file}: images (batch, 3, {height}, {width}) in [0, 1] -> maps and scores")
@@ -342,6 +344,8 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoint = checkpoint_of(args.run)
     tell_unfinished(args.run, checkpoint)
     if args.export:
+        if args.export.suffix.lower() in SUFFIXES:
+            raise InputError(f"--export {args.export}: is the name of an image; give FILE.onnx or FILE.pt2")
         if processes.first:
             model = load(checkpoint, "cpu")
             rate = args.false_alarm or model.settings.false_alarm
@@ -367,7 +371,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.explain:
         return explain(work, args.explain)
     if args.recalibrate:
-        return write_recalibrated(work, args.recalibrate)
+        with locked(work.out):
+            return write_recalibrated(work, args.recalibrate)
     if args.watch:
         return watch(work, args.images)
     return judge_new(work, args.images)

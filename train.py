@@ -81,7 +81,7 @@ def train(run: Run, args: argparse.Namespace, textures: list[Path], processes: P
     with locked(run.out) if processes.first else contextlib.nullcontext():
         try:
             train_held(run, args, textures, processes)
-        except InputError:
+        except (InputError, OSError):
             if processes.first:
                 withdraw(run.out)
             raise
@@ -246,6 +246,11 @@ def check_resumable(run: Run, checkpoint: dict) -> None:
         )
     if checkpoint["progress"] is not None:  # it is not finished
         check_same_images(run, checkpoint["progress"]["files"])
+        if then.get("good", ()) != run.settings.good:
+            raise InputError(
+                f"--resume: good images of {run.out} have changed since it was started; put the earlier ones back, or "
+                "give another --out"
+            )
     check_same_option(run, then, "size")  # after the images, since their shape decides the size
 
 
@@ -295,7 +300,8 @@ def plan_runs(args: argparse.Namespace, options: dict, categories: list[Path], o
             read_folders.append(args.textures)
         read_folders += [folder for folder in (args.defects, args.defect_masks) if folder]
         files = corrections.of_good(folders.list_images(folder), [defect.path for defect in defects])
-        hashes = without_copies(folders.usable(files, args.skip_bad), [defect.path for defect in defects])
+        not_good = [*(defect.path for defect in defects), *corrections.not_good]
+        hashes = without_copies(folders.usable(files, args.skip_bad), not_good)
         files = list(hashes)
         least = OPTIONS[args.method].least_images
         if len(files) < least:
@@ -453,6 +459,7 @@ def texture_files(args: argparse.Namespace) -> list[Path]:
     """The images in --textures and its subfolders. Raises InputError if there are none."""
     if not args.textures:
         return []
+    folders.print_unread(args.textures, subfolders=True)
     textures = folders.usable(folders.list_images(args.textures, subfolders=True), args.skip_bad)
     if not textures:
         raise InputError(

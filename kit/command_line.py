@@ -342,6 +342,9 @@ def run_script(main: Callable[[], None], on_interrupt: str = "stopped") -> None:
         sys.exit(128 + number)
     except InputError as error:
         fail(one_line(error))
+    except BrokenPipeError:  # as with "| head": nobody reads the lines any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # the number of SIGPIPE
     except OSError as error:
         if error.errno == errno.ENOMEM:  # a process could not be started
             fail(MEMORY_IS_FULL)

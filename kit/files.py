@@ -153,6 +153,8 @@ def locked(folder: Path) -> Iterator[None]:
     if folder.is_file():
         raise InputError(f"--out {folder}: is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--out {folder}: cannot be written; check its permissions, or give another --out")
     if fcntl is None:
         yield
         return
@@ -439,8 +441,9 @@ def remove_measured(out: Path) -> None:
     """Remove all metrics and pictures of a run's test images, since they belong to another detector."""
     for folder in (out, *out.glob("tests/*")):
         OwnFiles(folder, "measured").remove_all()
-        if folder != out and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for empty in (folder, folder.parent):
+            if folder != out and empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
 
 
 def epoch_file(epoch: int) -> str:

@@ -69,10 +69,14 @@ def good_folder(data: Path, flag: str = "--data") -> Path:
     Raises InputError, naming the `flag`, if there are none."""
     if not data.is_dir():
         raise InputError(f"{flag} {data}: no such folder")
-    for folder in (*good_folders(data / "train"), data):
-        if list_images(folder):
-            return folder
-    print_unread(data)
+    candidates = [*good_folders(data / "train"), data]
+    found = [folder for folder in candidates if list_images(folder)]
+    if len(found) > 1 and found[1] != data:
+        raise InputError(f"{flag} {data}: both {found[0]} and {found[1]} have good images; move them into one folder")
+    if found:
+        return found[0]
+    for folder in candidates:
+        print_unread(folder)
     remedy = f"add good images ({' '.join(SUFFIXES)})"
     if others := unused_subfolders(data):
         remedy = f"give one of its subfolders with images, for example {others[0]}, or move the images into one folder"
@@ -103,7 +107,13 @@ def category_folders(data: Path) -> list[Path]:
     if good_folders(data / "train"):
         return [data]
     found = {path.parents[1] for path in data.glob("*/train/*") if is_good_name(path.name)}
-    return sorted(category for category in found if not is_hidden(category.name)) or [data]
+    categories = sorted(category for category in found if not is_hidden(category.name))
+    if categories and list_images(data):
+        raise InputError(
+            f"--data {data}: contains both images and categories ({categories[0].name}); move one of them away, or "
+            "give a category as --data"
+        )
+    return categories or [data]
 
 
 def print_skipped(complaints: list[str], images: int) -> None:
@@ -151,6 +161,7 @@ def labelled_images(data: Path) -> list[LabelledImage]:
     found = []
     for folder in test_folders(data):
         files = list_images(folder)
+        print_unread(folder)
         anomalous = not is_good_name(folder.name)
         masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
         if masks:

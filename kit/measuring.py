@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kit import InputError, data, draw, folders, metrics, shapes
 from kit.detector import Detector
 from kit.draw import Entry, save_views, views_of, write_page
-from kit.files import OwnFiles, fitting, folder_of, is_inside, locked, write_text
+from kit.files import OwnFiles, checkpoint_of, fitting, folder_of, is_inside, locked, write_text
 from kit.images import load_image, shape_of, turned
 from kit.processes import ALONE, Processes, counted
 from kit.real_defects import files_of_training, is_among
@@ -184,9 +184,12 @@ def report(work: Inspection, category: Path) -> None:
     facts = {name: figure_text(figures[name]) for name in REPORTED}
     with locked(out):
         own = OwnFiles(out, "measured")
-        draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
+        unwritten = draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
         write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
-    print(f"wrote metrics.json, report.html (open it in a browser) and {len(judged.tests)} pictures into {out}")
+    written = len(judged.tests) - unwritten
+    print(f"wrote metrics.json, report.html (open it in a browser) and {written} pictures into {out}")
+    if unwritten:
+        raise InputError(f"--out {out}: {unwritten} pictures were not written; check permissions and free disk space")
 
 
 def refuse_other_figures(work: Inspection, category: Path) -> None:
@@ -198,6 +201,8 @@ def refuse_other_figures(work: Inspection, category: Path) -> None:
     if there.get("data", str(category.resolve())) != str(category.resolve()):
         raise InputError(f"--out {work.out}: contains metrics of {there['data']}; give --data with another --out")
     is_of_run = is_inside(work.out, folder_of(work.checkpoint))
+    if not is_of_run and work.out.is_dir() and checkpoint_of(work.out).exists():
+        raise InputError(f"--out {work.out}: is the folder of another run; give another --out")
     if not is_of_run and there.get("detector", work.detector) != work.detector:
         raise InputError(f"--out {work.out}: contains metrics of another detector; give another --out")
 
@@ -223,11 +228,11 @@ def operating_points(model: Detector, judged: Judged) -> list[dict[str, float | 
     return points
 
 
-def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Thresholds, facts: dict[str, str]) -> None:
+def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Thresholds, facts: dict[str, str]) -> int:
     """Draw report.html, with `facts` at its top, and pictures/<kind>/<file>.png of every test image. The files of an
     earlier evaluation are removed, but not those of --curve."""
     own.remove_all(but=CURVE)
-    entries = []
+    entries, unwritten = [], 0
     all_of_them = zip(judged.tests, judged.scores, judged.maps, judged.masks, strict=True)
     for test, score, anomaly_map, true in counted(all_of_them, "drawing pictures", len(judged.tests)):
         name = f"{test.defect_type}/{test.path.name}"
@@ -242,9 +247,11 @@ def draw_tests(model: Detector, judged: Judged, own: OwnFiles, limits: Threshold
             save_views(own, name, views_of(photo, verdict, limits, mask))
         except InputError as error:  # a single picture must not cost the metrics
             print(f"{name}: its picture could not be written: {error}", flush=True)
+            unwritten += 1
         entries.append(Entry(name, test.defect_type, test.anomalous, float(score), test.path))
     title = f"{model.settings.category}, {model.settings.method}: {len(entries)} test images"
     write_page(own, title, facts, limits.score, entries)
+    return unwritten
 
 
 def miss(verdict: Verdict, anomalous: bool) -> str:

@@ -17,6 +17,7 @@ def list_defects(folder: Path, masks: Path | None) -> list[Defect]:
     ground_truth/<its name>, next to the folder or, as in MVTec AD, next to its parent test/. Raises InputError if there
     are no images, or no masks in a given folder."""
     files = folders.list_images(folder)
+    folders.print_unread(folder)
     if not files:
         what = "no images in this folder (subfolders are not read)" if folder.is_dir() else "no such folder"
         raise InputError(f"--defects {folder}: {what}; give one folder of images with defects")

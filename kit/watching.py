@@ -42,6 +42,7 @@ def watch(work: Inspection, folder: Path) -> None:
         raise InputError(f"--images {folder}: no such folder; --watch needs a folder")
     out = work.out
     refuse_inside(out, folder)
+    folders.print_unread(folder, subfolders=True)
     print(basis(work.limits))
     with locked(out):
         check_findings(out, folder, work.detector, watch=True)

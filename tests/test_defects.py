@@ -257,6 +257,14 @@ def test_a_good_image_that_is_also_a_defect_is_left_out(tiny, tmp_path, capsys):
     assert f"reading {len(good) - 1} good images" in said and ", set from " in said
 
 
+def test_a_copy_of_what_is_not_good_is_left_out_too(tiny, tmp_path, capsys):
+    mine = shutil.copytree(tiny / "train" / "good", tmp_path / "mine")
+    shutil.copy(mine / "000.png", mine / "copy.png")
+    (tmp_path / "c.json").write_text(json.dumps({"not_good": [str(mine / "000.png")]}))
+    call(train.main, "--data", mine, "--out", tmp_path / "run", *QUICK, "--corrections", tmp_path / "c.json")
+    assert f"reading {len(list(mine.iterdir())) - 2} good images" in capsys.readouterr().out
+
+
 def test_bad_defects_and_corrections(category, tmp_path, capsys):
     def attempt(*arguments, words):
         refuse(train.main, capsys, "--data", category, "--out", tmp_path / "out", *QUICK, *arguments, words=words)

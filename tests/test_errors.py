@@ -106,3 +106,11 @@ def test_a_command_line_is_read_without_pytorch(tmp_path, name, flag, wrong):
 def test_the_two_tables_of_methods_agree():
     assert OPTIONS.keys() == METHODS.keys()
     assert all(OPTIONS[name].settings is method.detector.SETTINGS for name, method in METHODS.items())
+
+
+def test_a_closed_pipe_ends_a_script_in_silence():
+    lines = "[print('line', flush=True) for _ in range(10**6)]"
+    code = f"from kit.command_line import run_script; run_script(lambda: {lines})"
+    command = f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("line\n", "", 141)

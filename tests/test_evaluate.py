@@ -500,6 +500,15 @@ def test_bad_evaluation_input(run, category, tmp_path, capsys):
         refuse(evaluate.main, capsys, *arguments, words=words)
 
 
+def test_files_and_runs_of_others_are_not_replaced(run, pair, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    refuse(evaluate.main, capsys, run, "--data", pair, "--out", other, words=[other, "another run"])
+    photo = shutil.copy(pair / "test/good/000.png", tmp_path / "photo.png")
+    before = Path(photo).read_bytes()
+    refuse(evaluate.main, capsys, run, "--export", photo, words=["--export", "name of an image", "FILE.onnx"])
+    assert Path(photo).read_bytes() == before
+
+
 def test_a_run_says_that_the_images_of_its_training_are_gone(run, tmp_path, capsys):
     saved = read_checkpoint(run / "model.pt")
     saved["settings"]["data"] = str(tmp_path / "moved")

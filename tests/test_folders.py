@@ -133,3 +133,14 @@ def test_usable_files_and_a_line_on_each_other(tmp_path, capsys):
     assert [path.name for path in usable(files, skip_bad=True)] == ["a.png", "c.png"]
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("skipped: ") and "b.png" in first and last == "skipped 1 of 3 images in total"
+
+
+def test_good_images_in_two_places_are_refused(tmp_path):
+    """Otherwise some of them would be ignored without a word."""
+    for name in ("two/train/good", "two/train/OK", "flat", "flat/backup/train/good"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
+    with pytest.raises(InputError, match="--data .*both .*OK and .*good have good images"):
+        good_folder(tmp_path / "two")
+    with pytest.raises(InputError, match="--data .*both images and categories .backup."):
+        category_folders(tmp_path / "flat")

@@ -251,6 +251,10 @@ def test_interrupted_training_resumes_to_the_same_weights(category, tmp_path, mo
     spare.rename(spare.with_name("renamed.png"))  # the same number of images, but not the same ones
     refuse(train.main, capsys, *arguments("parts", "--resume"), words=["missing: train/good/003.png;", "--out"])
     spare.with_name("renamed.png").rename(spare)
+    before = spare.read_bytes()
+    shutil.copy(folders.list_images(mine / "test" / "good")[0], spare)  # the same name, but another image
+    refuse(train.main, capsys, *arguments("parts", "--resume"), words=["good images of", "have changed"])
+    spare.write_bytes(before)
 
     call(train.main, *arguments("parts", "--resume"))
     whole, parts = (load(tmp_path / name / "model.pt").state_dict() for name in ("whole", "parts"))
