@@ -781,8 +781,8 @@ of_model = follow(model, loop)
 
 # %% [markdown]
 # It did rise. L_cls asks for moderate odds and L_con for large ones. Neither reaches its lowest value, and their sum is
-# a compromise. Does the detector gain? With the seeds 0, 1 and 2 the AUROC of the classifier rises by .017, .001 and
-# .007, and that of all together by .002, .003 and .006. The sign is the same each time, but no gain is larger than the
+# a compromise. Does the detector gain? With the seeds 0, 1 and 2 the AUROC of the classifier rises by .018, .001 and
+# .007, and that of all together by .003, .003 and .006. The sign is the same each time, but no gain is larger than the
 # uncertainty of one AUROC, about .02 (exercise 8).
 #
 # On real images the contrast adds little, too, see the table at the beginning. It replaces three constants that had to
@@ -1010,7 +1010,7 @@ print(f"all of this took {time.perf_counter() - began:.0f} seconds")
 # the image with `defects` rectangles pasted, their mask, and its box (y0, x0, y1, x1), as `synthesize` does. Take
 # height and width of each at random from 1/16 to 1/5 of the image's side, and a random place to copy from and to. Train
 # with it in place of `synth.synthesize` (`patch.object`, as in part 6) and all defaults. *Expect* 0.93 to 0.95 of the
-# classifier and 0.96 to 0.97 together, where `synthesize` has 0.947 and 0.964. With `SEED` 1 and 2 expect less than
+# classifier and 0.96 to 0.97 together, where `synthesize` has 0.947 and 0.965. With `SEED` 1 and 2 expect less than
 # with `synthesize`. Which kind of defect suffers there, and why? *Test:* outside the mask nothing changes, and outside
 # the box there is no mask.
 #
