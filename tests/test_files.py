@@ -236,9 +236,9 @@ def test_what_is_there_already_is_claimed_by_nobody(tmp_path):
         OwnFiles(tmp_path, "trained").claim("model.pt")
     OwnFiles(tmp_path, "trained").claim("log.csv").touch()
     (tmp_path / files.LIST).open("a").write('["trained", "mod')  # cut off by a kill
-    OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, even if another kind of call wrote it
     OwnFiles(tmp_path, "measured").claim("metrics.json").touch()  # the entry after the one that was cut off
     OwnFiles(tmp_path, "measured").claim("metrics.json")
+    OwnFiles(tmp_path, "measured").claim("log.csv")  # ours, even if another kind of call wrote it
     OwnFiles(tmp_path, "trained").remove_all()
     assert (tmp_path / "model.pt").read_text() == "mine" and not (tmp_path / "log.csv").exists()
 
