@@ -106,6 +106,17 @@ def unmasked(judged: Judged) -> list[folders.LabelledImage]:
     return [judged.tests[i] for i in np.flatnonzero(judged.labels & ~judged.masks.any(axis=(1, 2)))]
 
 
+def stretched_masks(tests: list[folders.LabelledImage]) -> list[Path]:
+    """The masks that have another aspect ratio than their images."""
+    found = []
+    for test in tests:
+        if test.mask:
+            image, mask = shapes.shape_in_file(test.path), shapes.shape_in_file(test.mask)
+            if image and mask and shapes.is_other(mask, image):
+                found.append(test.mask)
+    return found
+
+
 def measure(judged: Judged) -> dict[str, float | None]:
     """Image and pixel metrics; None where they are undefined."""
     pixel = metrics.pixel_metrics(judged.maps, judged.masks)
@@ -155,6 +166,11 @@ def report(work: Inspection, category: Path) -> None:
         print(
             f"pixel metrics are n/a: {len(missing)} defective images have no mask or an empty one, for example "
             f"{missing[0].path}"
+        )
+    if stretched := stretched_masks(judged.tests):
+        print(
+            f"{len(stretched)} masks have another aspect ratio than their images, for example {stretched[0]}: they are "
+            "stretched, so pixel metrics may be wrong"
         )
     settings = model.settings
     figures = {

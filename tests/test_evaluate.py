@@ -85,6 +85,16 @@ def test_missing_masks_make_pixel_metrics_na(run, category, tmp_path, capsys):
     assert not (run / "metrics.json").exists()  # that is the place of the run's own category
 
 
+def test_masks_of_another_aspect_ratio_are_named(run, pair, tmp_path, capsys):
+    data = shutil.copytree(pair, tmp_path / "data")
+    (mask,) = (data / "ground_truth/chip").iterdir()
+    call(evaluate.main, run, "--data", data)
+    assert "aspect ratio" not in capsys.readouterr().out
+    Image.open(mask).resize((200, 100)).save(mask)
+    call(evaluate.main, run, "--data", data)
+    assert f"1 masks have another aspect ratio than their images, for example {mask}" in capsys.readouterr().out
+
+
 def test_an_empty_mask_of_a_defect_makes_pixel_metrics_na(run, pair, tiny, tmp_path):
     """Two defects, and one of the masks is empty."""
     data = shutil.copytree(pair, tmp_path / "data")
