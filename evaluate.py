@@ -348,8 +348,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise InputError(f"--export {args.export}: is the name of an image; give FILE.onnx or FILE.pt2")
         if processes.first:
             model = load(checkpoint, "cpu")
-            rate = args.false_alarm or model.settings.false_alarm
-            model.settings = replace(model.settings, false_alarm=rate)
+            if args.false_alarm:
+                model.settings = replace(model.settings, false_alarm=args.false_alarm)
             export(model, single_file(args.export, args.export, "--export", [checkpoint]))
         return None
     model = load(checkpoint, device)

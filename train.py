@@ -264,7 +264,7 @@ def check_same_option(run: Run, then: dict, name: str) -> None:
     elif isinstance(value, bool):
         was = f"with {flag_of(name if value else 'no_' + name)}"
     else:
-        was = f"with {flag_of(name)} {shapes.size_text(value)}"
+        was = f"with {flag_of(name)} {shapes.size_text(value) if name == 'size' else value}"
     raise InputError(f"--resume: {run.out} was started {was}; give the same value, or another --out")
 
 

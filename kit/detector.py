@@ -120,8 +120,6 @@ class Detector(nn.Module):
         self.shape = as_shape(settings.size)
         self.backbone = backbone
         self.register_buffer("roi", torch.ones(self.shape, dtype=torch.bool))
-        self.pixels = math.prod(self.shape)  # of the region of interest
-        self.roi_part = slice(None), slice(None)  # of an image: the rows and columns that contain this region
         self.is_precision_told = False  # whether `precision_warning` was shown
         self.full_precision = False  # for export: float32, even where bfloat16 is faster
         self.shares = shares  # of each expert in the map
@@ -134,6 +132,7 @@ class Detector(nn.Module):
         self.register_buffer("brightness", torch.full((3,), torch.nan))
         self.register_buffer("halved", torch.tensor(False))  # whether calibrated in bfloat16
         self.calibrated_on: list[tuple[Path, Tensor | None]] = []  # file, images left out; of this training only
+        self.set_roi(self.roi)
 
     def energies(self, images: Tensor, excluded: Tensor | None = None) -> list[Tensor]:
         """The energies (B, h, w) of each of S experts, for images (B, 3, ...) of any shape; high is anomalous. This
@@ -205,6 +204,7 @@ class Detector(nn.Module):
         """Let only the region of interest (H, W) bool count."""
         self.roi = roi.to(self.device)
         self.pixels = int(roi.sum())
+        # The rows and columns of an image that contain the region.
         self.roi_part = span(roi.any(dim=1)), span(roi.any(dim=0))
 
     def inside(self, shape: Shape) -> Tensor:

@@ -441,9 +441,9 @@ def remove_measured(out: Path) -> None:
     """Remove all metrics and pictures of a run's test images, since they belong to another detector."""
     for folder in (out, *out.glob("tests/*")):
         OwnFiles(folder, "measured").remove_all()
-        for empty in (folder, folder.parent):
-            if folder != out and empty.is_dir() and not any(empty.iterdir()):
-                empty.rmdir()
+    for folder in (*out.glob("tests/*"), out / "tests"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def epoch_file(epoch: int) -> str:

@@ -161,7 +161,6 @@ def labelled_images(data: Path) -> list[LabelledImage]:
     found = []
     for folder in test_folders(data):
         files = list_images(folder)
-        print_unread(folder)
         anomalous = not is_good_name(folder.name)
         masks = by_stem(list_images(data / "ground_truth" / folder.name)) if anomalous else {}
         if masks:

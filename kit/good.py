@@ -76,15 +76,15 @@ def quantize_backbone(model: Detector, files: Sequence[Path]) -> None:
 
 
 def random_parts(model: Detector, files: Sequence[Path]) -> Iterator[Tensor]:
-    """These images, as (B, 3, H, W) tensors in [0, 1]. Of a large image, all of which would fill the memory, some
-    random parts in the region of interest."""
+    """Yields these images as (B, 3, H, W) tensors in [0, 1]. Large images would fill the memory: only random parts of
+    them are taken, in the region of interest."""
     patch = part_shape(model.shape, PATCH)
-    places = np.argwhere(model.roi.cpu().numpy())
+    roi = model.roi.cpu().numpy()
     rng = np.random.default_rng(model.settings.seed)
     for images in data.batches(files, model.shape):
         for _ in range(1 if patch == model.shape else PARTS):
-            row, column = places[rng.integers(len(places))]
-            yield images[:, :, within(row, patch[0], model.shape[0]), within(column, patch[1], model.shape[1])]
+            rows, columns = random_place(roi, patch, rng)
+            yield images[:, :, rows, columns]
 
 
 def held_out_count(images: int) -> int:
@@ -135,10 +135,7 @@ class Painter:
         """Where on its image the patch of x- with this number is: around a random pixel of the region of interest; a
         small image is taken whole. `part` 1 is another patch, as a source of the defect's content."""
         rng = np.random.default_rng([self.seed, self.epoch, number, 1 + part])
-        row, column = rng.integers(self.shape)
-        if not self.roi.all():
-            row, column = np.unravel_index(rng.choice(np.flatnonzero(self.roi)), self.shape)
-        return within(row, self.patch[0], self.shape[0]), within(column, self.patch[1], self.shape[1])
+        return random_place(self.roi, self.patch, rng)
 
     def untouched(self, number: int) -> np.ndarray:
         """x+ of this number, (H, W, 3)."""
@@ -228,6 +225,14 @@ class Painter:
 def read_half(path: Path, shape: Shape) -> np.ndarray:
     """An image file, resized to this shape: (H, W, 3) float16 in [0, 1]."""
     return read_image(path, shape).astype(np.float16)
+
+
+def random_place(roi: np.ndarray, patch: Shape, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Where a patch of this shape lies on an image: around a random pixel of the region of interest (H, W) bool."""
+    row, column = rng.integers(roi.shape)
+    if not roi.all():
+        row, column = np.unravel_index(rng.choice(np.flatnonzero(roi)), roi.shape)
+    return within(row, patch[0], roi.shape[0]), within(column, patch[1], roi.shape[1])
 
 
 def within(middle: int, length: int, limit: int) -> slice:

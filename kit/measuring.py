@@ -127,6 +127,8 @@ def measure(judged: Judged) -> dict[str, float | None]:
 
 def readable_tests(category: Path, skip_bad: bool) -> list[folders.LabelledImage]:
     """The test images of a category. With `skip_bad`, a line is printed for each unreadable one, and it is left out."""
+    for folder in folders.test_folders(category):
+        folders.print_unread(folder)
     tests = folders.labelled_images(category)
     good = set(folders.usable([test.path for test in tests], skip_bad))
     if not good:
@@ -162,6 +164,27 @@ def report(work: Inspection, category: Path) -> None:
     limits = work.limits
     print(basis(limits))
     shapes.print_others([test.path for test in judged.tests], model.shape)
+    print_mask_warnings(judged)
+    figures = figures_of(work, category, judged)
+    for name, value in figures.items():
+        print(f"{name:14} {figure_text(value)}")
+    figures["operating_points"] = operating_points(model, judged)
+    for point in figures["operating_points"]:
+        shares = ", ".join(f"{name} {figure_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
+        print(f"with --false-alarm {point['false_alarm']}: threshold {figure_text(point['threshold'])}, {shares}")
+    facts = {name: figure_text(figures[name]) for name in REPORTED}
+    with locked(out):
+        own = OwnFiles(out, "measured")
+        unwritten = draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
+        write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
+    written = len(judged.tests) - unwritten
+    print(f"wrote metrics.json, report.html (open it in a browser) and {written} pictures into {out}")
+    if unwritten:
+        raise InputError(f"--out {out}: {unwritten} pictures were not written; check permissions and free disk space")
+
+
+def print_mask_warnings(judged: Judged) -> None:
+    """Print a line on masks that are missing, and one on masks that do not fit their images."""
     if missing := unmasked(judged):
         print(
             f"pixel metrics are n/a: {len(missing)} defective images have no mask or an empty one, for example "
@@ -172,8 +195,13 @@ def report(work: Inspection, category: Path) -> None:
             f"{len(stretched)} masks have another aspect ratio than their images, for example {stretched[0]}: they are "
             "stretched, so pixel metrics may be wrong"
         )
+
+
+def figures_of(work: Inspection, category: Path, judged: Judged) -> dict:
+    """What metrics.json says of a detector: where it comes from, its metrics, and its threshold."""
+    model, limits = work.model, work.limits
     settings = model.settings
-    figures = {
+    return {
         "checkpoint": work.checkpoint.name,
         "detector": work.detector,
         "category": folders.category_name(category),
@@ -191,21 +219,6 @@ def report(work: Inspection, category: Path) -> None:
         "at_most": limits.at_most,
         **metrics.shares_at(limits.score, judged.labels, judged.scores),
     }
-    for name, value in figures.items():
-        print(f"{name:14} {figure_text(value)}")
-    figures["operating_points"] = operating_points(model, judged)
-    for point in figures["operating_points"]:
-        shares = ", ".join(f"{name} {figure_text(point[name])}" for name in ("recall", "precision", "false_alarms"))
-        print(f"with --false-alarm {point['false_alarm']}: threshold {figure_text(point['threshold'])}, {shares}")
-    facts = {name: figure_text(figures[name]) for name in REPORTED}
-    with locked(out):
-        own = OwnFiles(out, "measured")
-        unwritten = draw_tests(model, judged, own, limits, facts | {"calibration": basis(limits)})
-        write_text(own.claim("metrics.json"), json.dumps(figures, indent=2) + "\n")
-    written = len(judged.tests) - unwritten
-    print(f"wrote metrics.json, report.html (open it in a browser) and {written} pictures into {out}")
-    if unwritten:
-        raise InputError(f"--out {out}: {unwritten} pictures were not written; check permissions and free disk space")
 
 
 def refuse_other_figures(work: Inspection, category: Path) -> None:
